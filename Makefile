@@ -1,0 +1,50 @@
+# Everything a newcomer runs. Each target sets up what it needs by itself.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup setup-dev test lint lock demo bench docs clean
+
+setup: $(VENV)/.demo
+setup-dev: $(VENV)/.dev
+
+$(BIN)/uv: requirements-setup.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements-setup.txt
+	touch $@
+
+$(VENV)/.demo: $(BIN)/uv requirements.txt pyproject.toml
+	@echo "Installing the demo's packages into $(VENV) (torch makes it about 6 GB)"
+	$(BIN)/uv pip install --python $(BIN)/python --require-hashes -r requirements.txt
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps -e .
+	touch $@
+
+$(VENV)/.dev: $(BIN)/uv requirements-dev.txt pyproject.toml
+	@echo "Installing all packages and the checkers into $(VENV) (torch makes it about 6 GB)"
+	$(BIN)/uv pip install --python $(BIN)/python --require-hashes -r requirements-dev.txt
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps -e .
+	touch $@ $(VENV)/.demo
+
+lint: setup-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+# One process for each of two cores; a file's tests stay together, for they share models that are slow to make.
+test: lint
+	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --cov --cov-report term
+
+docs: setup-dev
+	$(BIN)/python scripts/write_docs.py
+
+# One resolution over all extras; requirements.txt is its part that the demo needs.
+lock: $(BIN)/uv
+	$(BIN)/uv pip compile pyproject.toml --all-extras --group dev --universal --generate-hashes \
+	    --python-version 3.11 --no-emit-index-url --quiet $(LOCKFLAGS) -o requirements-dev.txt
+	$(BIN)/uv pip compile pyproject.toml --extra train -c requirements-dev.txt --universal --generate-hashes \
+	    --python-version 3.11 --no-emit-index-url --quiet $(LOCKFLAGS) -o requirements.txt

@@ -1,0 +1,64 @@
+"""Handles the events that lie in the table: the consumer that needs no broker."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+
+import structlog
+from sqlalchemy import Engine
+
+from consumers import handlers
+from storage import db, events
+
+BATCH = 500
+IDLE_SECONDS = 0.5
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class Counters:
+    """What this consumer has done since it began; the daemon exports it."""
+
+    by_state: Counter[str] = field(default_factory=Counter)
+    batches: int = 0
+
+
+def handle_next(engine: Engine, agents: Mapping[str, handlers.Agent], now: datetime, limit: int = BATCH) -> Counter[str]:
+    """Handle the oldest unhandled events in one transaction; empty when there are none."""
+    with db.reading(engine) as connection:
+        if events.oldest_received_at(connection) is None:
+            return Counter()
+    with db.writing(engine) as connection:
+        batch = events.read_received(connection, limit)
+        return handlers.handle_batch(connection, batch, agents, now)
+
+
+async def run(
+    engine: Engine,
+    agents: Mapping[str, handlers.Agent],
+    clock: Callable[[], datetime],
+    stop: asyncio.Event,
+    wake: asyncio.Event,
+    counters: Counters,
+) -> None:
+    """Handle events until `stop`; `wake` says that there are new ones. A batch that was begun is finished.
+
+    A database that fails is an error of the whole process: nothing is acknowledged, and the service manager starts anew.
+    """
+    while not stop.is_set():
+        outcome = await asyncio.to_thread(handle_next, engine, agents, clock())
+        if outcome:
+            counters.by_state += outcome
+            counters.batches += 1
+            log.debug("batch_handled", **outcome)
+            continue
+        wake.clear()
+        waiting = [asyncio.create_task(wake.wait()), asyncio.create_task(stop.wait())]
+        _, pending = await asyncio.wait(waiting, timeout=IDLE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()

@@ -1,0 +1,365 @@
+"""Which predictions go to an expert and why: the budget's lanes, decided by a pure function."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+from storage.sampling import bucket
+
+BELOW_THRESHOLD, MUST_REVIEW, AUDIT, EXPLORE, CONFIDENCE_MISSING = (
+    "below_threshold",
+    "must_review",
+    "audit",
+    "explore",
+    "confidence_missing",
+)
+EXAM, WATCH = "exam", "watch"
+PRIORITIES: Mapping[str, float] = MappingProxyType(
+    {MUST_REVIEW: 3.0, WATCH: 2.5, EXAM: 2.0, EXPLORE: 0.6, AUDIT: 0.5, CONFIDENCE_MISSING: 0.5}
+)
+"""How urgent each reason is; a claim below the threshold has 1 - confidence."""
+
+HALF_KNOWN = 10
+"""A slice with so many labels is explored half as often as one that was never labelled."""
+
+Health = Literal["ok", "constant", "missing", "saturated"]
+HEALTH_SAMPLE, SATURATED_AT, MOSTLY = 20, 0.999, 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What routing needs to know of a prediction."""
+
+    agent: str
+    claim_id: str
+    decision: str | None
+    confidence: float | None
+    input: Mapping[str, Any] = field(default_factory=dict)
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class MustReview:
+    """One rule: `field` is `decision`, `input.NAME` or `attributes.NAME`. A claim that lacks the field does not match."""
+
+    field: str
+    op: Literal["equals", "in", "above", "below"]
+    value: Any
+
+    def __post_init__(self) -> None:
+        """Refuse a field or an operator that can never match."""
+        if self.field != "decision" and not self.field.startswith(("input.", "attributes.")):
+            message = f"must_review field {self.field!r} is unknown: use decision, input.NAME or attributes.NAME"
+            raise ValueError(message)
+        if self.op not in ("equals", "in", "above", "below"):
+            message = f"must_review op {self.op!r} is unknown: use equals, in, above or below"
+            raise ValueError(message)
+
+    def matches(self, prediction: Prediction) -> bool:
+        """Whether this claim always goes to an expert."""
+        value = self._read(prediction)
+        if value is None:
+            return False
+        if self.op == "equals":
+            return bool(value == self.value)
+        if self.op == "in":
+            return value in self.value
+        number = _number(value)
+        return number is not None and (number > self.value if self.op == "above" else number < self.value)
+
+    def _read(self, prediction: Prediction) -> Any:
+        if self.field == "decision":
+            return prediction.decision
+        place, _, name = self.field.partition(".")
+        return (prediction.input if place == "input" else prediction.attributes).get(name)
+
+
+def _number(value: Any) -> float | None:
+    """A number or the text of one; None for anything that can't be compared."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingPolicy:
+    """An agent's threshold, rules and budget. Shares are of the traffic, except `exam_share` and `watch_share`.
+
+    Those two are of what the budget leaves after must-review and audit. `explore_share` is the chance that a claim of a slice which
+    was never labelled is drawn; it falls as the slice's labels grow. Without a budget the fixed threshold decides.
+    """
+
+    threshold: float = 0.7
+    budget_share: float | None = None
+    budget_per_day: int | None = None
+    audit_share: float = 0.02
+    explore_share: float = 0.0
+    exam_share: float = 0.8
+    watch_share: float = 0.4
+    must_review: tuple[MustReview, ...] = (MustReview("decision", "equals", "PENDING"),)
+    slice_by: tuple[str, ...] = ()
+    window: int = 250
+
+    def __post_init__(self) -> None:
+        """Refuse shares that are no shares, and an audit that would leave claims with no chance to be seen."""
+        shares = {
+            "threshold": self.threshold,
+            "explore_share": self.explore_share,
+            "exam_share": self.exam_share,
+            "watch_share": self.watch_share,
+        }
+        for name, value in {**shares, "budget_share": self.budget_share or 0.0}.items():
+            if not 0 <= value <= 1:
+                message = f"{name} is {value}: it must lie between 0 and 1"
+                raise ValueError(message)
+        if not 0 < self.audit_share <= 1:
+            message = f"audit_share is {self.audit_share}: it must be above 0 and at most 1, or live accuracy can't be measured"
+            raise ValueError(message)
+        if self.window < 1 or (self.budget_per_day is not None and self.budget_per_day < 0):
+            message = f"window ({self.window}) must be 1 or more and budget_per_day ({self.budget_per_day}) 0 or more"
+            raise ValueError(message)
+
+
+class BudgetState(NamedTuple):
+    """What routing knows beside the claim: the last predictions in sum, today's reviews, and which exams wait for answers.
+
+    `confidences` are the known ones of claims that no rule sends to review, sorted. `opened_today` counts all reviews of the day,
+    `examined_today` those of them that an exam or a watch asked for. `slice_labels` has keys like `region=west`.
+    """
+
+    confidences: tuple[float, ...] = ()
+    seen: int = 0
+    must_review: int = 0
+    rarity: float = 0.0
+    opened_today: int = 0
+    examined_today: int = 0
+    is_examining: bool = False
+    is_watching: bool = False
+    slice_labels: Mapping[str, int] = MappingProxyType({})
+
+
+class Decision(NamedTuple):
+    """Why an expert sees the claim (no reasons: nobody does), how urgently, and the chance it had to be seen."""
+
+    reasons: tuple[str, ...]
+    priority: float
+    effective_threshold: float
+    inclusion_probability: float
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether a review is opened."""
+        return bool(self.reasons)
+
+
+class Lanes(NamedTuple):
+    """The budget divided, as shares of the traffic. `uncertain` and `explore_scale` are rates for the claims no rule sends to review."""
+
+    must_review: float
+    audit: float
+    watch: float
+    exam: float
+    uncertain: float
+    explore_scale: float
+
+
+class Window:
+    """The last predictions of an agent, in the order they were handled; the one thing here that changes."""
+
+    def __init__(self, size: int = 250) -> None:
+        self._size = size
+        self._recent: deque[tuple[float | None, bool, float]] = deque()
+        self._confidences: list[float] = []
+        self._must_review = 0
+        self._rarity = 0.0
+
+    def add(self, confidence: float | None, *, is_must_review: bool, rarity: float = 0.0) -> None:
+        """Take in one prediction and forget the oldest when the window is full."""
+        if len(self._recent) == self._size:
+            self._forget(*self._recent.popleft())
+        self._recent.append((confidence, is_must_review, rarity))
+        if is_must_review:
+            self._must_review += 1
+        else:
+            self._rarity += rarity
+            if confidence is not None:
+                bisect.insort(self._confidences, confidence)
+
+    def add_routed(self, prediction: Prediction, decision: Decision, policy: RoutingPolicy, slice_labels: Mapping[str, int]) -> None:
+        """Take in a prediction right after it was routed."""
+        known = rarity(prediction.attributes, policy, slice_labels) if policy.explore_share else 0.0
+        self.add(prediction.confidence, is_must_review=MUST_REVIEW in decision.reasons, rarity=known)
+
+    def _forget(self, confidence: float | None, is_must_review: bool, rarity: float) -> None:
+        if is_must_review:
+            self._must_review -= 1
+            return
+        self._rarity = max(0.0, self._rarity - rarity)
+        if confidence is not None:
+            del self._confidences[bisect.bisect_left(self._confidences, confidence)]
+
+    def state(
+        self,
+        *,
+        opened_today: int = 0,
+        examined_today: int = 0,
+        is_examining: bool = False,
+        is_watching: bool = False,
+        slice_labels: Mapping[str, int] = MappingProxyType({}),
+    ) -> BudgetState:
+        """The window in sum, as a value that later predictions don't change."""
+        sums = (tuple(self._confidences), len(self._recent), self._must_review, self._rarity)
+        return BudgetState(*sums, opened_today, examined_today, is_examining, is_watching, slice_labels)
+
+    def health(self) -> Health:
+        """Whether these confidences can rank claims at all."""
+        return confidence_health(confidence for confidence, _, _ in self._recent)
+
+
+def route(prediction: Prediction, policy: RoutingPolicy, state: BudgetState) -> Decision:
+    """Decide whether an expert sees this claim, and with what probability claims like it are seen.
+
+    The random lanes draw by hash of the claim, so that a redelivered claim is drawn as before. The probability is over all lanes jointly.
+    """
+    plan = divide_budget(policy, state)
+    agent, claim = prediction.agent, prediction.claim_id
+    chance, threshold = _uncertain_chance(prediction.confidence, policy, state, plan)
+    explore = policy.explore_share * plan.explore_scale
+    if explore:
+        explore *= rarity(prediction.attributes, policy, state.slice_labels)
+    reasons = []
+    if is_forced := any(rule.matches(prediction) for rule in policy.must_review):
+        reasons.append(MUST_REVIEW)
+    if chance > 0 and (chance >= 1 or bucket("tie", agent, claim) < chance):
+        reasons.append(CONFIDENCE_MISSING if prediction.confidence is None else BELOW_THRESHOLD)
+    if bucket("audit", agent, claim) < policy.audit_share:
+        reasons.append(AUDIT)
+    if explore > 0 and bucket("explore", agent, claim) < explore:
+        reasons.append(EXPLORE)
+    inclusion = 1.0 if is_forced else 1 - (1 - policy.audit_share) * (1 - explore) * (1 - chance)
+    return Decision(tuple(reasons), _priority(reasons, prediction.confidence), threshold, inclusion)
+
+
+def divide_budget(policy: RoutingPolicy, state: BudgetState) -> Lanes:
+    """What each lane gets of the traffic. Must-review and audit come first and are never cut.
+
+    Of the rest a watch takes its share, then an exam takes its share of what remains; exploration and uncertainty divide the remainder.
+    Exam and watch reviews are opened later, on stored claims: at most `exam` (or `watch`) times the claims that came in.
+    """
+    forced = state.must_review / state.seen if state.seen else 0.0
+    others = 1 - forced
+    audit = others * policy.audit_share
+    watch_part, exam_part = _reserved_parts(policy, state)
+    if policy.budget_share is None:
+        is_open = _is_day_open(policy, state, watch_part + exam_part)
+        return Lanes(forced, audit, watch_part, exam_part, float(is_open), float(is_open))
+    left = max(0.0, policy.budget_share - forced - audit)
+    own = left * (1 - watch_part - exam_part)
+    if not _is_day_open(policy, state, watch_part + exam_part) or own <= 0:
+        return Lanes(forced, audit, left * watch_part, left * exam_part, 0.0, 0.0)
+    wanted = policy.explore_share * state.rarity / state.seen if state.seen else 0.0
+    scale = min(1.0, own / wanted) if wanted > 0 else 1.0
+    explored = min(1.0, wanted * scale / others) if others else 0.0
+    missed = (1 - policy.audit_share) * (1 - explored)
+    rate = policy.audit_share + own / others if others else 0.0
+    uncertain = min(1.0, max(0.0, 1 - (1 - rate) / missed)) if missed > 0 else 0.0
+    return Lanes(forced, audit, left * watch_part, left * exam_part, uncertain, scale)
+
+
+def allow_exam(policy: RoutingPolicy, state: BudgetState, arrived: int) -> tuple[float, float]:
+    """How many reviews a watch and an exam may open for `arrived` new claims; fractions are the caller's to carry over.
+
+    Without any budget it is no limit (infinity): an exam asks at most its own number.
+    """
+    plan = divide_budget(policy, state)
+    parts = _reserved_parts(policy, state)
+    watch, exam = (math.inf if part else 0.0 for part in parts)
+    if policy.budget_share is not None:
+        watch, exam = plan.watch * arrived, plan.exam * arrived
+    if policy.budget_per_day is not None:
+        today = max(0, policy.budget_per_day - state.opened_today)
+        own = max(0.0, policy.budget_per_day * sum(parts) - state.examined_today)
+        room = min(today, own) / (sum(parts) or 1.0)
+        watch, exam = min(watch, room * parts[0]), min(exam, room * parts[1])
+    return watch, exam
+
+
+def _reserved_parts(policy: RoutingPolicy, state: BudgetState) -> tuple[float, float]:
+    """Which parts of what is left are kept for watch and exam reviews."""
+    watch = policy.watch_share if state.is_watching else 0.0
+    return watch, policy.exam_share * (1 - watch) if state.is_examining else 0.0
+
+
+def _is_day_open(policy: RoutingPolicy, state: BudgetState, reserved: float) -> bool:
+    """Whether today's budget has room for a review that no rule, audit, exam or watch asks for."""
+    if policy.budget_per_day is None:
+        return True
+    own = state.opened_today - state.examined_today
+    return state.opened_today < policy.budget_per_day and own < policy.budget_per_day * (1 - reserved)
+
+
+def _uncertain_chance(confidence: float | None, policy: RoutingPolicy, state: BudgetState, plan: Lanes) -> tuple[float, float]:
+    """The chance that this claim is among the uncertain ones, and the threshold that this means.
+
+    With a budget the claim is ranked among the recent ones and itself: those that surely lie in the lane's share get 1, those tied at its
+    edge divide what remains of it. So the expected share is exact for exchangeable traffic, from the first claim on, and constant
+    confidences are thinned at random. A missing confidence can't be ranked and gets the lane's share.
+    """
+    rate = plan.uncertain
+    if policy.budget_share is None:
+        is_below = confidence is None or confidence < policy.threshold
+        return float(is_below) * rate, policy.threshold if rate else 0.0
+    known = state.confidences
+    if confidence is None:
+        return rate, known[max(0, math.ceil(rate * len(known)) - 1)] if known and rate else 0.0
+    below = bisect.bisect_left(known, confidence)
+    tied = bisect.bisect_right(known, confidence) - below + 1
+    places = rate * (len(known) + 1)
+    if places <= 0:
+        return 0.0, 0.0
+    edge = math.ceil(places) - 1
+    threshold = known[edge] if edge < below else confidence if edge < below + tied else known[edge - 1]
+    return min(1.0, max(0.0, (places - below) / tied)), threshold
+
+
+def _priority(reasons: list[str], confidence: float | None) -> float:
+    """The most urgent reason counts."""
+    if not reasons:
+        return 0.0
+    doubt = 0.0 if confidence is None else 1 - confidence
+    return max(PRIORITIES.get(reason, doubt) for reason in reasons)
+
+
+def rarity(attributes: Mapping[str, Any], policy: RoutingPolicy, slice_labels: Mapping[str, int]) -> float:
+    """1 for a claim with a slice that was never labelled, falling to 0 as its rarest slice gets labels."""
+    if not policy.slice_by:
+        return 0.0
+    fewest = min(slice_labels.get(slice_key(name, attributes.get(name)), 0) for name in policy.slice_by)
+    return HALF_KNOWN / (HALF_KNOWN + fewest)
+
+
+def slice_key(name: str, value: Any) -> str:
+    """How a slice is called wherever labels are counted by slice."""
+    return f"{name}={value}"
+
+
+def confidence_health(recent: Iterable[float | None]) -> Health:
+    """Whether an agent's recent confidences can rank claims; `ok` while too few are known to tell."""
+    values = list(recent)
+    if len(values) < HEALTH_SAMPLE:
+        return "ok"
+    known = [value for value in values if value is not None]
+    if 2 * len(known) < len(values):
+        return "missing"
+    if max(known) - min(known) < 1e-9:  # noqa: PLR2004  the same number but for rounding
+        return "constant"
+    return "saturated" if sum(value >= SATURATED_AT for value in known) >= MOSTLY * len(known) else "ok"

@@ -1,0 +1,227 @@
+"""The events that come in: CloudEvents 1.0 with one data type each, checked strictly before anything is stored."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NotRequired, cast
+
+import orjson
+from pydantic import AwareDatetime, ConfigDict, Field, JsonValue, StringConstraints, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
+
+from storage import events
+
+MAX_TEXT = 200_000
+MAX_SHOWN = 100
+PREDICTION, LABEL, HISTORY = "ratchet.prediction.made.v1", "ratchet.label.submitted.v1", "ratchet.history.imported.v1"
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]+$")]
+Label = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f]+$")]
+Text = Annotated[str, StringConstraints(max_length=MAX_TEXT, pattern=r"^[^\x00]*$")]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Fields = Annotated[dict[Name, JsonValue], Field(max_length=500)]
+
+LabelKind = Literal["review", "second_read", "adjudication", "late_truth"]
+
+
+@with_config(ConfigDict(extra="forbid", strict=True))
+class PredictionMade(TypedDict):
+    """What a model said about a claim in production."""
+
+    prediction_id: Name
+    agent: Name
+    claim_id: Name
+    group: NotRequired[Name]
+    input: Annotated[Fields, Field(min_length=1)]
+    decision: Label
+    confidence: NotRequired[Share | None]
+    probabilities: NotRequired[Annotated[dict[Label, Share], Field(max_length=100)] | None]
+    model_version: NotRequired[Name | None]
+    attributes: NotRequired[Fields]
+    occurred_at: AwareDatetime
+
+
+@with_config(ConfigDict(extra="forbid", strict=True))
+class LabelSubmitted(TypedDict):
+    """What an expert, or a later decision such as an appeal, says about a claim."""
+
+    agent: Name
+    claim_id: NotRequired[Name]
+    prediction_id: NotRequired[Name]
+    review_id: NotRequired[Name]
+    expert: NotRequired[Name]
+    answer: Label
+    rationale: NotRequired[Text | None]
+    seconds_spent: NotRequired[Annotated[float, Field(ge=0, le=1e7, allow_inf_nan=False)] | None]
+    answered_at: AwareDatetime
+    kind: NotRequired[LabelKind]
+
+
+@with_config(ConfigDict(extra="forbid", strict=True))
+class HistoryImported(TypedDict):
+    """A case that was decided before Ratchet watched: its input and the answer that stood."""
+
+    agent: Name
+    claim_id: Name
+    group: NotRequired[Name]
+    input: Annotated[Fields, Field(min_length=1)]
+    attributes: NotRequired[Fields]
+    answer: Label
+    rationale: NotRequired[Text | None]
+    occurred_at: AwareDatetime
+
+
+class _Envelope(TypedDict):
+    specversion: Literal["1.0"]
+    id: Name
+    source: Name
+    time: NotRequired[AwareDatetime]
+    subject: NotRequired[Name]
+    datacontenttype: NotRequired[Literal["application/json"]]
+    dataschema: NotRequired[Name]
+
+
+@with_config(ConfigDict(extra="ignore", strict=True))
+class PredictionEvent(_Envelope):
+    """A CloudEvent that carries a prediction."""
+
+    type: Literal["ratchet.prediction.made.v1"]
+    data: PredictionMade
+
+
+@with_config(ConfigDict(extra="ignore", strict=True))
+class LabelEvent(_Envelope):
+    """A CloudEvent that carries a label."""
+
+    type: Literal["ratchet.label.submitted.v1"]
+    data: LabelSubmitted
+
+
+@with_config(ConfigDict(extra="ignore", strict=True))
+class HistoryEvent(_Envelope):
+    """A CloudEvent that carries a case of imported history."""
+
+    type: Literal["ratchet.history.imported.v1"]
+    data: HistoryImported
+
+
+AnyEvent = PredictionEvent | LabelEvent | HistoryEvent
+_ADAPTERS: dict[str, TypeAdapter[Any]] = {
+    PREDICTION: TypeAdapter(list[PredictionEvent]),
+    LABEL: TypeAdapter(list[LabelEvent]),
+    HISTORY: TypeAdapter(list[HistoryEvent]),
+}
+_DATA: dict[str, TypeAdapter[Any]] = {
+    PREDICTION: TypeAdapter(PredictionMade),
+    LABEL: TypeAdapter(LabelSubmitted),
+    HISTORY: TypeAdapter(HistoryImported),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why an event can't be taken: the field, the value, and what would be right."""
+
+    field: str
+    value: str
+    remedy: str
+
+    def __str__(self) -> str:
+        """One sentence."""
+        return f"{self.field}: {self.remedy} (got {self.value})"
+
+
+class MalformedError(ValueError):
+    """The body as a whole can't be read as JSON."""
+
+
+def parse(body: bytes, kind: str) -> list[AnyEvent | Refusal]:
+    """Check a JSON array of events of one type; an item that is not right becomes a `Refusal` in its place.
+
+    Raises `MalformedError` when the body is not a JSON array.
+    """
+    adapter = _ADAPTERS[kind]
+    # Python's JSON readers let NaN pass; orjson does not. The search costs nothing beside the parse that it saves.
+    if b"NaN" not in body and b"Infinity" not in body:
+        try:
+            return cast("list[AnyEvent | Refusal]", adapter.validate_json(body, strict=True))
+        except ValidationError:
+            pass  # at least one item is wrong: look at them one by one, to say which
+    try:
+        items = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise MalformedError(f"the body is not JSON: {error}") from error
+    if not isinstance(items, list):
+        raise MalformedError(f"the body must be a JSON array of events, this is {type(items).__name__}")
+    return [_parse_one(adapter, item) for item in items]
+
+
+def _parse_one(adapter: TypeAdapter[Any], item: Any) -> AnyEvent | Refusal:
+    try:
+        return cast("AnyEvent", adapter.validate_json(orjson.dumps([item]), strict=True)[0])
+    except orjson.JSONEncodeError:
+        return Refusal("event", "more than 250 levels", "the JSON is nested too deep")
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        return Refusal(".".join(str(part) for part in first["loc"][1:]) or "event", shorten(first["input"]), first["msg"])
+
+
+def shorten(value: Any) -> str:
+    """A value for an error message: short enough to read, long enough to recognise."""
+    shown = repr(value)
+    return shown if len(shown) <= MAX_SHOWN else shown[:MAX_SHOWN] + "…"
+
+
+def check(event: AnyEvent, labels_of: Mapping[str, Sequence[str]]) -> Refusal | None:
+    """What the types can't say: whether the agent and the answer are known, and whether a label says what it labels."""
+    data: Any = event["data"]
+    labels = labels_of.get(data["agent"])
+    if labels is None:
+        return Refusal(
+            "data.agent", shorten(data["agent"]), f"unknown agent: use one of {', '.join(sorted(labels_of)) or 'none configured'}"
+        )
+    if "answer" in data and data["answer"] not in labels:
+        return Refusal("data.answer", shorten(data["answer"]), f"unknown answer: use one of {', '.join(labels)}")
+    if event["type"] == LABEL and not ({"claim_id", "prediction_id", "review_id"} & data.keys()):
+        return Refusal("data.claim_id", "nothing", "name a claim_id, a prediction_id or a review_id")
+    subject = event.get("subject")
+    if subject is not None and "claim_id" in data and subject != subject_of(data):
+        return Refusal("subject", shorten(subject), f"subject is AGENT/CLAIM_ID: use {subject_of(data)} or leave it out")
+    return None
+
+
+def subject_of(data: Mapping[str, Any]) -> str:
+    """`agent/claim_id`; a label that names no claim has what it names instead."""
+    return f"{data['agent']}/{data.get('claim_id') or data.get('prediction_id') or data.get('review_id')}"
+
+
+def to_incoming(event: AnyEvent, principal: str | None) -> events.Incoming:
+    """An event as the log stores it: its data with the fields in the sender's order, and a digest that knows no order."""
+    data: Any = event["data"]
+    content = orjson.dumps(data, option=orjson.OPT_SORT_KEYS | orjson.OPT_UTC_Z)
+    subject = subject_of(data)
+    return events.Incoming(
+        source=event["source"],
+        event_id=event["id"],
+        type=event["type"],
+        subject=subject,
+        time=event.get("time") or data.get("occurred_at") or data["answered_at"],
+        data=orjson.dumps(data, option=orjson.OPT_UTC_Z).decode(),
+        digest=hashlib.sha256(f"{event['type']}\0{subject}\0".encode() + content).hexdigest(),
+        principal=principal,
+    )
+
+
+def read_data(kind: str, data: str) -> Any:
+    """The data of a stored event, with its times as aware times."""
+    return _DATA[kind].validate_json(data, strict=True)
+
+
+def json_schemas() -> dict[str, Any]:
+    """The JSON Schema of every event type, for `docs/`."""
+    return {kind: TypeAdapter(model).json_schema() for kind, model in _EVENTS.items()}
+
+
+_EVENTS: dict[str, Any] = {PREDICTION: PredictionEvent, LABEL: LabelEvent, HISTORY: HistoryEvent}

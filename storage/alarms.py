@@ -1,0 +1,48 @@
+"""Alarms: what a person should know, one open alarm of a kind for each agent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, RowMapping, select, update
+
+from storage import db, ids, ledger
+from storage.tables import Alarm
+
+
+def raise_alarm(connection: Connection, agent: str, kind: str, message: str, detail: Mapping[str, Any], now: datetime) -> bool:
+    """Open an alarm; returns False while one of this kind is open already."""
+    row = {
+        "id": ids.make_ulid(now, agent, kind),
+        "agent": agent,
+        "kind": kind,
+        "message": message,
+        "detail": dict(detail),
+        "raised_at": now,
+    }
+    is_new = connection.execute(db.insert_or_skip(connection, Alarm), [row]).rowcount == 1
+    if is_new:
+        ledger.append(connection, "alarm", agent, {"kind": kind, "message": message}, now)
+    return is_new
+
+
+def clear(connection: Connection, agent: str, kind: str, now: datetime) -> bool:
+    """Close the open alarm of a kind; returns whether there was one."""
+    open_one = update(Alarm).where(Alarm.agent == agent, Alarm.kind == kind, Alarm.cleared_at.is_(None))
+    return connection.execute(open_one.values(cleared_at=now)).rowcount == 1
+
+
+def list_open(connection: Connection, agent: str | None = None) -> list[RowMapping]:
+    """The open alarms, oldest first."""
+    query = select(Alarm.__table__).where(Alarm.cleared_at.is_(None)).order_by(Alarm.raised_at)
+    if agent:
+        query = query.where(Alarm.agent == agent)
+    return list(connection.execute(query).mappings())
+
+
+def list_since(connection: Connection, agent: str, since: datetime) -> list[RowMapping]:
+    """Every alarm raised since then, open or not."""
+    query = select(Alarm.__table__).where(Alarm.agent == agent, Alarm.raised_at >= since).order_by(Alarm.raised_at)
+    return list(connection.execute(query).mappings())

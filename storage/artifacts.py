@@ -1,0 +1,89 @@
+"""Model folders on disk: their digest, and how one is published so that nothing half-written is ever visible.
+
+Files only: the GPU programs import this without a database.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+class DigestMismatchError(RuntimeError):
+    """A folder's files are not the ones that were registered."""
+
+
+def digest_folder(folder: Path) -> str:
+    """`sha256:` over sorted lines `path NUL size NUL sha256` of every file below `folder`.
+
+    Raises `FileNotFoundError` when the folder is absent or empty.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if not files:
+        message = f"{folder} holds no files: nothing to take the digest of"
+        raise FileNotFoundError(message)
+    lines = sorted(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0{digest_file(path)}" for path in files)
+    return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """The hex SHA-256 of one file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def pin_base(adapter: Path, base_digest: str) -> None:
+    """Write the base's digest where PEFT wrote its path, so that the adapter's digest is the same on every machine."""
+    path = adapter / ADAPTER_CONFIG
+    config = json.loads(path.read_text())
+    config["base_model_name_or_path"] = base_digest
+    write_atomically(path, json.dumps(config, indent=2, sort_keys=True).encode())
+
+
+def pinned_base(adapter: Path) -> str:
+    """The digest of the base that the adapter was trained on."""
+    return str(json.loads((adapter / ADAPTER_CONFIG).read_text())["base_model_name_or_path"])
+
+
+def publish(folder: Path, store: Path) -> tuple[Path, str]:
+    """Copy `folder` into `store` under the name of its digest; returns the place and the digest.
+
+    Publishing the same files twice is one folder. A copy that was cut short is never visible.
+    """
+    digest = digest_folder(folder)
+    place = store / digest.removeprefix("sha256:")
+    if not place.exists():
+        store.mkdir(parents=True, exist_ok=True)
+        partial = store / f".{uuid.uuid4().hex}.partial"
+        shutil.copytree(folder, partial)
+        try:
+            partial.rename(place)
+        except OSError:  # another process published the same digest between the check and the rename
+            shutil.rmtree(partial)
+            if not place.exists():
+                raise
+    return place, digest
+
+
+def check(folder: Path, digest: str) -> None:
+    """Raise `DigestMismatchError` unless the folder's files are the ones that `digest` names."""
+    actual = digest_folder(folder)
+    if actual != digest:
+        message = f"{folder} has digest {actual}, not the registered {digest}: restore it from a backup or register it anew"
+        raise DigestMismatchError(message)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` by `content` so that a reader sees the old file or the new one, never half of it."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -1,0 +1,108 @@
+"""Dataset versions: which settled labels are in which immutable snapshot, and to which split a case belongs for ever."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import orjson
+from sqlalchemy import Connection, Engine, RowMapping, insert, select
+
+from storage import db, labels, ledger, sampling, snapshots
+from storage.tables import DatasetVersion
+
+GOLD_SHARE = 0.05
+DEV_SHARE = 0.10
+ORIGINS = {"import": "import", "late_truth": "late_truth"}
+
+
+class UnknownDatasetError(LookupError):
+    """There is no dataset version of this number."""
+
+
+class EmptyDatasetError(ValueError):
+    """There is no settled label to make a dataset of."""
+
+
+def choose_split(agent: str, group_key: str, *, began_as_history: bool) -> str:
+    """The split of a group, the same for ever: gold is never trained on, dev is a part of the imported history."""
+    place = sampling.bucket("split", agent, group_key)
+    if place < GOLD_SHARE:
+        return "gold"
+    return "dev" if began_as_history and place < GOLD_SHARE + DEV_SHARE else "train"
+
+
+def build(engine: Engine, agent: str, root: Path, about: dict[str, Any], now: datetime) -> int:
+    """Write every settled label of an agent into a new dataset version; returns its number.
+
+    When nothing changed since the last version, that one is returned. `about` goes into the manifest: template digest, labels.
+    Raises `EmptyDatasetError` when there is no settled label.
+    """
+    with db.reading(engine) as connection:
+        settled = labels.read_settled(connection, agent)
+        parent = latest(connection, agent)
+    if not settled:
+        raise EmptyDatasetError(f"agent {agent} has no settled label: import history or answer reviews first")
+    rows = list(_rows(agent, settled))
+    digest = snapshots.root_digest(row.digest for row in rows)
+    if parent is not None and parent["root"] == digest:
+        return int(parent["number"])
+    folder = root / agent / digest.removeprefix("sha256:")[:32]
+    cut = {"labels": len(rows), "answered_until": rows[-1].answered_at}
+    lineage = {"agent": agent, "parent": parent["root"] if parent else None, "query": "every settled label", "cut": cut, **about}
+    manifest = snapshots.write(folder, rows, lineage)
+    with db.writing(engine) as connection:
+        newest = latest(connection, agent)
+        if newest is not None and newest["root"] == digest:
+            return int(newest["number"])
+        number = int(newest["number"]) + 1 if newest else 1
+        row = {"agent": agent, "number": number, "root": digest, "folder": str(folder), "rows": len(rows), "manifest": manifest}
+        parent_number = newest["number"] if newest else None
+        connection.execute(insert(DatasetVersion).values(**row, parent=parent_number, created_at=now))
+        labels.mark_in_dataset(connection, agent, [row.label_id for row in rows], number)
+        ledger.append(connection, "dataset", agent, {"number": number, "root": digest, "rows": len(rows)}, now)
+    return number
+
+
+def _rows(agent: str, settled: Sequence[tuple[labels.Truth, RowMapping]]) -> Iterator[snapshots.Row]:
+    # The first label of a group decides its split, so that later ones can't move it.
+    first: dict[str, tuple[datetime, str]] = {}
+    for truth, case in sorted(settled, key=lambda one: (one[1]["received_at"], one[1]["label_id"])):
+        first.setdefault(case["group_key"], (case["received_at"], truth.kind))
+    for truth, case in settled:
+        yield snapshots.Row(
+            row_id=hashlib.sha256(f"{agent}\0{case['prediction_id']}".encode()).hexdigest()[:32],
+            group_digest=hashlib.sha256(f"{agent}\0group\0{case['group_key']}".encode()).hexdigest()[:32],
+            split=choose_split(agent, case["group_key"], began_as_history=first[case["group_key"]][1] == "import"),
+            origin=ORIGINS.get(truth.kind, "review"),
+            label_id=case["label_id"],
+            input=orjson.dumps(case["input"]).decode(),
+            attributes=orjson.dumps(case["attributes"], option=orjson.OPT_SORT_KEYS).decode(),
+            answer=truth.answer,
+            rationale=case["rationale"],
+            answered_at=case["answered_at"].astimezone(UTC).isoformat(),
+        )
+
+
+def latest(connection: Connection, agent: str) -> RowMapping | None:
+    """The newest dataset version of an agent."""
+    query = select(DatasetVersion.__table__).where(DatasetVersion.agent == agent).order_by(DatasetVersion.number.desc()).limit(1)
+    return connection.execute(query).mappings().first()
+
+
+def read(connection: Connection, agent: str, number: int) -> RowMapping:
+    """One dataset version. Raises `UnknownDatasetError`."""
+    query = select(DatasetVersion.__table__).where(DatasetVersion.agent == agent, DatasetVersion.number == number)
+    row = connection.execute(query).mappings().first()
+    if row is None:
+        raise UnknownDatasetError(f"agent {agent} has no dataset version {number}: `ratchet datasets list` shows them")
+    return row
+
+
+def list_all(connection: Connection, agent: str | None = None) -> list[RowMapping]:
+    """Every dataset version, oldest first."""
+    query = select(DatasetVersion.__table__).order_by(DatasetVersion.agent, DatasetVersion.number)
+    return list(connection.execute(query.where(DatasetVersion.agent == agent) if agent else query).mappings())

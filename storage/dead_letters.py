@@ -1,0 +1,75 @@
+"""What could not be handled: kept with its reason until somebody replays or discards it."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, RowMapping, func, select, update
+
+from storage import db, events, ids
+from storage.tables import DeadLetter, Event
+
+
+class UnknownDeadLetterError(LookupError):
+    """There is no parked dead letter of this id."""
+
+
+def park_event(connection: Connection, event: events.Stored, reason: str, now: datetime) -> str:
+    """Set an event aside; its payload stays in the log."""
+    events.mark(connection, [event.ulid], "dead", now, reason)
+    return park(connection, event.subject or event.type, reason, now, event=event.ulid, key=event.ulid)
+
+
+def park(
+    connection: Connection, origin: str, reason: str, now: datetime, *, key: str, event: str | None = None, payload: str | None = None
+) -> str:
+    """Set something aside that never became an event. `key` makes parking the same thing twice one dead letter."""
+    letter = ids.make_ulid(now, "dead letter", key)
+    row = {"id": letter, "event": event, "origin": origin, "reason": reason, "payload": payload, "state": "parked", "at": now}
+    connection.execute(db.insert_or_skip(connection, DeadLetter), [row])
+    return letter
+
+
+def list_parked(connection: Connection, limit: int = 100) -> list[RowMapping]:
+    """The parked ones, newest first."""
+    query = select(DeadLetter.id, DeadLetter.event, DeadLetter.origin, DeadLetter.reason, DeadLetter.at)
+    return list(connection.execute(query.where(DeadLetter.state == "parked").order_by(DeadLetter.at.desc()).limit(limit)).mappings())
+
+
+def count_parked(connection: Connection) -> int:
+    """How many wait for somebody."""
+    return connection.execute(select(func.count()).select_from(DeadLetter).where(DeadLetter.state == "parked")).scalar_one()
+
+
+def show(connection: Connection, letter: str) -> dict[str, Any]:
+    """One dead letter with the event's payload. Raises `UnknownDeadLetterError`."""
+    query = select(DeadLetter.__table__, Event.data, Event.type, Event.source, Event.event_id)
+    query = query.join(Event, Event.ulid == DeadLetter.event, isouter=True).where(DeadLetter.id == letter)
+    row = connection.execute(query).mappings().first()
+    if row is None:
+        raise UnknownDeadLetterError(f"there is no dead letter {letter}: `ratchet dead-letters list` shows them")
+    return dict(row)
+
+
+def replay(connection: Connection, letter: str, actor: str, now: datetime) -> None:
+    """Put the event of a parked dead letter through the handlers again."""
+    event = _close(connection, letter, "replayed", actor, None, now)
+    if event is None:
+        raise UnknownDeadLetterError(f"dead letter {letter} holds no event that could be replayed: discard it, and send it anew")
+    connection.execute(
+        update(Event).where(Event.ulid == event, Event.state == "dead").values(state="received", reason=None, handled_at=None)
+    )
+
+
+def discard(connection: Connection, letter: str, actor: str, note: str, now: datetime) -> None:
+    """Close a parked dead letter for good, with the reason; its event stays in the log."""
+    _close(connection, letter, "discarded", actor, note, now)
+
+
+def _close(connection: Connection, letter: str, state: str, actor: str, note: str | None, now: datetime) -> str | None:
+    change = update(DeadLetter).where(DeadLetter.id == letter, DeadLetter.state == "parked")
+    closed = connection.execute(change.values(state=state, closed_at=now, closed_by=actor, note=note).returning(DeadLetter.event)).first()
+    if closed is None:
+        raise UnknownDeadLetterError(f"there is no parked dead letter {letter}: `ratchet dead-letters list` shows them")
+    return closed.event  # type: ignore[no-any-return]

@@ -1,0 +1,151 @@
+"""The event log: inbox and outbox in one append-only table.
+
+Work is found by a row's state, never by its position: on PostgreSQL the order of keys is not the order of commits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Literal
+
+import orjson
+from sqlalchemy import Connection, func, select, tuple_, update
+
+from storage import db, ids
+from storage.tables import Event
+
+Outcome = Literal["stored", "duplicate", "conflict"]
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """An event before it is stored; `data` is JSON text and `digest` the SHA-256 over its canonical form."""
+
+    source: str
+    event_id: str
+    type: str
+    subject: str
+    time: datetime
+    data: str
+    digest: str
+    principal: str | None = None
+    state: str = "received"
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What became of an appended event; a `conflict` names the event that was stored before it."""
+
+    ulid: str
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An event as it lies in the log."""
+
+    ulid: str
+    source: str
+    event_id: str
+    type: str
+    subject: str
+    time: datetime
+    received_at: datetime
+    principal: str | None
+    data: str | None
+    state: str
+    reason: str | None
+    handled_at: datetime | None
+
+
+COLUMNS = tuple(getattr(Event, name) for name in Stored.__dataclass_fields__)
+
+
+def append(connection: Connection, incoming: Sequence[Incoming], now: datetime) -> list[Receipt]:
+    """Store events in the caller's transaction, each identity `(source, event_id)` once."""
+    if not incoming:
+        return []
+    ulids = [ids.make_ulid(now, one.source, one.event_id) for one in incoming]
+    rows = [
+        {
+            "ulid": ulid,
+            "source": one.source,
+            "event_id": one.event_id,
+            "type": one.type,
+            "subject": one.subject,
+            "time": one.time,
+            "received_at": now,
+            "principal": one.principal,
+            "data": one.data,
+            "digest": one.digest,
+            "state": one.state,
+        }
+        for ulid, one in zip(ulids, incoming, strict=True)
+    ]
+    stored = connection.execute(db.insert_or_skip(connection, Event), rows).rowcount
+    if stored == len(rows):
+        return [Receipt(ulid, "stored") for ulid in ulids]
+    identities = [(one.source, one.event_id) for one in incoming]
+    found = select(Event.source, Event.event_id, Event.ulid, Event.digest).where(tuple_(Event.source, Event.event_id).in_(identities))
+    known = {(row.source, row.event_id): (row.ulid, row.digest) for row in connection.execute(found)}
+    return [_receipt(ulid, one, *known[one.source, one.event_id]) for ulid, one in zip(ulids, incoming, strict=True)]
+
+
+def _receipt(ulid: str, one: Incoming, known_ulid: str, known_digest: str) -> Receipt:
+    if known_digest != one.digest:
+        return Receipt(known_ulid, "conflict")
+    return Receipt(known_ulid, "stored" if known_ulid == ulid else "duplicate")
+
+
+def read_received(connection: Connection, limit: int) -> list[Stored]:
+    """The oldest events that nobody has handled yet; on PostgreSQL other consumers skip them until the transaction ends."""
+    query = select(*COLUMNS).where(Event.state == "received").order_by(Event.ulid).limit(limit)
+    if connection.dialect.name == "postgresql":
+        query = query.with_for_update(skip_locked=True)
+    return [Stored(*row) for row in connection.execute(query)]
+
+
+def read_waiting(connection: Connection, subjects: Iterable[str]) -> list[Stored]:
+    """Labels that came before their prediction, for claims that are known now, in order of arrival."""
+    query = select(*COLUMNS).where(Event.state == "waiting", Event.subject.in_(list(subjects))).order_by(Event.ulid)
+    return [Stored(*row) for row in connection.execute(query)]
+
+
+def read_overdue(connection: Connection, now: datetime, patience: timedelta) -> list[Stored]:
+    """Events that have waited for their claim longer than `patience`."""
+    query = select(*COLUMNS).where(Event.state == "waiting", Event.received_at < now - patience)
+    return [Stored(*row) for row in connection.execute(query)]
+
+
+def read(connection: Connection, ulid: str) -> Stored | None:
+    """One event by our own key."""
+    row = connection.execute(select(*COLUMNS).where(Event.ulid == ulid)).first()
+    return Stored(*row) if row else None
+
+
+def mark(connection: Connection, ulids: Sequence[str], state: str, now: datetime, reason: str | None = None) -> None:
+    """Say what became of events."""
+    if ulids:
+        values: dict[str, Any] = {"state": state, "reason": reason, "handled_at": now}
+        connection.execute(update(Event).where(Event.ulid.in_(ulids)).values(values))
+
+
+def count_by_state(connection: Connection) -> dict[str, int]:
+    """How many events are in each state that needs attention; those done with are not counted, there may be millions."""
+    states = ("received", "waiting", "unsent")
+    return {state: connection.execute(select(func.count()).select_from(Event).where(Event.state == state)).scalar_one() for state in states}
+
+
+def oldest_received_at(connection: Connection) -> datetime | None:
+    """When the oldest unhandled event came in; None when everything is handled."""
+    return connection.execute(select(func.min(Event.received_at)).where(Event.state == "received")).scalar()
+
+
+def emit(connection: Connection, type_: str, subject: str, key: str, data: Mapping[str, Any], now: datetime) -> None:
+    """Put an event of our own into the outbox, in the transaction of what it tells about. `key` makes it one event."""
+    content = orjson.dumps(dict(data), option=orjson.OPT_SORT_KEYS | orjson.OPT_UTC_Z)
+    one = Incoming("ratchet", f"{type_}/{key}", type_, subject, now, content.decode(), hashlib.sha256(content).hexdigest(), state="unsent")
+    append(connection, [one], now)

@@ -1,0 +1,75 @@
+"""Exams and watches: which two versions are compared, since when, and how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, Literal
+
+from sqlalchemy import Connection, RowMapping, select, update
+
+from storage import db, events, ids, ledger, reviews
+from storage.tables import Exam
+
+Kind = Literal["exam", "watch"]
+
+
+def open_new(connection: Connection, agent: str, kind: Kind, candidate: str, champion: str, now: datetime) -> str:
+    """Begin to compare two versions; an exam that is open for the same pair is the same exam."""
+    exam = ids.make_ulid(now, agent, kind, candidate, champion)
+    row = {
+        "id": exam,
+        "agent": agent,
+        "kind": kind,
+        "candidate": candidate,
+        "champion": champion,
+        "state": "open",
+        "opened_at": now,
+        "report": {},
+    }
+    connection.execute(db.insert_or_skip(connection, Exam), [row])
+    current = read_open(connection, agent, kind)
+    if current is None or (current["candidate"], current["champion"]) != (candidate, champion):
+        raise ValueError(f"agent {agent} has another open {kind}: close it before {candidate} against {champion}")
+    return str(current["id"])
+
+
+def read_open(connection: Connection, agent: str, kind: Kind) -> RowMapping | None:
+    """The agent's open exam or watch."""
+    query = select(Exam.__table__).where(Exam.agent == agent, Exam.kind == kind, Exam.state == "open")
+    return connection.execute(query).mappings().first()
+
+
+def open_kinds(connection: Connection, agent: str) -> set[str]:
+    """Which of exam and watch are going on, for the router's budget."""
+    return set(connection.execute(select(Exam.kind).where(Exam.agent == agent, Exam.state == "open")).scalars())
+
+
+def update_report(connection: Connection, exam: str, report: Mapping[str, Any]) -> None:
+    """Keep the newest numbers of an open exam."""
+    connection.execute(update(Exam).where(Exam.id == exam).values(report=dict(report)))
+
+
+def close(connection: Connection, exam: str, outcome: str, report: Mapping[str, Any], now: datetime) -> bool:
+    """End an exam once, with its outcome; the reviews that only it asked for are withdrawn. False when it had ended before."""
+    change = update(Exam).where(Exam.id == exam, Exam.state == "open")
+    values = {"state": "closed", "outcome": outcome, "closed_at": now, "report": dict(report)}
+    row = connection.execute(change.values(values).returning(Exam.agent, Exam.kind, Exam.candidate, Exam.champion)).mappings().first()
+    if row is None:
+        return False
+    body = {**row, "exam": exam, "outcome": outcome, "reasons": list(report.get("reasons", []))}
+    ledger.append(connection, f"{row['kind']} closed", row["agent"], body, now)
+    events.emit(connection, f"ratchet.{row['kind']}.closed.v1", f"{row['agent']}/{row['candidate']}", exam, body, now)
+    reviews.withdraw_exam(connection, exam, now)
+    return True
+
+
+def of_version(connection: Connection, agent: str, version: str) -> list[RowMapping]:
+    """Every exam and watch that a version sat, oldest first."""
+    query = select(Exam.__table__).where(Exam.agent == agent, Exam.candidate == version).order_by(Exam.opened_at)
+    return list(connection.execute(query).mappings())
+
+
+def read(connection: Connection, exam: str) -> RowMapping | None:
+    """One exam."""
+    return connection.execute(select(Exam.__table__).where(Exam.id == exam)).mappings().first()

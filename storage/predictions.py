@@ -1,0 +1,86 @@
+"""Predictions: what a model said about a claim, how it was routed, and the stored input that labels refer to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, RowMapping, exists, func, select
+
+from storage import db
+from storage.tables import Label, Prediction
+
+
+def insert_new(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Store predictions; one that is there already stays as it is."""
+    if rows:
+        connection.execute(db.insert_or_skip(connection, Prediction), list(rows))
+
+
+def read(connection: Connection, prediction: str) -> RowMapping | None:
+    """One prediction by our own key."""
+    return connection.execute(select(Prediction.__table__).where(Prediction.id == prediction)).mappings().first()
+
+
+def find_known(connection: Connection, agent: str, prediction_ids: Sequence[str]) -> dict[str, str]:
+    """Our keys of the predictions of an agent that are stored already, by the producer's prediction id."""
+    query = select(Prediction.prediction_id, Prediction.id).where(Prediction.agent == agent, Prediction.prediction_id.in_(prediction_ids))
+    return {row.prediction_id: row.id for row in connection.execute(query)}
+
+
+def find_labelled(
+    connection: Connection, agent: str, *, claim_id: str | None, prediction_id: str | None, at: datetime
+) -> RowMapping | None:
+    """The prediction that a label means: the one it names, else the claim's latest at that time, else its first."""
+    columns = select(Prediction.id, Prediction.claim_id, Prediction.decision, Prediction.origin).where(Prediction.agent == agent)
+    if prediction_id is not None:
+        return connection.execute(columns.where(Prediction.prediction_id == prediction_id)).mappings().first()
+    of_claim = columns.where(Prediction.claim_id == claim_id)
+    latest = of_claim.where(Prediction.occurred_at <= at).order_by(Prediction.occurred_at.desc(), Prediction.id.desc())
+    first = of_claim.order_by(Prediction.occurred_at, Prediction.id)
+    return connection.execute(latest.limit(1)).mappings().first() or connection.execute(first.limit(1)).mappings().first()
+
+
+def read_routed(connection: Connection, agent: str, limit: int) -> list[tuple[float | None, list[str], dict[str, Any]]]:
+    """Confidence, routing reasons and attributes of the newest served predictions, oldest first."""
+    query = select(Prediction.confidence, Prediction.reasons, Prediction.attributes)
+    query = query.where(Prediction.agent == agent, Prediction.origin == "served").order_by(Prediction.id.desc()).limit(limit)
+    return [(row.confidence, row.reasons, row.attributes) for row in reversed(connection.execute(query).all())]
+
+
+def read_recent(
+    connection: Connection, agent: str, limit: int, *, unlabelled_only: bool, since: datetime | None = None
+) -> list[RowMapping]:
+    """The newest served predictions with their inputs, oldest first."""
+    query = select(
+        Prediction.id, Prediction.claim_id, Prediction.group_key, Prediction.input, Prediction.attributes, Prediction.occurred_at
+    )
+    query = query.where(Prediction.agent == agent, Prediction.origin == "served", Prediction.input.is_not(None))
+    if unlabelled_only:
+        query = query.where(~exists().where(Label.prediction == Prediction.id))
+    if since is not None:
+        query = query.where(Prediction.received_at >= since)
+    rows = connection.execute(query.order_by(Prediction.id.desc()).limit(limit)).mappings().all()
+    return list(reversed(rows))
+
+
+def count_since(connection: Connection, agent: str, since: datetime) -> int:
+    """How many predictions were served since then."""
+    query = select(func.count()).select_from(Prediction).where(Prediction.agent == agent, Prediction.origin == "served")
+    return connection.execute(query.where(Prediction.received_at >= since)).scalar_one()
+
+
+def of_claim(connection: Connection, claim_id: str, agent: str | None = None) -> list[RowMapping]:
+    """Every prediction of a claim, oldest first, without its input."""
+    columns = [column for column in Prediction.__table__.columns if column.name not in ("input", "probabilities")]
+    query = select(*columns).where(Prediction.claim_id == claim_id).order_by(Prediction.occurred_at)
+    if agent:
+        query = query.where(Prediction.agent == agent)
+    return list(connection.execute(query).mappings())
+
+
+def read_inputs(connection: Connection, predictions: Iterable[str]) -> dict[str, RowMapping]:
+    """Input, attributes and group of predictions, by our own key."""
+    columns = select(Prediction.id, Prediction.input, Prediction.attributes, Prediction.group_key, Prediction.claim_id)
+    return {row["id"]: row for row in connection.execute(columns.where(Prediction.id.in_(list(predictions)))).mappings()}

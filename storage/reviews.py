@@ -1,0 +1,217 @@
+"""Reviews: cases that wait for an expert, shown to one at a time, with everything that happened to them.
+
+open → leased → answered | expired ;  leased → open (the lease ran out, or the case was skipped)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection, RowMapping, case, func, insert, select, update
+
+from storage import db, ids
+from storage.tables import Prediction, Review, ReviewStep
+
+LIVE = ("open", "leased")
+EXAM_PRIORITY = 2.0
+
+
+class ReviewClosedError(RuntimeError):
+    """The review can't be acted on: it is closed, unknown, or another expert has it."""
+
+
+def open_new(connection: Connection, rows: Sequence[Mapping[str, Any]], now: datetime, actor: str) -> None:
+    """Open reviews; a row has prediction, agent, claim_id, reasons, priority and may have is_blind, exam and expires_at.
+
+    A claim that is under review already is not opened twice.
+    """
+    if not rows:
+        return
+    prepared = [
+        {
+            "id": make_id(row["prediction"], row.get("exam"), now),
+            "state": "open",
+            "opened_at": now,
+            "is_blind": False,
+            "exam": None,
+            "expires_at": None,
+            **row,
+        }
+        for row in rows
+    ]
+    connection.execute(db.insert_or_skip(connection, Review), prepared)
+    steps = [{"review": row["id"], "at": now, "actor": actor, "action": "opened", "note": ", ".join(row["reasons"])} for row in prepared]
+    present = set(connection.execute(select(Review.id).where(Review.id.in_([row["id"] for row in prepared]))).scalars())
+    connection.execute(insert(ReviewStep), [step for step in steps if step["review"] in present])
+
+
+def make_id(prediction: str, exam: str | None, now: datetime) -> str:
+    """The key of the review that is opened now for this prediction."""
+    return ids.make_ulid(now, "review", prediction, exam or "")
+
+
+def ask_for_exam(connection: Connection, prediction: RowMapping, agent: str, exam: str, reason: str, now: datetime) -> None:
+    """Ask for a blind answer on a stored claim: a new review, or one more reason on the one that is open."""
+    live = select(Review.id, Review.reasons).where(Review.prediction == prediction["id"], Review.state.in_(LIVE))
+    known = connection.execute(live).first()
+    if known is None:
+        row = {
+            "prediction": prediction["id"],
+            "agent": agent,
+            "claim_id": prediction["claim_id"],
+            "reasons": [reason],
+            "priority": EXAM_PRIORITY,
+        }
+        open_new(connection, [{**row, "is_blind": True, "exam": exam}], now, "ratchet")
+        return
+    reasons = [*known.reasons, *({reason} - set(known.reasons))]
+    change = update(Review).where(Review.id == known.id)
+    connection.execute(
+        change.values(
+            reasons=reasons,
+            is_blind=True,
+            exam=exam,
+            expires_at=None,
+            priority=case((Review.priority > EXAM_PRIORITY, Review.priority), else_=EXAM_PRIORITY),
+        )
+    )
+    _step(connection, known.id, now, "ratchet", "reason added", reason)
+
+
+def lease_next(connection: Connection, agents: Sequence[str], expert: str, now: datetime, term: timedelta) -> RowMapping | None:
+    """The case that the expert should look at now: the one on lease to them, else the most urgent open one they did not skip."""
+    return_expired_leases(connection, now)
+    mine = select(Review.id).where(Review.state == "leased", Review.leased_by == expert, Review.agent.in_(agents)).limit(1)
+    held = connection.execute(mine).scalar()
+    if held is None:
+        skipped = select(ReviewStep.review).where(ReviewStep.action == "skipped", ReviewStep.actor == expert)
+        free = select(Review.id).where(Review.state == "open", Review.agent.in_(agents), Review.id.not_in(skipped))
+        free = free.order_by(Review.priority.desc(), Review.opened_at, Review.id).limit(1)
+        if connection.dialect.name == "postgresql":
+            free = free.with_for_update(skip_locked=True)
+        held = connection.execute(free).scalar()
+        if held is None:
+            return None
+        _step(connection, held, now, expert, "leased", None)
+    values = {"state": "leased", "leased_by": expert, "lease_until": now + term}
+    connection.execute(update(Review).where(Review.id == held).values(values))
+    return read(connection, held)
+
+
+def read(connection: Connection, review: str) -> RowMapping | None:
+    """One review with the claim's input and what the model answered; callers hide the answer from an expert who has not decided."""
+    joined = select(
+        Review.__table__,
+        Prediction.input,
+        Prediction.attributes,
+        Prediction.prediction_id,
+        Prediction.decision,
+        Prediction.confidence,
+        Prediction.model_version,
+        Prediction.occurred_at,
+    ).join(Prediction, Prediction.id == Review.prediction)
+    return connection.execute(joined.where(Review.id == review)).mappings().first()
+
+
+def skip(connection: Connection, review: str, expert: str, reason: str, now: datetime) -> None:
+    """Give a case back with a reason; it is not shown to this expert again. Raises `ReviewClosedError`."""
+    held = update(Review).where(Review.id == review, Review.state == "leased", Review.leased_by == expert)
+    if not connection.execute(held.values(state="open", leased_by=None, lease_until=None)).rowcount:
+        raise ReviewClosedError(f"review {review} is not on lease to {expert}: ask for the next one")
+    _step(connection, review, now, expert, "skipped", reason)
+
+
+def reveal(connection: Connection, review: str, expert: str, now: datetime) -> None:
+    """Record that the expert chose to see the model's answer before giving their own. Raises `ReviewClosedError`."""
+    row = connection.execute(select(Review.state, Review.leased_by, Review.is_blind).where(Review.id == review)).first()
+    if row is None or row.leased_by != expert:
+        raise ReviewClosedError(f"review {review} is not on lease to {expert}: ask for the next one")
+    if row.is_blind:
+        raise ReviewClosedError(f"review {review} is blind: the model's answer is shown after yours")
+    _step(connection, review, now, expert, "revealed", None)
+
+
+def close_answered(connection: Connection, prediction: str, expert: str, now: datetime, review: str | None) -> str | None:
+    """Close the live review that a label answers: the one it names, else the prediction's; returns its key, None if none was open."""
+    target = Review.id == review if review is not None else Review.prediction == prediction
+    live = update(Review).where(target, Review.prediction == prediction, Review.state.in_(LIVE))
+    values = {"state": "answered", "closed_at": now, "leased_by": None, "lease_until": None}
+    closed = connection.execute(live.values(values).returning(Review.id)).scalar()
+    if closed is not None:
+        _step(connection, closed, now, expert, "answered", None)
+    return closed
+
+
+def return_expired_leases(connection: Connection, now: datetime) -> int:
+    """Put cases whose lease ran out back into the queue; returns how many."""
+    lapsed = select(Review.id, Review.leased_by).where(Review.state == "leased", Review.lease_until <= now)
+    rows = connection.execute(lapsed).all()
+    for row in rows:
+        change = update(Review).where(Review.id == row.id, Review.state == "leased", Review.lease_until <= now)
+        connection.execute(change.values(state="open", leased_by=None, lease_until=None))
+        _step(connection, row.id, now, row.leased_by, "lease ran out", None)
+    return len(rows)
+
+
+def expire(connection: Connection, now: datetime) -> list[RowMapping]:
+    """Close open reviews past their expiry; audit, must-review and exam cases have none."""
+    overdue = update(Review).where(Review.state == "open", Review.expires_at <= now)
+    rows = connection.execute(overdue.values(state="expired", closed_at=now).returning(Review.id, Review.agent, Review.claim_id)).mappings()
+    closed = list(rows)
+    for row in closed:
+        _step(connection, row["id"], now, "ratchet", "expired", None)
+    return closed
+
+
+def withdraw_exam(connection: Connection, exam: str, now: datetime) -> None:
+    """Close the open reviews that only an ended exam asked for."""
+    rows = connection.execute(select(Review.id, Review.reasons).where(Review.exam == exam, Review.state == "open")).all()
+    for row in rows:
+        if set(row.reasons) <= {"exam", "watch"}:
+            connection.execute(update(Review).where(Review.id == row.id).values(state="expired", closed_at=now))
+            _step(connection, row.id, now, "ratchet", "expired", "its exam ended")
+
+
+def history(connection: Connection, review: str) -> list[RowMapping]:
+    """Everything that happened to a review, in order."""
+    query = select(ReviewStep.at, ReviewStep.actor, ReviewStep.action, ReviewStep.note).where(ReviewStep.review == review)
+    return list(connection.execute(query.order_by(ReviewStep.id)).mappings())
+
+
+def was_revealed(connection: Connection, review: str, expert: str) -> bool:
+    """Whether the expert saw the model's answer before giving their own."""
+    query = select(ReviewStep.id).where(ReviewStep.review == review, ReviewStep.actor == expert, ReviewStep.action == "revealed")
+    return connection.execute(query).first() is not None
+
+
+def count_live(connection: Connection, agent: str) -> dict[str, int]:
+    """How many reviews wait, by state."""
+    query = select(Review.state, func.count()).where(Review.agent == agent, Review.state.in_(LIVE)).group_by(Review.state)
+    return dict.fromkeys(LIVE, 0) | {row[0]: row[1] for row in connection.execute(query)}
+
+
+def count_opened(connection: Connection, agent: str, since: datetime) -> tuple[int, int]:
+    """How many reviews were opened since then, and how many of them for an exam or a watch."""
+    query = select(func.count(), func.count(Review.exam)).where(Review.agent == agent, Review.opened_at >= since)
+    row = connection.execute(query).one()
+    return row[0], row[1]
+
+
+def list_live(connection: Connection, agent: str | None = None, limit: int = 100) -> list[RowMapping]:
+    """The queue, most urgent first, without claim contents."""
+    query = select(Review.__table__).where(Review.state.in_(LIVE)).order_by(Review.priority.desc(), Review.opened_at).limit(limit)
+    if agent:
+        query = query.where(Review.agent == agent)
+    return list(connection.execute(query).mappings())
+
+
+def of_exam(connection: Connection, exam: str) -> list[RowMapping]:
+    """The reviews that an exam asked for."""
+    query = select(Review.id, Review.prediction, Review.state).where(Review.exam == exam)
+    return list(connection.execute(query).mappings())
+
+
+def _step(connection: Connection, review: str, at: datetime, actor: str, action: str, note: str | None) -> None:
+    connection.execute(insert(ReviewStep).values(review=review, at=at, actor=actor, action=action, note=note))

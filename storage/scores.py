@@ -1,0 +1,64 @@
+"""Scores: what versions answer on stored claims when they are asked offline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, and_, func, select
+from sqlalchemy.orm import aliased
+
+from storage import db
+from storage.tables import Label, Prediction, Score
+
+
+@dataclass(frozen=True, slots=True)
+class Differing:
+    """A claim on which two versions answer differently."""
+
+    prediction: str
+    claim_id: str
+    candidate: str
+    champion: str
+    attributes: dict[str, Any]
+
+
+def insert_new(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Store scores; a version's answer on a claim is stored once."""
+    if rows:
+        connection.execute(db.insert_or_skip(connection, Score), list(rows))
+
+
+def count_common(connection: Connection, agent: str, candidate: str, champion: str) -> int:
+    """On how many claims both versions were asked."""
+    ours, theirs = aliased(Score), aliased(Score)
+    both = select(func.count()).select_from(ours).join(theirs, and_(theirs.prediction == ours.prediction, theirs.agent == ours.agent))
+    return connection.execute(both.where(ours.agent == agent, ours.version == candidate, theirs.version == champion)).scalar_one()
+
+
+def read_differing(connection: Connection, agent: str, candidate: str, champion: str) -> list[Differing]:
+    """The claims on which the two versions answer differently, in order of arrival."""
+    ours, theirs = aliased(Score), aliased(Score)
+    query = (
+        select(Prediction.id, Prediction.claim_id, ours.decision, theirs.decision, Prediction.attributes)
+        .join(ours, ours.prediction == Prediction.id)
+        .join(theirs, and_(theirs.prediction == Prediction.id, theirs.agent == ours.agent))
+        .where(ours.agent == agent, ours.version == candidate, theirs.version == champion, ours.decision != theirs.decision)
+        .order_by(Prediction.id)
+    )
+    return [Differing(*row) for row in connection.execute(query)]
+
+
+def read_unscored(connection: Connection, agent: str, version: str, predictions: Sequence[str]) -> list[str]:
+    """Which of these predictions the version has not been asked about."""
+    query = select(Score.prediction).where(Score.agent == agent, Score.version == version, Score.prediction.in_(predictions))
+    known = set(connection.execute(query).scalars())
+    return [prediction for prediction in predictions if prediction not in known]
+
+
+def labelled_after(connection: Connection, predictions: Sequence[str], cut: int | None) -> set[str]:
+    """Which of these predictions have a label that dataset version `cut` does not hold."""
+    query = select(Label.prediction).where(Label.prediction.in_(predictions))
+    query = query.where((Label.dataset.is_(None)) | (Label.dataset > (cut or 0)))
+    return set(connection.execute(query).scalars())

@@ -1,0 +1,443 @@
+"""The schema: every table, its states and its indexes, in the order in which the data moves.
+
+Times are aware UTC. Identifiers are ULIDs made from a time and what the row is about, so that a replay makes the same ones.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, ClassVar
+
+from sqlalchemy import (
+    JSON,
+    CheckConstraint,
+    Dialect,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    String,
+    Text,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.dialects.postgresql import TIMESTAMP
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+
+class UtcTime(TypeDecorator[datetime]):
+    """An aware time in UTC: `timestamptz` on PostgreSQL, sortable ISO 8601 text on SQLite."""
+
+    impl = String(32)
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        """The column type of the database in use."""
+        return dialect.type_descriptor(TIMESTAMP(timezone=True) if dialect.name == "postgresql" else String(32))
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:
+        """Refuse a time without a zone: what it means would depend on the machine."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError(f"{value!r} has no time zone: pass an aware time")
+        value = value.astimezone(UTC)
+        return value if dialect.name == "postgresql" else value.isoformat(timespec="microseconds")
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
+        """The time as it was stored, in UTC."""
+        if value is None:
+            return None
+        return value.astimezone(UTC) if dialect.name == "postgresql" else datetime.fromisoformat(value)
+
+
+def states(column: str, *allowed: str) -> CheckConstraint:
+    """The states a row may be in, enforced by the database."""
+    return CheckConstraint(f"{column} IN ({', '.join(repr(state) for state in allowed)})", name=f"{column}_is_known")
+
+
+def partial(name: str, *columns: str, where: str, unique: bool = False) -> Index:
+    """An index over the few rows that `where` holds for, so that finding work stays fast in a big table."""
+    return Index(name, *columns, unique=unique, sqlite_where=text(where), postgresql_where=text(where))
+
+
+class Table(DeclarativeBase):
+    """Everything that Ratchet remembers."""
+
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
+        datetime: UtcTime,
+        dict[str, Any]: JSON,
+        list[str]: JSON,
+        list[float]: JSON,
+    }
+
+
+class Installation(Table):
+    """One row: who this installation is, and the key that hides claim ids in the ledger."""
+
+    __tablename__ = "installation"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    secret: Mapped[str]
+    created_at: Mapped[datetime]
+
+
+class Event(Table):
+    """Everything that came in or goes out, once each; the payload may be erased, its digest stays."""
+
+    __tablename__ = "events"
+    ulid: Mapped[str] = mapped_column(String(26), primary_key=True)
+    source: Mapped[str]
+    event_id: Mapped[str]
+    type: Mapped[str]
+    subject: Mapped[str]
+    time: Mapped[datetime]
+    received_at: Mapped[datetime]
+    principal: Mapped[str | None]
+    data: Mapped[str | None] = mapped_column(Text)
+    digest: Mapped[str]
+    state: Mapped[str]
+    reason: Mapped[str | None]
+    handled_at: Mapped[datetime | None]
+    __table_args__ = (
+        UniqueConstraint("source", "event_id"),
+        states("state", "received", "handled", "waiting", "dead", "unsent", "sent"),
+        partial("events_received", "ulid", where="state = 'received'"),
+        partial("events_waiting", "subject", where="state = 'waiting'"),
+        partial("events_unsent", "ulid", where="state = 'unsent'"),
+    )
+
+
+class Policy(Table):
+    """A version of an agent's routing policy: its threshold, rules, budget, template and labels."""
+
+    __tablename__ = "policies"
+    agent: Mapped[str] = mapped_column(primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True)
+    digest: Mapped[str]
+    body: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime]
+
+
+class Prediction(Table):
+    """What a model said about a claim and how it was routed; `import` rows carry the input of a case decided before."""
+
+    __tablename__ = "predictions"
+    id: Mapped[str] = mapped_column(String(26), primary_key=True)
+    agent: Mapped[str]
+    prediction_id: Mapped[str]
+    claim_id: Mapped[str]
+    group_key: Mapped[str]
+    origin: Mapped[str]
+    input: Mapped[dict[str, Any] | None]
+    input_digest: Mapped[str]
+    attributes: Mapped[dict[str, Any]]
+    decision: Mapped[str | None]
+    confidence: Mapped[float | None]
+    probabilities: Mapped[dict[str, Any] | None]
+    model_version: Mapped[str | None]
+    occurred_at: Mapped[datetime]
+    received_at: Mapped[datetime]
+    policy_version: Mapped[int | None]
+    reasons: Mapped[list[str]]
+    priority: Mapped[float]
+    effective_threshold: Mapped[float | None]
+    inclusion_probability: Mapped[float | None]
+    __table_args__ = (
+        UniqueConstraint("agent", "prediction_id"),
+        states("origin", "served", "import"),
+        Index("predictions_of_claim", "agent", "claim_id", "occurred_at"),
+        partial("predictions_served", "agent", "id", where="origin = 'served'"),
+    )
+
+
+class Score(Table):
+    """What a version answers on a stored claim when it is asked offline, for an exam or a watch."""
+
+    __tablename__ = "scores"
+    prediction: Mapped[str] = mapped_column(ForeignKey("predictions.id"), primary_key=True)
+    agent: Mapped[str] = mapped_column(primary_key=True)
+    version: Mapped[str] = mapped_column(primary_key=True)
+    decision: Mapped[str]
+    confidence: Mapped[float]
+    probabilities: Mapped[list[float]]
+    scored_at: Mapped[datetime]
+    __table_args__ = (Index("scores_of_version", "agent", "version", "prediction"),)
+
+
+class Review(Table):
+    """A case waiting for an expert; `exam` names the exam or watch that asked."""
+
+    __tablename__ = "reviews"
+    id: Mapped[str] = mapped_column(String(26), primary_key=True)
+    agent: Mapped[str]
+    prediction: Mapped[str] = mapped_column(ForeignKey("predictions.id"))
+    claim_id: Mapped[str]
+    reasons: Mapped[list[str]]
+    priority: Mapped[float]
+    state: Mapped[str]
+    is_blind: Mapped[bool]
+    exam: Mapped[str | None] = mapped_column(ForeignKey("exams.id"))
+    opened_at: Mapped[datetime]
+    expires_at: Mapped[datetime | None]
+    leased_by: Mapped[str | None]
+    lease_until: Mapped[datetime | None]
+    closed_at: Mapped[datetime | None]
+    __table_args__ = (
+        states("state", "open", "leased", "answered", "expired"),
+        CheckConstraint("(state = 'leased') = (leased_by IS NOT NULL)", name="a_lease_has_a_holder"),
+        partial("reviews_live", "agent", "priority", "opened_at", where="state IN ('open', 'leased')"),
+        partial("one_live_review", "prediction", where="state IN ('open', 'leased')", unique=True),
+        Index("reviews_opened", "agent", "opened_at"),
+        Index("reviews_of_exam", "exam"),
+    )
+
+
+class ReviewStep(Table):
+    """One thing that happened to a review: who did what, and when."""
+
+    __tablename__ = "review_steps"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    review: Mapped[str] = mapped_column(ForeignKey("reviews.id"), index=True)
+    at: Mapped[datetime]
+    actor: Mapped[str]
+    action: Mapped[str]
+    note: Mapped[str | None]
+
+
+class Label(Table):
+    """One answer of an expert, an appeal or imported history; never changed, only superseded by a later one."""
+
+    __tablename__ = "labels"
+    id: Mapped[str] = mapped_column(String(26), primary_key=True)
+    agent: Mapped[str]
+    claim_id: Mapped[str]
+    prediction: Mapped[str] = mapped_column(ForeignKey("predictions.id"), index=True)
+    review: Mapped[str | None] = mapped_column(ForeignKey("reviews.id"))
+    expert: Mapped[str]
+    kind: Mapped[str]
+    answer: Mapped[str]
+    rationale: Mapped[str | None] = mapped_column(Text)
+    seconds_spent: Mapped[float | None]
+    answered_at: Mapped[datetime]
+    received_at: Mapped[datetime]
+    superseded_by: Mapped[str | None]
+    dataset: Mapped[int | None]
+    __table_args__ = (
+        states("kind", "review", "second_read", "adjudication", "late_truth", "import"),
+        Index("labels_of_claim", "agent", "claim_id"),
+        partial("labels_fresh", "agent", "answered_at", where="dataset IS NULL"),
+    )
+
+
+class DatasetVersion(Table):
+    """An immutable snapshot of an agent's settled labels; the rows and their label ids are in its folder."""
+
+    __tablename__ = "dataset_versions"
+    agent: Mapped[str] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    root: Mapped[str]
+    folder: Mapped[str]
+    parent: Mapped[int | None]
+    rows: Mapped[int]
+    manifest: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime]
+
+
+class Version(Table):
+    """A model version: what it is made of, by digest, and the one verdict on it."""
+
+    __tablename__ = "versions"
+    agent: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    major: Mapped[int]
+    minor: Mapped[int]
+    base_path: Mapped[str]
+    base_digest: Mapped[str]
+    adapter_path: Mapped[str | None]
+    adapter_digest: Mapped[str | None]
+    tokenizer_digest: Mapped[str]
+    prompt: Mapped[str] = mapped_column(Text)
+    prompt_digest: Mapped[str]
+    labels: Mapped[list[str]]
+    labels_digest: Mapped[str]
+    temperature: Mapped[float]
+    parent: Mapped[str | None]
+    dataset: Mapped[int | None]
+    run: Mapped[str | None]
+    verdict: Mapped[str | None]
+    verdict_at: Mapped[datetime | None]
+    is_forced: Mapped[bool] = mapped_column(default=False)
+    created_at: Mapped[datetime]
+    __table_args__ = (
+        UniqueConstraint("agent", "major", "minor"),
+        CheckConstraint("verdict IN ('promote', 'reject', 'superseded')", name="verdict_is_known"),
+    )
+
+    @property
+    def serving_name(self) -> str:
+        """The name it is served under; it is never used for other weights."""
+        return f"{self.agent}-{self.name}-{(self.adapter_digest or self.base_digest).removeprefix('sha256:')[:12]}"
+
+
+class Run(Table):
+    """One run of a trainer, from the trigger to its result or its parking: `train`, or `score` new claims for an exam."""
+
+    __tablename__ = "runs"
+    id: Mapped[str] = mapped_column(String(26), primary_key=True)
+    agent: Mapped[str]
+    kind: Mapped[str]
+    exam: Mapped[str | None]
+    state: Mapped[str]
+    trigger: Mapped[str]
+    reason: Mapped[str]
+    actor: Mapped[str]
+    options: Mapped[dict[str, Any]]
+    dataset: Mapped[int | None]
+    version: Mapped[str | None]
+    folder: Mapped[str | None]
+    attempt: Mapped[int] = mapped_column(default=0)
+    failures: Mapped[int] = mapped_column(default=0)
+    checkpoint: Mapped[int] = mapped_column(default=0)
+    device: Mapped[str | None]
+    fence: Mapped[int | None]
+    heartbeat_at: Mapped[datetime | None]
+    progress: Mapped[dict[str, Any] | None]
+    not_before: Mapped[datetime | None]
+    error: Mapped[str | None] = mapped_column(Text)
+    result: Mapped[dict[str, Any] | None]
+    created_at: Mapped[datetime]
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+    __table_args__ = (
+        states("state", "queued", "leased", "running", "done", "failed", "cancelled", "parked"),
+        states("kind", "train", "score"),
+        partial("one_live_run", "agent", "kind", where="state IN ('queued', 'leased', 'running')", unique=True),
+        Index("runs_of_agent", "agent", "created_at"),
+    )
+
+
+class Exam(Table):
+    """A candidate against the champion (`exam`), or a new champion against its predecessor (`watch`)."""
+
+    __tablename__ = "exams"
+    id: Mapped[str] = mapped_column(String(26), primary_key=True)
+    agent: Mapped[str]
+    kind: Mapped[str]
+    candidate: Mapped[str]
+    champion: Mapped[str]
+    state: Mapped[str]
+    opened_at: Mapped[datetime]
+    closed_at: Mapped[datetime | None]
+    outcome: Mapped[str | None]
+    report: Mapped[dict[str, Any]]
+    __table_args__ = (
+        ForeignKeyConstraint(["agent", "candidate"], ["versions.agent", "versions.name"]),
+        ForeignKeyConstraint(["agent", "champion"], ["versions.agent", "versions.name"]),
+        states("kind", "exam", "watch"),
+        states("state", "open", "closed"),
+        partial("one_open_exam", "agent", "kind", where="state = 'open'", unique=True),
+    )
+
+
+class Alias(Table):
+    """A mutable name over versions; `champion` is the one in service."""
+
+    __tablename__ = "aliases"
+    agent: Mapped[str] = mapped_column(primary_key=True)
+    alias: Mapped[str] = mapped_column(primary_key=True)
+    version: Mapped[str]
+    deployment: Mapped[str]
+    changed_at: Mapped[datetime]
+
+
+class Deployment(Table):
+    """One change of the champion: who, why, and whether the server confirmed it."""
+
+    __tablename__ = "deployments"
+    id: Mapped[str] = mapped_column(String(26), primary_key=True)
+    agent: Mapped[str]
+    kind: Mapped[str]
+    version: Mapped[str]
+    previous: Mapped[str | None]
+    actor: Mapped[str]
+    reason: Mapped[str]
+    is_forced: Mapped[bool]
+    state: Mapped[str]
+    requested_at: Mapped[datetime]
+    confirmed_at: Mapped[datetime | None]
+    detail: Mapped[str | None]
+    __table_args__ = (
+        states("kind", "promote", "rollback", "revert"),
+        states("state", "requested", "confirmed", "unverified", "unconfirmed", "reverted", "superseded"),
+        Index("deployments_of_agent", "agent", "requested_at"),
+        partial("deployments_requested", "agent", where="state IN ('requested', 'unconfirmed')"),
+    )
+
+
+class Lease(Table):
+    """Who may do a thing that only one may do at a time; the fence grows with every holder."""
+
+    __tablename__ = "leases"
+    name: Mapped[str] = mapped_column(primary_key=True)
+    holder: Mapped[str | None]
+    fence: Mapped[int]
+    expires_at: Mapped[datetime]
+
+
+class LedgerEntry(Table):
+    """One link of the hash chain; no claim text, and claim ids only as HMAC."""
+
+    __tablename__ = "ledger"
+    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    at: Mapped[datetime]
+    kind: Mapped[str]
+    agent: Mapped[str]
+    body: Mapped[str] = mapped_column(Text)
+    previous: Mapped[str]
+    hash: Mapped[str]
+
+
+class DeadLetter(Table):
+    """What could not be handled, with its reason, until somebody replays or discards it."""
+
+    __tablename__ = "dead_letters"
+    id: Mapped[str] = mapped_column(String(26), primary_key=True)
+    event: Mapped[str | None]
+    origin: Mapped[str]
+    reason: Mapped[str] = mapped_column(Text)
+    payload: Mapped[str | None] = mapped_column(Text)
+    state: Mapped[str]
+    at: Mapped[datetime]
+    closed_at: Mapped[datetime | None]
+    closed_by: Mapped[str | None]
+    note: Mapped[str | None]
+    __table_args__ = (
+        states("state", "parked", "replayed", "discarded"),
+        partial("dead_letters_parked", "at", where="state = 'parked'"),
+    )
+
+
+class Alarm(Table):
+    """Something a person should know: drift, an unconfirmed rollback, a confidence that says nothing."""
+
+    __tablename__ = "alarms"
+    id: Mapped[str] = mapped_column(String(26), primary_key=True)
+    agent: Mapped[str]
+    kind: Mapped[str]
+    message: Mapped[str]
+    detail: Mapped[dict[str, Any]]
+    raised_at: Mapped[datetime]
+    cleared_at: Mapped[datetime | None]
+    __table_args__ = (partial("one_alarm_of_a_kind", "agent", "kind", where="cleared_at IS NULL", unique=True),)
+
+
+class Token(Table):
+    """An access token, by the digest of its secret."""
+
+    __tablename__ = "tokens"
+    name: Mapped[str] = mapped_column(primary_key=True)
+    role: Mapped[str]
+    digest: Mapped[str] = mapped_column(unique=True)
+    created_at: Mapped[datetime]
+    revoked_at: Mapped[datetime | None]
+    __table_args__ = (states("role", "producer", "reviewer", "operator"),)

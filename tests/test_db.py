@@ -1,0 +1,114 @@
+"""The database is opened, migrated and locked so that a commit is on the disk and nothing is half-written."""
+
+from __future__ import annotations
+
+import threading
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Engine, select
+
+from storage import alarms, db, leases, policies, tokens
+from storage.tables import Installation, Table
+
+
+def test_a_commit_is_synced_to_the_disk_in_wal_mode(engine: Engine) -> None:
+    with db.reading(engine) as connection:
+        pragmas = {name: connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("journal_mode", "synchronous", "foreign_keys")}
+    assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
+
+
+def test_the_migrations_make_exactly_the_tables_of_the_schema(engine: Engine) -> None:
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), Table.metadata) == []
+
+
+def test_upgrading_twice_keeps_the_installation(engine: Engine) -> None:
+    with db.reading(engine) as connection:
+        before = connection.execute(select(Installation.secret)).scalars().all()
+    db.upgrade(engine)
+    with db.reading(engine) as connection:
+        assert connection.execute(select(Installation.secret)).scalars().all() == before
+    assert len(before) == 1
+
+
+def test_a_database_without_schema_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    empty = db.open_engine(f"sqlite:///{tmp_path}/empty.db")
+    with pytest.raises(db.SchemaOutdatedError, match="ratchet db upgrade"):
+        db.check(empty)
+    empty.dispose()
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere"):
+        db.open_engine(f"sqlite:///{tmp_path}/nowhere/ratchet.db")
+
+
+def test_a_time_without_zone_is_refused_and_others_come_back_in_utc(engine: Engine) -> None:
+    with db.writing(engine) as connection, pytest.raises(Exception, match="no time zone"):
+        tokens.add(connection, "ann", "reviewer", datetime(2026, 1, 1))  # noqa: DTZ001
+    east = datetime(2026, 1, 1, 2, tzinfo=timezone(timedelta(hours=2)))
+    with db.writing(engine) as connection:
+        tokens.add(connection, "ben", "reviewer", east)
+        [row] = tokens.list_all(connection)
+    assert row["created_at"] == east
+    assert row["created_at"].tzinfo == UTC
+
+
+def test_writers_wait_for_each_other(engine: Engine, now: datetime) -> None:
+    def add(number: int) -> None:
+        with db.writing(engine) as connection:
+            tokens.count_valid(connection)
+            tokens.add(connection, f"expert-{number}", "reviewer", now)
+
+    threads = [threading.Thread(target=add, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with db.reading(engine) as connection:
+        assert tokens.count_valid(connection) == 8
+
+
+def test_a_token_is_shown_once_and_stops_working_when_revoked(engine: Engine, now: datetime) -> None:
+    with db.writing(engine) as connection:
+        secret = tokens.add(connection, "ann", "reviewer", now)
+        assert tokens.find(connection, secret) == tokens.Principal("ann", "reviewer")
+        assert secret not in str(tokens.list_all(connection))
+        tokens.revoke(connection, "ann", now)
+        assert tokens.find(connection, secret) is None
+        with pytest.raises(tokens.TokenError, match="never reused"):
+            tokens.add(connection, "ann", "reviewer", now)
+    with db.writing(engine) as connection, pytest.raises(tokens.TokenError, match="producer, reviewer, operator"):
+        tokens.add(connection, "eve", "admin", now)
+
+
+def test_a_lease_has_one_holder_and_its_fence_grows(engine: Engine, now: datetime) -> None:
+    term = timedelta(seconds=30)
+    with db.writing(engine) as connection:
+        assert leases.acquire(connection, "device:cpu", "a", now, term) == 1
+        assert leases.acquire(connection, "device:cpu", "b", now, term) is None
+        assert leases.acquire(connection, "device:cpu", "a", now + term / 2, term) == 1
+        assert leases.acquire(connection, "device:cpu", "b", now + 2 * term, term) == 2
+        assert leases.holder_of(connection, "device:cpu", now + 2 * term) == "b"
+        leases.release(connection, "device:cpu", "b")
+        assert leases.acquire(connection, "device:cpu", "a", now + 2 * term, term) == 3
+
+
+def test_a_changed_policy_is_a_new_version(engine: Engine, now: datetime) -> None:
+    with db.writing(engine) as connection:
+        numbers = [policies.record(connection, "adjudication", digest, {"threshold": 0.7}, now) for digest in ("a", "a", "b")]
+        assert numbers == [1, 1, 2]
+        assert policies.show(connection, "adjudication", 1) is not None
+
+
+def test_an_alarm_of_a_kind_is_open_once(engine: Engine, now: datetime) -> None:
+    with db.writing(engine) as connection:
+        raised = [alarms.raise_alarm(connection, "adjudication", "drift", "inputs changed", {}, now) for _ in range(2)]
+        assert raised == [True, False]
+        assert alarms.clear(connection, "adjudication", "drift", now)
+        assert alarms.list_open(connection) == []
+        assert len(alarms.list_since(connection, "adjudication", now)) == 1

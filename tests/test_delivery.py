@@ -1,0 +1,54 @@
+"""Everything comes in through one door, with the same rules about who may say what."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import orjson
+from sqlalchemy import Engine
+
+from storage import db, events
+from tests.event_fixtures import ANN, BEN, OPS, PRODUCER, make_label, make_prediction, send
+
+
+def test_a_batch_is_answered_item_by_item_and_the_good_ones_are_stored(engine: Engine, now: datetime) -> None:
+    results = send(engine, [make_prediction(1, now), make_prediction(2, now, confidence=2), make_prediction(3, now)], now)
+    assert [one.outcome for one in results] == ["stored", "refused", "stored"]
+    with db.reading(engine) as connection:
+        assert len(events.read_received(connection, 10)) == 2
+
+
+def test_a_label_is_signed_with_the_name_of_its_token(engine: Engine, now: datetime) -> None:
+    [result] = send(engine, [make_label(1, now)], now, ANN)
+    with db.reading(engine) as connection:
+        stored = events.read(connection, result.ulid or "")
+    assert stored is not None
+    assert orjson.loads(stored.data or "")["expert"] == "ann"
+
+
+def test_nobody_answers_in_the_name_of_another(engine: Engine, now: datetime) -> None:
+    [result] = send(engine, [make_label(1, now, expert="ann")], now, BEN)
+    assert result.outcome == "refused"
+    assert result.refusal is not None
+    assert result.refusal.field == "data.expert"
+
+
+def test_each_kind_of_label_takes_its_role(engine: Engine, now: datetime) -> None:
+    kinds = ("review", "second_read", "adjudication", "late_truth")
+    allowed = {
+        who.name: [send(engine, [make_label(1, now, kind=kind)], now, who)[0].outcome != "forbidden" for kind in kinds]
+        for who in (ANN, OPS, PRODUCER)
+    }
+    assert allowed == {
+        "ann": [True, True, False, False],
+        "ops": [False, False, True, True],
+        "inference-1": [False, False, False, True],
+    }
+
+
+def test_a_used_identity_with_other_content_is_a_conflict(engine: Engine, now: datetime) -> None:
+    send(engine, [make_prediction(1, now)], now)
+    again, other = send(engine, [make_prediction(1, now)], now)[0], send(engine, [make_prediction(1, now, decision="DENIED")], now)[0]
+    assert again.outcome == "stored"
+    assert other.outcome == "conflict"
+    assert other.ulid == again.ulid

@@ -1,0 +1,98 @@
+"""What comes in is checked strictly, and a refusal names the field, the value and what would be right."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from consumers import schemas
+from tests.event_fixtures import LABELS, make_label, make_prediction
+
+WRONG = [
+    ({"confidence": 1.7}, "data.confidence", "1.7"),
+    ({"confidence": "0.5"}, "data.confidence", "'0.5'"),
+    ({"confidence": True}, "data.confidence", "True"),
+    ({"occurred_at": "2026-01-01T00:00:00"}, "data.occurred_at", "2026-01-01T00:00:00"),
+    ({"occurred_at": 1767225600}, "data.occurred_at", "1767225600"),
+    ({"agent": 5}, "data.agent", "5"),
+    ({"claim_id": ""}, "data.claim_id", "''"),
+    ({"claim_id": "a\x00b"}, "data.claim_id", "x00"),
+    ({"input": {}}, "data.input", "{}"),
+    ({"input": {"text": "x"}, "decison": "APPROVED"}, "data.decison", "APPROVED"),
+    ({"probabilities": {"APPROVED": -0.1}}, "data.probabilities.APPROVED", "-0.1"),
+]
+
+
+@pytest.mark.parametrize(("changes", "field", "value"), WRONG)
+def test_a_wrong_value_is_refused_by_name(changes: dict[str, Any], field: str, value: str, now: datetime) -> None:
+    good, bad = make_prediction(1, now), make_prediction(2, now, **changes)
+    first, second = schemas.parse(orjson.dumps([good, bad]), schemas.PREDICTION)
+    assert not isinstance(first, schemas.Refusal)
+    assert isinstance(second, schemas.Refusal)
+    assert second.field == field
+    assert value in second.value
+    assert second.remedy
+
+
+def test_a_number_that_is_none_is_refused_wherever_it_stands(now: datetime) -> None:
+    body = orjson.dumps([make_prediction(1, now)]).replace(b"0.95", b"NaN")
+    with pytest.raises(schemas.MalformedError, match="not JSON"):
+        schemas.parse(body, schemas.PREDICTION)
+
+
+def test_a_text_about_infinity_is_no_number(now: datetime) -> None:
+    [event] = schemas.parse(orjson.dumps([make_prediction(1, now, claim_id="Infinity-7")]), schemas.PREDICTION)
+    assert not isinstance(event, schemas.Refusal)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"null", b"{}", b'"text"', b"\xff\xfe", b"[" * 5000])
+def test_a_body_that_is_no_array_of_events_is_malformed(body: bytes) -> None:
+    with pytest.raises(schemas.MalformedError):
+        schemas.parse(body, schemas.PREDICTION)
+
+
+def test_deep_nesting_is_refused_and_not_a_crash() -> None:
+    [refusal] = schemas.parse(b"[" * 300 + b"]" * 300, schemas.PREDICTION)
+    assert isinstance(refusal, schemas.Refusal)
+
+
+def test_an_unknown_agent_or_answer_is_told_what_there_is(now: datetime) -> None:
+    [stranger] = schemas.parse(orjson.dumps([make_prediction(1, now, agent="scribe")]), schemas.PREDICTION)
+    [label] = schemas.parse(orjson.dumps([make_label(1, now, answer="MAYBE")]), schemas.LABEL)
+    assert not isinstance(stranger, schemas.Refusal)
+    assert not isinstance(label, schemas.Refusal)
+    refused = [schemas.check(event, {"adjudication": LABELS}) for event in (stranger, label)]
+    assert "adjudication" in str(refused[0])
+    assert "APPROVED, DENIED, PENDING" in str(refused[1])
+
+
+def test_the_digest_knows_no_order_of_fields_but_the_data_keeps_it(now: datetime) -> None:
+    one = make_prediction(1, now, input={"b": 1, "a": 2})
+    other = make_prediction(1, now, input={"a": 2, "b": 1})
+    first, second = (schemas.to_incoming(schemas.parse(orjson.dumps([event]), schemas.PREDICTION)[0], None) for event in (one, other))  # type: ignore[arg-type]
+    assert first.digest == second.digest
+    assert list(orjson.loads(first.data)["input"]) == ["b", "a"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(junk=JSON, place=st.sampled_from(["specversion", "id", "source", "data", "type", "time", "subject"]))
+def test_any_json_in_any_place_is_an_event_or_a_refusal(junk: Any, place: str) -> None:
+    event = {**make_prediction(1, datetime.fromisoformat("2026-03-02T09:30:00+00:00")), place: junk}
+    [result] = schemas.parse(orjson.dumps([event]), schemas.PREDICTION)
+    assert isinstance(result, schemas.Refusal | dict)
+
+
+def test_every_event_type_has_a_json_schema() -> None:
+    found = schemas.json_schemas()
+    assert set(found) == {schemas.PREDICTION, schemas.LABEL, schemas.HISTORY}

@@ -48,3 +48,8 @@ lock: $(BIN)/uv
 	    --python-version 3.11 --no-emit-index-url --quiet $(LOCKFLAGS) -o requirements-dev.txt
 	$(BIN)/uv pip compile pyproject.toml --extra train -c requirements-dev.txt --universal --generate-hashes \
 	    --python-version 3.11 --no-emit-index-url --quiet $(LOCKFLAGS) -o requirements.txt
+
+# Measure one thing against a baseline in the same run: make bench NAME=exam
+bench: setup-dev
+	@test -n "$(NAME)" || { echo "say which: make bench NAME=$$(ls benchmarks | sed -n 's/\.py$$//p' | grep -v -e __init__ -e figures | paste -sd'|')"; exit 2; }
+	RATCHET_TEST_DATA="$${RATCHET_TEST_DATA:-}" $(BIN)/python -m benchmarks.$(NAME) $(ARGS)

@@ -1,0 +1,70 @@
+"""The command `ratchet`: one module for each group of commands."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+from daemon.cli import config, db, importing, init, tokens
+
+OURS = frozenset({"consumers", "daemon", "storage", "trainers"})
+
+app = typer.Typer(
+    name="ratchet",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"ratchet {metadata.version('ratchet-daemon')}")
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")]
+
+
+@app.callback()
+def ratchet(version: Version = False) -> None:
+    """Keep a self-hosted claims model getting better, and never worse."""
+
+
+app.command("init")(init.init)
+app.add_typer(config.app, name="config")
+app.add_typer(db.app, name="db")
+app.add_typer(tokens.app, name="tokens")
+app.command("import")(importing.import_history)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 when it failed, 2 when it was called wrongly."""
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="ratchet")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+    except Exception as error:  # noqa: BLE001 — the outermost boundary: every failure ends as one line for a person
+        if os.environ.get("RATCHET_LOG__LEVEL") == "debug":
+            traceback.print_exc()
+        sys.stderr.write(f"ratchet: {_sentence(error)}\n")
+        return 1
+    return 0
+
+
+def _sentence(error: Exception) -> str:
+    """Our own errors and the system's say what happened; any other is named by its type.
+
+    Of those only the first line is kept: SQLAlchemy's next ones hold the values of the statement.
+    """
+    if type(error).__module__.partition(".")[0] in OURS or isinstance(error, OSError):
+        return str(error)
+    first = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {first} (RATCHET_LOG__LEVEL=debug shows where)"

@@ -1,0 +1,22 @@
+"""`ratchet db`: the database's schema."""
+
+from __future__ import annotations
+
+import typer
+
+from daemon.cli import context
+
+app = typer.Typer(help="Look after the database.", no_args_is_help=True)
+
+
+@app.command()
+def upgrade(config: context.ConfigFile = context.CONFIG_FILE) -> None:
+    """Bring the database to this version of Ratchet; doing so twice changes nothing. Take a backup first."""
+    from storage import db  # noqa: PLC0415 — `ratchet --help` needs none of it
+
+    engine = db.open_engine(context.load_settings(config).database.url)
+    try:
+        db.upgrade(engine)
+    finally:
+        engine.dispose()
+    typer.echo("The database is up to date.")

@@ -1,0 +1,48 @@
+"""`ratchet init`: a folder to start from."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder; made when it is absent.")]
+
+
+class AlreadyThereError(FileExistsError):
+    """The folder has a configuration, which stays as it is."""
+
+
+def init(folder: Folder) -> None:
+    """Write a commented `ratchet.toml`, a prompt template, the folders and the database; it works as it is."""
+    from daemon import config  # noqa: PLC0415 — `ratchet --help` needs none of it
+    from storage import db  # noqa: PLC0415
+
+    target = folder / config.FILE
+    if target.exists():
+        raise AlreadyThereError(f"{target} is there already and stays as it is: edit it, or name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_template(folder / "prompts" / "adjudication.j2")
+    # The configuration gets its name last, so that an init that failed can be tried again.
+    partial = _write_template(folder / f".{config.FILE}.partial")
+    settings = config.load(partial)
+    for place in (settings.storage.snapshots, settings.storage.adapters, settings.storage.runs, settings.home / "models"):
+        place.mkdir(parents=True, exist_ok=True)
+    engine = db.open_engine(settings.database.url)
+    try:
+        db.upgrade(engine)
+    finally:
+        engine.dispose()
+    partial.rename(target)
+    typer.echo(f"Wrote {target}. Next: edit it, then `cd {folder}` and `ratchet doctor`.")
+
+
+def _write_template(path: Path) -> Path:
+    """Write the shipped file of that name, unless the user has written one there."""
+    name = path.name.removeprefix(".").removesuffix(".partial")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((resources.files("daemon") / "templates" / name).read_bytes())
+    return path

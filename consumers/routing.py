@@ -95,7 +95,8 @@ class RoutingPolicy:
     """An agent's threshold, rules and budget. Shares are of the traffic, except `exam_share` and `watch_share`.
 
     Those two are of what the budget leaves after must-review and audit. `explore_share` is the chance that a claim of a slice which
-    was never labelled is drawn; it falls as the slice's labels grow. Without a budget the fixed threshold decides.
+    was never labelled is drawn; it falls as the slice's labels grow. Without a budget the fixed threshold decides. A decision that is
+    not one of `labels`, where they are known, always goes to an expert.
     """
 
     threshold: float = 0.7
@@ -108,6 +109,7 @@ class RoutingPolicy:
     must_review: tuple[MustReview, ...] = (MustReview("decision", "equals", "PENDING"),)
     slice_by: tuple[str, ...] = ()
     window: int = 250
+    labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse shares that are no shares, and an audit that would leave claims with no chance to be seen."""
@@ -127,6 +129,12 @@ class RoutingPolicy:
         if self.window < 1 or (self.budget_per_day is not None and self.budget_per_day < 0):
             message = f"window ({self.window}) must be 1 or more and budget_per_day ({self.budget_per_day}) 0 or more"
             raise ValueError(message)
+
+
+    def must_see(self, prediction: Prediction) -> bool:
+        """Whether an expert sees this claim whatever the budget says."""
+        is_foreign = bool(self.labels) and prediction.decision not in self.labels
+        return is_foreign or any(rule.matches(prediction) for rule in self.must_review)
 
 
 class BudgetState(NamedTuple):
@@ -237,7 +245,7 @@ def route(prediction: Prediction, policy: RoutingPolicy, state: BudgetState) -> 
     if explore:
         explore *= rarity(prediction.attributes, policy, state.slice_labels)
     reasons = []
-    if is_forced := any(rule.matches(prediction) for rule in policy.must_review):
+    if is_forced := policy.must_see(prediction):
         reasons.append(MUST_REVIEW)
     if chance > 0 and (chance >= 1 or bucket("tie", agent, claim) < chance):
         reasons.append(CONFIDENCE_MISSING if prediction.confidence is None else BELOW_THRESHOLD)

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -24,10 +25,15 @@ def digest_folder(folder: Path) -> str:
 
     Raises `FileNotFoundError` when the folder is absent or empty.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = [path for path in folder.rglob("*") if path.is_file()]
     if not files:
         message = f"{folder} holds no files: nothing to take the digest of"
         raise FileNotFoundError(message)
+    return digest_files(folder, files)
+
+
+def digest_files(folder: Path, files: Iterable[Path]) -> str:
+    """The same over some of the files below `folder`."""
     lines = sorted(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0{digest_file(path)}" for path in files)
     return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +15,7 @@ import alembic.config
 import alembic.runtime.migration
 import alembic.script
 import orjson
-from sqlalchemy import Connection, Engine, create_engine, event, insert, make_url, select
+from sqlalchemy import Connection, Dialect, Engine, create_engine, event, insert, make_url, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import OperationalError
 
@@ -51,7 +52,14 @@ def open_engine(url: str) -> Engine:
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
     connection.isolation_level = None  # transactions begin where we say so, see _begin_sqlite
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", f"busy_timeout={BUSY_SECONDS * 1000}", "cache_size=-32768"):
+    for pragma in (
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        "foreign_keys=ON",
+        f"busy_timeout={BUSY_SECONDS * 1000}",
+        "cache_size=-32768",
+        "wal_autocheckpoint=4000",
+    ):
         connection.execute(f"PRAGMA {pragma}")
 
 
@@ -79,6 +87,37 @@ def insert_or_skip(connection: Connection, table: type[Table]) -> Any:
     """An INSERT that leaves a row alone which is there already; what came of it is in the result's `rowcount`."""
     dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
     return dialect.insert(table).on_conflict_do_nothing()
+
+
+def insert_many(connection: Connection, table: type[Table], rows: Sequence[Mapping[str, Any]]) -> int:
+    """Insert many rows at once and leave those alone that are there already; returns how many were new.
+
+    A column that a row does not name is NULL. Twice as fast as SQLAlchemy's own `executemany`, which builds a dictionary a row.
+    """
+    if not rows:
+        return 0
+    sql, columns = _prepare_insert(connection.dialect, table)
+    converted = [_convert([row.get(name) for row in rows], convert) for name, convert in columns]
+    return connection.exec_driver_sql(sql, list(zip(*converted, strict=True))).rowcount
+
+
+def _convert(values: list[Any], convert: Callable[[Any], Any] | None) -> list[Any]:
+    """One column as the driver takes it; a value that stands in every row, such as the time of the batch, is converted once."""
+    if convert is None:
+        return values
+    first = values[0]
+    if all(value is first for value in values):
+        return [convert(first)] * len(values)
+    return [convert(value) for value in values]
+
+
+@functools.cache
+def _prepare_insert(dialect: Dialect, table: type[Table]) -> tuple[str, list[tuple[str, Any]]]:
+    columns = list(table.__table__.columns)
+    marks = ", ".join("?" if dialect.name == "sqlite" else "%s" for _ in columns)
+    names = ", ".join(column.name for column in columns)
+    sql = f"INSERT INTO {table.__tablename__} ({names}) VALUES ({marks}) ON CONFLICT DO NOTHING"  # noqa: S608  names of our schema
+    return sql, [(column.name, column.type.dialect_impl(dialect).bind_processor(dialect)) for column in columns]
 
 
 def upgrade(engine: Engine) -> None:

@@ -85,7 +85,7 @@ def append(connection: Connection, incoming: Sequence[Incoming], now: datetime) 
         }
         for ulid, one in zip(ulids, incoming, strict=True)
     ]
-    stored = connection.execute(db.insert_or_skip(connection, Event), rows).rowcount
+    stored = db.insert_many(connection, Event, rows)
     if stored == len(rows):
         return [Receipt(ulid, "stored") for ulid in ulids]
     identities = [(one.source, one.event_id) for one in incoming]
@@ -124,6 +124,12 @@ def read(connection: Connection, ulid: str) -> Stored | None:
     """One event by our own key."""
     row = connection.execute(select(*COLUMNS).where(Event.ulid == ulid)).first()
     return Stored(*row) if row else None
+
+
+def read_unhandled(connection: Connection, ulids: Iterable[str]) -> list[Stored]:
+    """Those of these events that nobody has handled yet, in order of arrival."""
+    query = select(*COLUMNS).where(Event.state == "received", Event.ulid.in_(list(ulids))).order_by(Event.ulid)
+    return [Stored(*row) for row in connection.execute(query)]
 
 
 def mark(connection: Connection, ulids: Sequence[str], state: str, now: datetime, reason: str | None = None) -> None:

@@ -14,8 +14,10 @@ from storage.tables import Exam
 Kind = Literal["exam", "watch"]
 
 
-def open_new(connection: Connection, agent: str, kind: Kind, candidate: str, champion: str, now: datetime) -> str:
-    """Begin to compare two versions; an exam that is open for the same pair is the same exam."""
+def open_new(
+    connection: Connection, agent: str, kind: Kind, candidate: str, champion: str, now: datetime, report: Mapping[str, Any] | None = None
+) -> str:
+    """Begin to compare two versions, with what is known of them so far; an exam that is open for the same pair is the same exam."""
     exam = ids.make_ulid(now, agent, kind, candidate, champion)
     row = {
         "id": exam,
@@ -25,7 +27,7 @@ def open_new(connection: Connection, agent: str, kind: Kind, candidate: str, cha
         "champion": champion,
         "state": "open",
         "opened_at": now,
-        "report": {},
+        "report": dict(report or {}),
     }
     connection.execute(db.insert_or_skip(connection, Exam), [row])
     current = read_open(connection, agent, kind)
@@ -41,8 +43,9 @@ def read_open(connection: Connection, agent: str, kind: Kind) -> RowMapping | No
 
 
 def open_kinds(connection: Connection, agent: str) -> set[str]:
-    """Which of exam and watch are going on, for the router's budget."""
-    return set(connection.execute(select(Exam.kind).where(Exam.agent == agent, Exam.state == "open")).scalars())
+    """Which of exam and watch have claims to ask about, for the router's budget; the others leave it their share."""
+    rows = connection.execute(select(Exam.kind, Exam.report).where(Exam.agent == agent, Exam.state == "open"))
+    return {kind for kind, report in rows if report.get("asking", {}).get("is_open", True)}
 
 
 def update_report(connection: Connection, exam: str, report: Mapping[str, Any]) -> None:
@@ -73,3 +76,9 @@ def of_version(connection: Connection, agent: str, version: str) -> list[RowMapp
 def read(connection: Connection, exam: str) -> RowMapping | None:
     """One exam."""
     return connection.execute(select(Exam.__table__).where(Exam.id == exam)).mappings().first()
+
+
+def list_all(connection: Connection, agent: str, kind: Kind) -> list[RowMapping]:
+    """Every exam or watch of an agent, oldest first."""
+    query = select(Exam.__table__).where(Exam.agent == agent, Exam.kind == kind).order_by(Exam.opened_at, Exam.id)
+    return list(connection.execute(query).mappings())

@@ -85,8 +85,7 @@ def insert_new(connection: Connection, row: Mapping[str, Any]) -> bool:
 
 def insert_imported(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
     """Store labels of imported history, many at once."""
-    if rows:
-        connection.execute(db.insert_or_skip(connection, Label), list(rows))
+    db.insert_many(connection, Label, rows)
 
 
 def of_predictions(connection: Connection, predictions: Iterable[str]) -> dict[str, list[Answer]]:
@@ -153,6 +152,16 @@ def count_fresh(connection: Connection, agent: str) -> int:
     """Labels by people, not imported, that no dataset version has yet."""
     query = select(func.count()).select_from(Label).where(Label.agent == agent, Label.dataset.is_(None), Label.kind != "import")
     return connection.execute(query).scalar_one()
+
+
+def count_given(connection: Connection, agent: str) -> int:
+    """How many answers people gave, superseded ones too."""
+    return connection.execute(select(func.count()).select_from(Label).where(Label.agent == agent, Label.kind != "import")).scalar_one()
+
+
+def list_labelled(connection: Connection, agent: str) -> list[str]:
+    """The claims that people answered."""
+    return list(connection.execute(select(Label.claim_id.distinct()).where(Label.agent == agent, Label.kind != "import")).scalars())
 
 
 def count_by_attributes(connection: Connection, agent: str, names: Sequence[str]) -> dict[str, int]:

@@ -26,6 +26,12 @@ def acquire(connection: Connection, name: str, holder: str, now: datetime, term:
     return row.fence if row else None
 
 
+def renew(connection: Connection, name: str, holder: str, fence: int, now: datetime, term: timedelta) -> bool:
+    """Go on holding a lease under the same fence, also when its time ran out and nobody else took it. False when somebody did."""
+    mine = update(Lease).where(Lease.name == name, Lease.holder == holder, Lease.fence == fence)
+    return bool(connection.execute(mine.values(expires_at=now + term)).rowcount)
+
+
 def release(connection: Connection, name: str, holder: str) -> None:
     """Give a lease back early."""
     connection.execute(update(Lease).where(Lease.name == name, Lease.holder == holder).values(holder=None))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import orjson
@@ -69,4 +69,5 @@ def hide(connection: Connection, agent: str, claim_id: str) -> str:
 
 
 def _hash(seq: int, at: datetime, kind: str, agent: str, body: str, previous: str) -> str:
-    return hashlib.sha256(orjson.dumps([seq, at.isoformat(timespec="microseconds"), kind, agent, body, previous])).hexdigest()
+    at_utc = at.astimezone(UTC).isoformat(timespec="microseconds")  # as the database gives it back
+    return hashlib.sha256(orjson.dumps([seq, at_utc, kind, agent, body, previous])).hexdigest()

@@ -14,8 +14,7 @@ from storage.tables import Label, Prediction
 
 def insert_new(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
     """Store predictions; one that is there already stays as it is."""
-    if rows:
-        connection.execute(db.insert_or_skip(connection, Prediction), list(rows))
+    db.insert_many(connection, Prediction, rows)
 
 
 def read(connection: Connection, prediction: str) -> RowMapping | None:
@@ -69,6 +68,25 @@ def count_since(connection: Connection, agent: str, since: datetime) -> int:
     """How many predictions were served since then."""
     query = select(func.count()).select_from(Prediction).where(Prediction.agent == agent, Prediction.origin == "served")
     return connection.execute(query.where(Prediction.received_at >= since)).scalar_one()
+
+
+def has_served(connection: Connection, agent: str, names: Sequence[str]) -> bool:
+    """Whether any prediction says that it was made by a model of one of these names."""
+    query = select(Prediction.id).where(Prediction.agent == agent, Prediction.origin == "served", Prediction.model_version.in_(names))
+    return connection.execute(query.limit(1)).first() is not None
+
+
+def count_from(connection: Connection, agent: str, since: str) -> int:
+    """How many served predictions there are from the identifier `since` on."""
+    query = select(func.count()).select_from(Prediction).where(Prediction.agent == agent, Prediction.origin == "served")
+    return connection.execute(query.where(Prediction.id >= since)).scalar_one()
+
+
+def newest_ids(connection: Connection, agent: str, since: str, limit: int) -> list[str]:
+    """The newest served predictions, from the identifier `since` on, whose input is there, oldest first."""
+    query = select(Prediction.id).where(Prediction.agent == agent, Prediction.origin == "served", Prediction.id >= since)
+    query = query.where(Prediction.input.is_not(None)).order_by(Prediction.id.desc()).limit(limit)
+    return list(reversed(connection.execute(query).scalars().all()))
 
 
 def of_claim(connection: Connection, claim_id: str, agent: str | None = None) -> list[RowMapping]:

@@ -21,7 +21,11 @@ CHAMPION = "champion"
 BARE = "v0"
 Change = Literal["promote", "rollback", "revert"]
 Verdict = Literal["promote", "reject", "superseded"]
-IN_FORCE = ("confirmed", "unverified", "requested", "unconfirmed")
+EVENTS: Mapping[Change, str] = {
+    "promote": "ratchet.champion.promoted.v1",
+    "rollback": "ratchet.champion.rolled-back.v1",
+    "revert": "ratchet.champion.reverted.v1",
+}
 
 
 class UnknownVersionError(LookupError):
@@ -109,7 +113,7 @@ def champion(connection: Connection, agent: str) -> str | None:
 def champion_at(connection: Connection, agent: str, at: datetime) -> str | None:
     """The version that was in service at a time in the past."""
     query = select(Deployment.version).where(Deployment.agent == agent, Deployment.requested_at <= at)
-    return connection.execute(query.order_by(Deployment.requested_at.desc(), Deployment.id.desc()).limit(1)).scalar()
+    return connection.execute(query.order_by(Deployment.number.desc()).limit(1)).scalar()
 
 
 def give_verdict(connection: Connection, agent: str, version: str, verdict: Verdict, reasons: list[str], now: datetime) -> bool:
@@ -118,8 +122,8 @@ def give_verdict(connection: Connection, agent: str, version: str, verdict: Verd
     if not connection.execute(change.values(verdict=verdict, verdict_at=now)).rowcount:
         return False
     body = {"version": version, "verdict": verdict, "reasons": reasons}
-    ledger.append(connection, "verdict", agent, body, now)
-    events.emit(connection, "ratchet.version.judged.v1", f"{agent}/{version}", f"{agent}/{version}", body, now)
+    head = ledger.append(connection, "verdict", agent, body, now)
+    events.emit(connection, "ratchet.version.judged.v1", f"{agent}/{version}", f"{agent}/{version}", {**body, "ledger": head}, now)
     return True
 
 
@@ -137,9 +141,11 @@ def change_champion(
 ) -> str:
     """Move the alias from `expected` to `version` and ask for its deployment; returns the deployment.
 
-    Raises `ChampionChangedError` when the champion is no longer `expected`.
+    Raises `ChampionChangedError` when the champion is no longer `expected`, `UnknownVersionError` when there is no such version.
     """
-    deployment = ids.make_ulid(now, agent, version, expected or "", kind)
+    read(connection, agent, version)
+    number = _count_changes(connection, agent) + 1
+    deployment = ids.make_ulid(now, agent, str(number))
     if expected is None:
         row = {"agent": agent, "alias": CHAMPION, "version": version, "deployment": deployment, "changed_at": now}
         moved = connection.execute(db.insert_or_skip(connection, Alias), [row]).rowcount
@@ -151,25 +157,35 @@ def change_champion(
     older = update(Deployment).where(Deployment.agent == agent, Deployment.state.in_(("requested", "unconfirmed")))
     connection.execute(older.values(state="superseded"))
     row = {"id": deployment, "agent": agent, "kind": kind, "version": version, "previous": expected, "actor": actor, "reason": reason}
-    connection.execute(insert(Deployment).values(**row, is_forced=is_forced, state="requested", requested_at=now))
+    values = {**row, "number": number, "is_forced": is_forced, "state": "requested", "requested_at": now}
+    connection.execute(insert(Deployment).values(values))
     if is_forced:
         connection.execute(update(Version).where(Version.agent == agent, Version.name == version).values(is_forced=True))
     body = {**row, "is_forced": is_forced}
-    ledger.append(connection, kind, agent, body, now)
-    events.emit(
-        connection,
-        f"ratchet.champion.{kind}d.v1".replace("rollbackd", "rolled-back").replace("revertd", "reverted"),
-        f"{agent}/{version}",
-        deployment,
-        body,
-        now,
-    )
+    head = ledger.append(connection, kind, agent, body, now)
+    events.emit(connection, EVENTS[kind], f"{agent}/{version}", deployment, {**body, "ledger": head}, now)
     return deployment
+
+
+def _count_changes(connection: Connection, agent: str) -> int:
+    return connection.execute(select(func.coalesce(func.max(Deployment.number), 0)).where(Deployment.agent == agent)).scalar_one()
+
+
+def read_deployment(connection: Connection, deployment: str) -> RowMapping:
+    """One change of the champion."""
+    return connection.execute(select(Deployment.__table__).where(Deployment.id == deployment)).mappings().one()
+
+
+def mark_published(connection: Connection, deployment: str, now: datetime) -> bool:
+    """Keep when the server was told last; False when the deployment was settled or superseded meanwhile."""
+    live = update(Deployment).where(Deployment.id == deployment, Deployment.state.in_(("requested", "unconfirmed")))
+    return bool(connection.execute(live.values(published_at=now)).rowcount)
 
 
 def read_requested(connection: Connection, agent: str | None = None) -> list[RowMapping]:
     """Deployments that no server has confirmed yet, and rollbacks that are to be tried again."""
-    query = select(Deployment.__table__).where(Deployment.state.in_(("requested", "unconfirmed"))).order_by(Deployment.requested_at)
+    query = select(Deployment.__table__).where(Deployment.state.in_(("requested", "unconfirmed")))
+    query = query.order_by(Deployment.agent, Deployment.number)
     return list(connection.execute(query.where(Deployment.agent == agent) if agent else query).mappings())
 
 
@@ -188,23 +204,34 @@ def settle_deployment(connection: Connection, deployment: str, state: str, detai
     return True
 
 
+def in_force(connection: Connection, agent: str) -> RowMapping | None:
+    """The change that brought the champion into service."""
+    query = select(Deployment.__table__).join(Alias, Alias.deployment == Deployment.id)
+    return connection.execute(query.where(Alias.agent == agent, Alias.alias == CHAMPION)).mappings().first()
+
+
 def history(connection: Connection, agent: str | None = None) -> list[RowMapping]:
     """Every change of the champion, oldest first."""
-    query = select(Deployment.__table__).order_by(Deployment.requested_at, Deployment.id)
+    query = select(Deployment.__table__).order_by(Deployment.agent, Deployment.number)
     return list(connection.execute(query.where(Deployment.agent == agent) if agent else query).mappings())
 
 
 def predecessor(connection: Connection, agent: str) -> str | None:
-    """The version that a rollback goes back to: the last other champion that was confirmed and not rolled back from itself."""
+    """The version that a rollback goes back to: the champion before this one, leaving out those that were gone back from."""
+    path: list[str] = []
+    for change in history(connection, agent):
+        version = change["version"]
+        if version in path and change["kind"] != "promote":
+            del path[path.index(version) + 1 :]
+        elif change["state"] != "reverted":
+            path = [*(one for one in path if one != version), version]
     now = champion(connection, agent)
-    changes = history(connection, agent)
-    condemned = {change["previous"] for change in changes if change["kind"] in ("rollback", "revert")}
-    settled = [change["version"] for change in changes if change["state"] in (*IN_FORCE, "superseded")]
-    return next((version for version in reversed(settled) if version != now and version not in condemned), None)
+    return next((version for version in reversed(path) if version != now), None)
 
 
 def latest_candidate(connection: Connection, agent: str) -> RowMapping | None:
-    """The newest trained version that was not rejected: where the next run continues."""
-    query = select(Version.__table__).where(Version.agent == agent, Version.adapter_digest.is_not(None))
+    """The newest trained version that was neither rejected nor rolled back: where the next run continues."""
+    harmful = select(Deployment.previous).where(Deployment.agent == agent, Deployment.kind == "rollback", Deployment.previous.is_not(None))
+    query = select(Version.__table__).where(Version.agent == agent, Version.adapter_digest.is_not(None), Version.name.not_in(harmful))
     query = query.where(func.coalesce(Version.verdict, "") != "reject").order_by(Version.major.desc(), Version.minor.desc()).limit(1)
     return connection.execute(query).mappings().first()

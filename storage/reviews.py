@@ -41,7 +41,7 @@ def open_new(connection: Connection, rows: Sequence[Mapping[str, Any]], now: dat
         }
         for row in rows
     ]
-    connection.execute(db.insert_or_skip(connection, Review), prepared)
+    db.insert_many(connection, Review, prepared)
     steps = [{"review": row["id"], "at": now, "actor": actor, "action": "opened", "note": ", ".join(row["reasons"])} for row in prepared]
     present = set(connection.execute(select(Review.id).where(Review.id.in_([row["id"] for row in prepared]))).scalars())
     connection.execute(insert(ReviewStep), [step for step in steps if step["review"] in present])
@@ -52,7 +52,7 @@ def make_id(prediction: str, exam: str | None, now: datetime) -> str:
     return ids.make_ulid(now, "review", prediction, exam or "")
 
 
-def ask_for_exam(connection: Connection, prediction: RowMapping, agent: str, exam: str, reason: str, now: datetime) -> None:
+def ask_for_exam(connection: Connection, prediction: Mapping[str, Any], agent: str, exam: str, reason: str, now: datetime) -> None:
     """Ask for a blind answer on a stored claim: a new review, or one more reason on the one that is open."""
     live = select(Review.id, Review.reasons).where(Review.prediction == prediction["id"], Review.state.in_(LIVE))
     known = connection.execute(live).first()

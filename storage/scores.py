@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, and_, func, select
+from sqlalchemy import Connection, Text, and_, cast, exists, func, select
 from sqlalchemy.orm import aliased
 
 from storage import db
@@ -15,39 +15,52 @@ from storage.tables import Label, Prediction, Score
 
 @dataclass(frozen=True, slots=True)
 class Differing:
-    """A claim on which two versions answer differently."""
+    """A claim on which two versions answer differently, and why it was sent to an expert when it came in."""
 
     prediction: str
     claim_id: str
     candidate: str
     champion: str
     attributes: dict[str, Any]
+    reasons: list[str]
 
 
 def insert_new(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
     """Store scores; a version's answer on a claim is stored once."""
-    if rows:
-        connection.execute(db.insert_or_skip(connection, Score), list(rows))
+    db.insert_many(connection, Score, rows)
 
 
-def count_common(connection: Connection, agent: str, candidate: str, champion: str) -> int:
-    """On how many claims both versions were asked."""
+def count_common(connection: Connection, agent: str, candidate: str, champion: str, since: str = "") -> int:
+    """On how many claims, of those from the identifier `since` on, both versions were asked."""
     ours, theirs = aliased(Score), aliased(Score)
     both = select(func.count()).select_from(ours).join(theirs, and_(theirs.prediction == ours.prediction, theirs.agent == ours.agent))
-    return connection.execute(both.where(ours.agent == agent, ours.version == candidate, theirs.version == champion)).scalar_one()
+    both = both.where(ours.agent == agent, ours.version == candidate, theirs.version == champion, ours.prediction >= since)
+    return connection.execute(both).scalar_one()
 
 
-def read_differing(connection: Connection, agent: str, candidate: str, champion: str) -> list[Differing]:
-    """The claims on which the two versions answer differently, in order of arrival."""
+def read_differing(connection: Connection, agent: str, candidate: str, champion: str, since: str = "") -> list[Differing]:
+    """The claims, from the identifier `since` on, on which the two versions answer differently, in order of arrival."""
     ours, theirs = aliased(Score), aliased(Score)
     query = (
-        select(Prediction.id, Prediction.claim_id, ours.decision, theirs.decision, Prediction.attributes)
+        select(Prediction.id, Prediction.claim_id, ours.decision, theirs.decision, Prediction.attributes, Prediction.reasons)
         .join(ours, ours.prediction == Prediction.id)
         .join(theirs, and_(theirs.prediction == Prediction.id, theirs.agent == ours.agent))
         .where(ours.agent == agent, ours.version == candidate, theirs.version == champion, ours.decision != theirs.decision)
+        .where(Prediction.id >= since)
         .order_by(Prediction.id)
     )
     return [Differing(*row) for row in connection.execute(query)]
+
+
+def read_audited(connection: Connection, agent: str, version: str) -> list[tuple[str, str]]:
+    """What the version answers on labelled claims that were drawn at random when they came in: (prediction, decision)."""
+    query = (
+        select(Score.prediction, Score.decision)
+        .join(Prediction, Prediction.id == Score.prediction)
+        .where(Score.agent == agent, Score.version == version, cast(Prediction.reasons, Text).like('%"audit"%'))
+        .where(exists().where(Label.prediction == Prediction.id))
+    )
+    return [(row.prediction, row.decision) for row in connection.execute(query)]
 
 
 def read_unscored(connection: Connection, agent: str, version: str, predictions: Sequence[str]) -> list[str]:
@@ -55,6 +68,12 @@ def read_unscored(connection: Connection, agent: str, version: str, predictions:
     query = select(Score.prediction).where(Score.agent == agent, Score.version == version, Score.prediction.in_(predictions))
     known = set(connection.execute(query).scalars())
     return [prediction for prediction in predictions if prediction not in known]
+
+
+def read_scored(connection: Connection, agent: str, version: str, limit: int) -> list[str]:
+    """The newest predictions that the version was asked about."""
+    query = select(Score.prediction).where(Score.agent == agent, Score.version == version)
+    return list(connection.execute(query.order_by(Score.prediction.desc()).limit(limit)).scalars())
 
 
 def labelled_after(connection: Connection, predictions: Sequence[str], cut: int | None) -> set[str]:

@@ -356,6 +356,7 @@ class Deployment(Table):
     __tablename__ = "deployments"
     id: Mapped[str] = mapped_column(String(26), primary_key=True)
     agent: Mapped[str]
+    number: Mapped[int]
     kind: Mapped[str]
     version: Mapped[str]
     previous: Mapped[str | None]
@@ -364,12 +365,13 @@ class Deployment(Table):
     is_forced: Mapped[bool]
     state: Mapped[str]
     requested_at: Mapped[datetime]
+    published_at: Mapped[datetime | None]
     confirmed_at: Mapped[datetime | None]
     detail: Mapped[str | None]
     __table_args__ = (
+        UniqueConstraint("agent", "number"),
         states("kind", "promote", "rollback", "revert"),
         states("state", "requested", "confirmed", "unverified", "unconfirmed", "reverted", "superseded"),
-        Index("deployments_of_agent", "agent", "requested_at"),
         partial("deployments_requested", "agent", where="state IN ('requested', 'unconfirmed')"),
     )
 

@@ -1,0 +1,263 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import peft
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from storage import artifacts
+from tests.model_fixtures import LABELS, PROMPT, claim, random_adapter, tiny_base
+from trainers import data, score
+from trainers.spec import Prompt, SpecRefusedError
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory):
+    return tiny_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def base(base_folder):
+    return score.load_base(base_folder, "cpu")
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    template = Prompt(text=PROMPT)
+    return [template.render(claim(number)) + "x" * (number % 7) for number in range(40)]
+
+
+def separate_forwards(model, tokenizer, prompts, labels):
+    """The definition: one forward pass for each prompt and label, all logits, no padding and no mask of ours."""
+    rows = []
+    for prompt in prompts:
+        read = data.encode_prompt(tokenizer, prompt)
+        row = []
+        for label in labels:
+            tokens = data.label_tokens(tokenizer, label)
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([read + tokens])).logits[0].double().log_softmax(-1)
+            row.append(sum(float(logits[len(read) - 1 + step, token]) for step, token in enumerate(tokens)))
+        rows.append(row)
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+@pytest.mark.parametrize("labels", [LABELS, ("DENIED", "APPROVED"), ("A", "AB", "ABC and more")])
+@pytest.mark.parametrize("max_tokens", [1, 200, 4096])
+def test_one_pass_equals_a_separate_pass_for_each_label(tmp_path, prompts, architecture, labels, max_tokens):
+    model, tokenizer = score.load_base(tiny_base(tmp_path / "base", architecture), "cpu")
+
+    scores = score.score_prompts(model, tokenizer, prompts[:9], labels, max_tokens=max_tokens)
+
+    assert scores.dtype == np.float64
+    np.testing.assert_allclose(scores, separate_forwards(model, tokenizer, prompts[:9], labels), atol=1e-4, rtol=0)
+
+
+def test_a_sliding_window_shorter_than_the_prompt_is_kept(tmp_path, prompts):
+    model, tokenizer = score.load_base(tiny_base(tmp_path / "base", "mistral", sliding_window=6), "cpu")
+
+    scores = score.score_prompts(model, tokenizer, prompts[:9], LABELS, max_tokens=4096)
+
+    np.testing.assert_allclose(scores, separate_forwards(model, tokenizer, prompts[:9], LABELS), atol=1e-4, rtol=0)
+
+
+def test_scores_come_in_the_order_of_the_prompts_with_repetitions(base, prompts):
+    once = score.score_prompts(*base, prompts, LABELS, max_tokens=300)
+    order = [3, 0, 3, 39, 7, 3]
+
+    again = score.score_prompts(*base, [prompts[row] for row in order], LABELS, max_tokens=4096)
+
+    np.testing.assert_allclose(again, once[order], atol=1e-5)
+    assert (again[0] == again[2]).all()
+
+
+def test_no_prompts_give_no_scores(base):
+    assert score.score_prompts(*base, [], LABELS, max_tokens=100).shape == (0, 3)
+
+
+def test_a_batch_holds_the_token_budget_padding_included():
+    lengths = [5, 30, 7, 6, 31, 100, 5]
+
+    batches = list(score.batch_by_tokens(lengths, 62))
+
+    assert sorted(row for batch in batches for row in batch) == list(range(7))
+    assert all(len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= 62 for batch in batches)
+    assert len(batches) == 3
+
+
+def test_labels_with_the_same_tokens_are_refused(base):
+    with pytest.raises(SpecRefusedError, match="same tokens"):
+        score.score_prompts(*base, ["x"], ("DENIED", "DENIED"), max_tokens=100)
+
+
+def test_damaged_weights_are_reported_and_not_scored(tmp_path):
+    model, tokenizer = score.load_base(tiny_base(tmp_path / "base"), "cpu")
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+
+    with pytest.raises(score.LogitsNotFiniteError, match="NaN"):
+        score.score_prompts(model, tokenizer, ["a claim"], LABELS, max_tokens=100)
+
+
+def test_scoring_leaves_a_model_in_training_mode_as_it_was(base):
+    model, tokenizer = base
+    model.train()
+    score.score_prompts(model, tokenizer, ["a claim"], LABELS, max_tokens=100)
+    assert model.training
+    model.eval()
+
+
+def test_a_base_is_loaded_from_safetensors_in_a_local_folder_only(tmp_path, base_folder):
+    with pytest.raises(SpecRefusedError, match="holds no config"):
+        score.load_base(Path("gpt2"), "cpu")
+    pickled = tiny_base(tmp_path / "pickled")
+    torch.save({}, pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    with pytest.raises(SpecRefusedError, match="safetensors"):
+        score.load_base(pickled, "cpu")
+    damaged = tiny_base(tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"half a file")
+    with pytest.raises(SpecRefusedError, match="damaged"):
+        score.load_base(damaged, "cpu")
+
+
+def test_adapters_are_switched_without_touching_the_base(tmp_path, prompts):
+    model, tokenizer = score.load_base(tiny_base(tmp_path / "base"), "cpu")
+    first, second = (random_adapter(tmp_path / "base", tmp_path / name, seed) for seed, name in enumerate(("first", "second")))
+
+    def ask(model, name):
+        with score.answering_with(model, name) as answering:
+            return score.score_prompts(answering, tokenizer, prompts[:5], LABELS, max_tokens=1000)
+
+    bare = ask(model, None)
+    model = score.load_adapter(model, "first", first)
+    model = score.load_adapter(model, "second", second)
+    by_first, by_second = ask(model, "first"), ask(model, "second")
+
+    assert abs(by_first - bare).max() > 0.01
+    assert abs(by_first - by_second).max() > 0.01
+    assert (ask(model, None) == bare).all()
+    assert (ask(model, "first") == by_first).all()
+    model = score.drop_adapter(model, "first")
+    assert (ask(model, "second") == by_second).all()
+    model = score.drop_adapter(model, "second")
+    assert not isinstance(model, peft.PeftModel)
+    assert (ask(model, None) == bare).all()
+    fresh = peft.PeftModel.from_pretrained(score.load_base(tmp_path / "base", "cpu")[0], first)
+    np.testing.assert_allclose(separate_forwards(fresh, tokenizer, prompts[:5], LABELS), by_first, atol=1e-4)
+
+
+def test_what_was_in_force_is_so_again_afterwards(tmp_path):
+    model, _ = score.load_base(tiny_base(tmp_path / "base"), "cpu")
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"), "candidate")
+    score.load_adapter(tuned, "champion", random_adapter(tmp_path / "base", tmp_path / "champion", 1))
+    trainable = {name for name, weight in tuned.named_parameters() if weight.requires_grad}
+
+    with score.answering_with(tuned, "champion"):
+        assert tuned.active_adapter == "champion"
+    with score.answering_with(tuned, None):
+        pass
+
+    assert tuned.active_adapter == "candidate"
+    assert trainable
+    assert {name for name, weight in tuned.named_parameters() if weight.requires_grad} == trainable
+
+
+def test_many_swaps_leave_nothing_behind(tmp_path):
+    model, _ = score.load_base(tiny_base(tmp_path / "base"), "cpu")
+    folder = random_adapter(tmp_path / "base", tmp_path / "adapter", 0)
+    model = score.load_adapter(model, "kept", folder)
+    before = sum(weight.numel() for weight in model.parameters()), sum(1 for _ in model.modules())
+
+    for number in range(20):
+        score.load_adapter(model, f"swap_{number}", folder)
+        score.drop_adapter(model, f"swap_{number}")
+
+    assert before == (sum(weight.numel() for weight in model.parameters()), sum(1 for _ in model.modules()))
+    assert list(model.peft_config) == ["kept"]
+
+
+def refused_adapters(folder: Path):
+    """Ways in which an adapter folder can be wrong, each with a word of the refusal."""
+
+    def edit(**changes):
+        config = folder / artifacts.ADAPTER_CONFIG
+        config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+
+    return {
+        "no plain LoRA": lambda: edit(use_dora=True),
+        "init_lora_weights": lambda: edit(init_lora_weights="pissa"),
+        "peft_type": lambda: edit(peft_type="IA3"),
+        "size mismatch": lambda: edit(r=3),
+        "r` should": lambda: edit(r=0),
+        "arget modules": lambda: edit(target_modules=["nothing_like_it"]),
+        "missing or unknown": lambda: edit(target_modules=["q_proj"]),
+        "can't be read": lambda: (folder / artifacts.ADAPTER_CONFIG).write_text("[1, 2"),
+        "doesn't fit": lambda: (folder / score.ADAPTER_WEIGHTS).write_bytes(b"half a file"),
+        "holds no": lambda: (folder / score.ADAPTER_WEIGHTS).rename(folder / "adapter_model.bin"),
+    }
+
+
+@pytest.mark.parametrize("reason", refused_adapters(Path()))
+@pytest.mark.parametrize("occupied", [True, False])
+def test_an_adapter_that_does_not_fit_is_refused_and_leaves_the_model_as_it_was(tmp_path, base_folder, prompts, reason, occupied):
+    model, tokenizer = score.load_base(base_folder, "cpu")
+    if occupied:
+        model = score.load_adapter(model, "good", random_adapter(base_folder, tmp_path / "good", 1))
+    before = score.score_prompts(model, tokenizer, prompts[:2], LABELS, max_tokens=1000)
+    folder = random_adapter(base_folder, tmp_path / "bad", 2)
+    refused_adapters(folder)[reason]()
+
+    with pytest.raises(SpecRefusedError, match=reason):
+        score.load_adapter(model, "bad", folder)
+
+    assert (score.score_prompts(model, tokenizer, prompts[:2], LABELS, max_tokens=1000) == before).all()
+    assert not any("bad" in name for name, _ in model.named_modules())
+    assert hasattr(model, "peft_config") == occupied
+
+
+def test_the_temperature_that_made_the_answers_is_found_again():
+    random = np.random.default_rng(1)
+    logprobs = random.normal(size=(4000, 3)) * 4
+    truth = score.probabilities(logprobs, 2.5)
+    answers = np.array([random.choice(3, p=row) for row in truth])
+
+    assert score.fit_temperature(logprobs, answers) == pytest.approx(2.5, rel=0.1)
+    np.testing.assert_allclose(truth.sum(axis=1), 1)
+
+
+@pytest.mark.parametrize("answers", [[], [0], [1, 1, 1]])
+def test_a_temperature_without_evidence_is_one(answers):
+    assert score.fit_temperature(np.zeros((len(answers), 3)), answers) == 1.0
+
+
+def test_two_lucky_answers_do_not_give_certainty():
+    assert score.fit_temperature(np.log([[0.9, 0.1], [0.1, 0.9]]), [0, 1]) > 0.3
+
+
+def test_scores_survive_their_file(tmp_path):
+    logprobs = np.log([[0.5, 0.3, 0.1], [0.2, 0.2, 0.5]])
+    rows = score.judge("gold", ["a", "b"], "v1.1", LABELS, logprobs, 1.0)
+
+    score.write_scores(tmp_path / "scores.parquet", rows)
+
+    assert score.read_scores(tmp_path / "scores.parquet") == rows
+    assert [row.decision for row in rows] == ["APPROVED", "PENDING"]
+    assert rows[0].confidence == pytest.approx(0.5 / 0.9)
+    table = pq.read_table(tmp_path / "scores.parquet")
+    assert table.column_names == ["set", "row_id", "model", "decision", "confidence", "probabilities", "logprobs"]
+    assert table["probabilities"][1].as_py() == pytest.approx([2 / 9, 2 / 9, 5 / 9])
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.parquet"]
+
+
+def test_no_scores_make_a_file_with_the_same_columns(tmp_path):
+    score.write_scores(tmp_path / "scores.parquet", [])
+    assert score.read_scores(tmp_path / "scores.parquet") == []

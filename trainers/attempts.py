@@ -1,0 +1,106 @@
+"""One try at a run: its folder, its right to publish, its progress and its result.
+
+`RUN_DIR/attempts/N/` holds `attempt.json` (the daemon's fence), `progress.jsonl`, `checkpoints/`, `adapters/`, and last `result.json`.
+A newer attempt takes the right to publish away: a trainer that was stopped past its lease and wakes up finds it and leaves.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from storage.artifacts import write_atomically
+
+RESULT = "result.json"
+PROGRESS = "progress.jsonl"
+Status = Literal["done", "refused", "failed"]
+
+
+class SupersededError(RuntimeError):
+    """A newer attempt at the same run has begun: this one may publish nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """The folder of one attempt, its number and the fence that the daemon gave it (None by hand)."""
+
+    run_dir: Path
+    number: int
+    fence: Any
+
+    @property
+    def folder(self) -> Path:
+        """`RUN_DIR/attempts/N`."""
+        return self.run_dir / "attempts" / str(self.number)
+
+    def is_done(self) -> bool:
+        """Whether the attempt published a result that stands; a refused or failed one may be tried again."""
+        path = self.folder / RESULT
+        return path.exists() and json.loads(path.read_text())["status"] == "done"
+
+    def check_current(self) -> None:
+        """Raise `SupersededError` when a newer attempt's folder is there."""
+        newest = max(attempt_numbers(self.run_dir), default=0)
+        if newest > self.number:
+            raise SupersededError(f"attempt {self.number} of {self.run_dir.name} was superseded by attempt {newest}: nothing is published")
+
+    def publish(self, status: Status, run_id: str, **fields: Any) -> None:
+        """Write `result.json`, whole or not at all, unless a newer attempt has begun (`SupersededError`)."""
+        self.check_current()
+        result = {"schema": 1, "run_id": run_id, "attempt": self.number, "fence": self.fence, "status": status, **fields}
+        write_atomically(self.folder / RESULT, json.dumps(result, indent=2, ensure_ascii=False).encode())
+
+
+def open_attempt(run_dir: Path, number: int | None = None) -> Attempt:
+    """The attempt with this number, or else the latest; by hand, where there is none, attempt 1 is made."""
+    chosen = number or max(attempt_numbers(run_dir), default=1)
+    folder = run_dir / "attempts" / str(chosen)
+    folder.mkdir(parents=True, exist_ok=True)
+    about = folder / "attempt.json"
+    fence = json.loads(about.read_text()).get("fence") if about.exists() else None
+    return Attempt(run_dir, chosen, fence)
+
+
+def attempt_numbers(run_dir: Path) -> list[int]:
+    """The numbers of all attempts that have a folder."""
+    return sorted(int(path.name) for path in (run_dir / "attempts").glob("*") if path.name.isdigit())
+
+
+class Progress:
+    """Appends to `progress.jsonl`, at most two lines a second, and to TensorBoard's event file."""
+
+    def __init__(self, attempt: Attempt, every_seconds: float = 0.5) -> None:
+        self._file = (attempt.folder / PROGRESS).open("a", encoding="utf-8")
+        self._events = EventFileWriter(str(attempt.folder / "tensorboard"))
+        self._every_seconds = every_seconds
+        self._heartbeat = 0
+        self._written_at = float("-inf")
+
+    def write(self, phase: str, *, now: bool = False, **fields: float | str | None) -> None:
+        """Note where the run is; with `now` the line is written even when the last one is fresh."""
+        if not now and time.monotonic() - self._written_at < self._every_seconds:
+            return
+        self._written_at = time.monotonic()
+        self._heartbeat += 1
+        line = {"at": datetime.now(UTC).isoformat(), "phase": phase, **fields, "heartbeat": self._heartbeat}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def plot(self, step: int, values: Mapping[str, float]) -> None:
+        """Add one point to each of TensorBoard's curves."""
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+        self._events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def close(self) -> None:
+        """Flush and close both files."""
+        self._file.close()
+        self._events.close()

@@ -1,0 +1,81 @@
+"""The base model that a process holds: checked against its digest, loaded once, kept for the next run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from storage import artifacts
+from trainers import score
+from trainers.spec import Base, SpecRefusedError
+
+Fingerprint = tuple[tuple[str, int, int], ...]
+
+
+class Bases:
+    """One base in memory at a time, and the digests of those that were read before."""
+
+    def __init__(self) -> None:
+        self._loaded: tuple[str, str] | None = None
+        self._model: Any = None
+        self._tokenizer: Any = None
+        self._checked: dict[str, Fingerprint] = {}
+
+    def check(self, base: Base) -> None:
+        """Raise `SpecRefusedError` unless the folder's files are those that the digest names; read again only when a file changed."""
+        fingerprint = take_fingerprint(base.path)
+        if self._checked.get(base.digest) == fingerprint:
+            return
+        try:
+            artifacts.check(base.path, base.digest)
+        except (OSError, artifacts.DigestMismatchError) as error:
+            raise SpecRefusedError(f"the base model: {error}") from error
+        self._checked[base.digest] = fingerprint
+
+    def tokenizer(self, base: Base) -> Any:
+        """The base's tokenizer, without its weights."""
+        if self._loaded and self._loaded[0] == base.digest:
+            return self._tokenizer
+        try:
+            return transformers.AutoTokenizer.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise SpecRefusedError(f"{base.path} has no tokenizer that can be loaded: {error}") from error
+
+    def load(self, base: Base, device: str) -> tuple[Any, Any]:
+        """The model and the tokenizer, from memory when the last run used the same ones."""
+        if self._loaded != (base.digest, device):
+            self._loaded = self._model = None  # The old one leaves before the new one comes: both may not fit.
+            self._model, self._tokenizer = score.load_base(base.path, device)
+            self._loaded = (base.digest, device)
+        return self._model, self._tokenizer
+
+
+def take_fingerprint(folder: Path) -> Fingerprint:
+    """Names, sizes and times of the folder's files: enough to see that one was written again."""
+    stats = ((path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file())
+    return tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)
+
+
+def read_context(base: Base) -> int:
+    """How many tokens the base can read at once, from its `config.json`."""
+    try:
+        config = json.loads((base.path / "config.json").read_text())
+        return int(config.get("max_position_embeddings") or config["text_config"]["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SpecRefusedError(f"{base.path / 'config.json'} names no max_position_embeddings: is this a language model?") from error
+
+
+def check_device(device: str) -> None:
+    """Raise `SpecRefusedError` when this machine has no such device."""
+    try:
+        kind = torch.device(device)
+    except RuntimeError as error:
+        raise SpecRefusedError(f"device {device!r} is none: use cpu, cuda or cuda:N") from error
+    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
+        raise SpecRefusedError(
+            f'device {device!r} is not here ({torch.cuda.device_count()} CUDA cards): set device = "cpu" or check the driver'
+        )

@@ -1,0 +1,157 @@
+"""Where training stopped: trained weights, optimizer moments, random state and counters, as safetensors and JSON.
+
+A checkpoint folder appears whole or not at all, so a run that is killed at any moment goes on from the newest one of any of its attempts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from storage.artifacts import write_atomically
+
+WEIGHTS, OPTIMIZER, RANDOM, BEST, STATE = (
+    "weights.safetensors",
+    "optimizer.safetensors",
+    "random.safetensors",
+    "best.safetensors",
+    "state.json",
+)
+KEPT = 2
+Tensors = dict[str, torch.Tensor]
+
+
+def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that training changes, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def copy_weights(model: torch.nn.Module) -> Tensors:
+    """A copy of the trained weights, on the CPU."""
+    return {name: parameter.detach().cpu().clone() for name, parameter in trained_parameters(model).items()}
+
+
+def set_weights(model: torch.nn.Module, weights: Tensors) -> None:
+    """Put trained weights back. Raises `ValueError` when they are those of another model."""
+    parameters = trained_parameters(model)
+    if parameters.keys() != weights.keys():
+        raise ValueError("the checkpoint holds other weights than this run trains")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+
+
+def save_checkpoint(
+    folder: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], best: Tensors | None
+) -> None:
+    """Write `folder/step-K` and remove all but the last two."""
+    partial = folder / f".{uuid.uuid4().hex}.partial"
+    partial.mkdir(parents=True)
+    write_atomically(partial / WEIGHTS, save(copy_weights(model)))
+    write_atomically(partial / OPTIMIZER, save(optimizer_tensors(model, optimizer)))
+    write_atomically(partial / RANDOM, save(random_state()))
+    if best is not None:
+        write_atomically(partial / BEST, save(best))
+    write_atomically(partial / STATE, json.dumps(state, indent=2).encode())
+    place = folder / f"step-{step}"
+    if place.exists():  # the attempt was resumed at this very step
+        shutil.rmtree(partial)
+    else:
+        partial.rename(place)
+        sync_folder(folder)
+    for old in by_step(folder)[KEPT:]:
+        shutil.rmtree(old)
+
+
+def load_newest(
+    run_dir: Path, signature: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Any], Tensors | None] | None:
+    """Put model, optimizer and random state back to the newest whole checkpoint of any attempt; returns its counters and best weights.
+
+    None when there is no checkpoint with this signature; a damaged one is passed over.
+    """
+    for place in checkpoints_of_run(run_dir):
+        try:
+            state = json.loads((place / STATE).read_text())
+            weights, moments, random = (load_file(place / name) for name in (WEIGHTS, OPTIMIZER, RANDOM))
+            best = load_file(place / BEST) if (place / BEST).exists() else None
+        except (OSError, ValueError, SafetensorError):
+            continue
+        if state.get("signature") != signature:
+            continue
+        set_weights(model, weights)
+        set_optimizer(model, optimizer, moments)
+        set_random_state(random)
+        return state, best
+    return None
+
+
+def checkpoints_of_run(run_dir: Path) -> list[Path]:
+    """The checkpoints of all attempts, the furthest first; of equal ones the latest attempt's."""
+    attempts = sorted((run_dir / "attempts").glob("*/checkpoints"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return sorted((place for folder in attempts for place in by_step(folder)), key=step_of, reverse=True)
+
+
+def by_step(folder: Path) -> list[Path]:
+    """The whole checkpoints of one attempt, the furthest first."""
+    return sorted(folder.glob("step-*"), key=step_of, reverse=True)
+
+
+def step_of(place: Path) -> int:
+    """The K of `step-K`."""
+    return int(place.name.removeprefix("step-"))
+
+
+def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+    """The optimizer's state as `PARAMETER/KEY` tensors."""
+    return {
+        f"{name}/{key}": value.detach().cpu().clone()
+        for name, parameter in trained_parameters(model).items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def set_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+    """The reverse of `optimizer_tensors`; AdamW keeps its step counter on the CPU and its moments beside the parameter."""
+    parameters = trained_parameters(model)
+    for path, value in tensors.items():
+        name, _, key = path.rpartition("/")
+        parameter = parameters[name]
+        optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+
+
+def random_state() -> Tensors:
+    """The state of torch's random generators."""
+    cards = {f"cuda-{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())} if torch.cuda.is_available() else {}
+    return {"cpu": torch.get_rng_state(), **cards}
+
+
+def set_random_state(tensors: Tensors) -> None:
+    """The reverse of `random_state`, for as many cards as there are."""
+    torch.set_rng_state(tensors["cpu"])
+    for index, state in card_states(tensors):
+        torch.cuda.set_rng_state(state, index)
+
+
+def card_states(tensors: Tensors) -> Iterator[tuple[int, torch.Tensor]]:
+    """The saved random states of the cards that this machine has."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return ((index, tensors[f"cuda-{index}"]) for index in range(count) if f"cuda-{index}" in tensors)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,110 @@
+"""What must hold before any weights are loaded: the spec is whole and every file is the one it names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage import artifacts, snapshots
+from trainers import bases, data, score
+from trainers.spec import Model, ScoreSet, Spec, SpecRefusedError
+
+
+def check_spec(spec: Spec, held: bases.Bases) -> Any:
+    """Raise `SpecRefusedError` with the reason when the run can't be done as asked; returns the base's tokenizer."""
+    bases.check_device(spec.device)
+    held.check(spec.base)
+    tokenizer = held.tokenizer(spec.base)
+    if spec.kind == "export":
+        raise SpecRefusedError("kind 'export' is not known to this trainer: use train or score")
+    if spec.kind == "train" and spec.method == "lora":
+        check_lora(spec)
+    if spec.kind == "train" and spec.method == "pretrain" and not the_texts(spec).is_file():
+        raise SpecRefusedError(f"texts {spec.texts} is no file: method 'pretrain' reads JSON lines with the key text")
+    for model in scored_models(spec):
+        data.check_tokenizer(tokenizer, model.labels)
+        if model.adapter:
+            check_adapter(model.adapter, model.adapter_digest, spec.base.digest)
+    for score_set in spec.score_sets:
+        check_score_set(score_set)
+    return tokenizer
+
+
+def scored_models(spec: Spec) -> Iterator[Model]:
+    """The candidate, when there is one, and the models beside it."""
+    if spec.candidate:
+        yield spec.candidate
+    yield from spec.others
+
+
+def check_lora(spec: Spec) -> None:
+    """Check what a LoRA run learns from and where it begins."""
+    candidate = the_candidate(spec)
+    if candidate.adapter is not None:
+        raise SpecRefusedError(f"candidate.adapter is {candidate.adapter}: what is trained has none yet, name it as init_adapter")
+    if Path(candidate.name).name != candidate.name or candidate.name.startswith("."):
+        raise SpecRefusedError(f"candidate.name {candidate.name!r} becomes a folder: use letters, digits, dots and dashes")
+    check_dataset(the_dataset(spec), spec.dataset_digest)
+    if spec.init_adapter:
+        check_adapter(spec.init_adapter, spec.init_adapter_digest, spec.base.digest)
+
+
+def check_dataset(dataset: Path, digest: str | None) -> None:
+    """Recompute the snapshot's digests, and compare its root with the one that was asked for."""
+    try:
+        root = snapshots.read_manifest(dataset)["root"]
+        problems = snapshots.verify(dataset)
+    except snapshots.SnapshotDamagedError as error:
+        raise SpecRefusedError(str(error)) from error
+    if problems:
+        raise SpecRefusedError(f"dataset {dataset} is damaged: {problems[0]}: restore it from a backup or build a new version")
+    if digest not in (None, root):
+        raise SpecRefusedError(f"dataset {dataset} has root {root}, not {digest}: name the version that the run was planned for")
+
+
+def check_adapter(adapter: Path, digest: str | None, base_digest: str) -> None:
+    """Check an adapter's form, its files and that it was trained on this base."""
+    score.read_adapter_config(adapter)
+    try:
+        if digest:
+            artifacts.check(adapter, digest)
+        pinned = artifacts.pinned_base(adapter)
+    except (OSError, ValueError, KeyError, artifacts.DigestMismatchError) as error:
+        raise SpecRefusedError(f"adapter {adapter}: {error}") from error
+    if pinned != base_digest:
+        raise SpecRefusedError(f"adapter {adapter} was trained on base {pinned}, not on {base_digest}: name the base it belongs to")
+
+
+def check_score_set(score_set: ScoreSet) -> None:
+    """Check that the rows to score can be read."""
+    try:
+        columns = set(pq.read_schema(score_set.path).names)
+    except (OSError, pa.ArrowException) as error:
+        raise SpecRefusedError(f"score set {score_set.name}: {score_set.path} can't be read as Parquet: {error}") from error
+    if missing := {"row_id", "input"} - columns:
+        raise SpecRefusedError(f"score set {score_set.name}: {score_set.path} lacks the columns {sorted(missing)}")
+
+
+def the_candidate(spec: Spec) -> Model:
+    """The model to train; refused when it isn't there."""
+    if spec.candidate is None:
+        raise SpecRefusedError("candidate is missing: its name, prompt and labels are what is trained")
+    return spec.candidate
+
+
+def the_dataset(spec: Spec) -> Path:
+    """The snapshot to learn from; refused when it isn't there."""
+    if spec.dataset is None:
+        raise SpecRefusedError("dataset is missing: method 'lora' learns from a snapshot folder")
+    return spec.dataset
+
+
+def the_texts(spec: Spec) -> Path:
+    """The texts to learn from; refused when it isn't there."""
+    if spec.texts is None:
+        raise SpecRefusedError("texts is missing: method 'pretrain' reads JSON lines with the key text")
+    return spec.texts

@@ -1,0 +1,291 @@
+"""Labelled claims as tokens: what the model reads and what it learns to write, the same in training, scoring and serving.
+
+A prompt and its completion are tokenised apart and then joined, so that no token ever spans the boundary.
+The completion is `LABEL`, a newline, the expert's rationale when there is one, and the end-of-sequence token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from storage import snapshots
+from trainers.spec import Options, Prompt, ScoreSet, SpecRefusedError
+
+Tokenizer = Any
+CUT_MARK = "…"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One sequence: the model reads `prompt` and is graded on `completion`, each token of it with `weight`."""
+
+    prompt: list[int]
+    completion: list[int]
+    weight: float = 1.0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the model reads: the last one is only predicted."""
+        return len(self.prompt) + len(self.completion) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One labelled claim: its prompt as text and as tokens, and the index of its answer in the label set."""
+
+    row_id: str
+    prompt: str
+    answer: int
+    example: Example
+
+
+@dataclass(frozen=True, slots=True)
+class Lessons:
+    """What a run learns from. `dev` steers early stopping and the temperature; gold rows are in neither."""
+
+    train: list[Case]
+    dev: list[Case]
+    prompts_cut: int
+    rationales_left_out: int
+
+
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """The tokens of each prompt, begun with the tokenizer's BOS when it has one and the prompt doesn't bring it."""
+    if not prompts:
+        return []
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    encoded = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    return [list(ids) if ids[:1] == start else start + list(ids) for ids in encoded]
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The tokens of one prompt, see `encode_prompts`."""
+    return encode_prompts(tokenizer, [prompt])[0]
+
+
+def label_tokens(tokenizer: Tokenizer, label: str) -> list[int]:
+    """The tokens of `label` up to and including the newline that ends it."""
+    return list(tokenizer(label + "\n", add_special_tokens=False)["input_ids"])
+
+
+def encode_completion(tokenizer: Tokenizer, answer: str, rationale: str | None) -> list[int]:
+    """The tokens that the model is to write: the label and its newline, the rationale, the end."""
+    spoken = without_special_tokens(tokenizer, rationale) if rationale else ""
+    explained = list(tokenizer(spoken, add_special_tokens=False)["input_ids"]) if spoken else []
+    return [*label_tokens(tokenizer, answer), *explained, tokenizer.eos_token_id]
+
+
+def check_tokenizer(tokenizer: Tokenizer, labels: Sequence[str]) -> None:
+    """Raise `SpecRefusedError` unless completions end and every label is told from every other by its tokens."""
+    if tokenizer.eos_token_id is None:
+        raise SpecRefusedError("the base's tokenizer has no end-of-sequence token: name one in its tokenizer_config.json (eos_token)")
+    seen: dict[tuple[int, ...], str] = {}
+    for label in labels:
+        if not label.strip() or "\n" in label:
+            raise SpecRefusedError(f"label {label!r} is empty or has a line break: labels are one line of text")
+        tokens = tuple(label_tokens(tokenizer, label))
+        if tokens in seen:
+            raise SpecRefusedError(f"labels {seen[tokens]!r} and {label!r} have the same tokens: rename one of them")
+        seen[tokens] = label
+
+
+def without_special_tokens(tokenizer: Tokenizer, value: Any) -> Any:
+    """The value with every special token's text removed from its strings: a claim can't end its own prompt."""
+    marks = tokenizer.all_special_tokens
+
+    def clean(text: str) -> str:
+        while any(mark in text for mark in marks):  # again, for removing one may join the halves of another
+            for mark in marks:
+                text = text.replace(mark, "")
+        return text
+
+    return map_strings(value, clean)
+
+
+def map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with `change` applied to every string in it, keys included."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(str(key)): map_strings(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [map_strings(item, change) for item in value]
+    return value
+
+
+def build_prompt(tokenizer: Tokenizer, prompt: Prompt, fields: Mapping[str, Any], limit: int) -> tuple[str, bool]:
+    """The prompt of one claim in at most `limit` tokens, and whether it had to be cut: see `build_prompts`."""
+    texts, cut = build_prompts(tokenizer, prompt, [fields], [limit])
+    return texts[0], cut > 0
+
+
+def build_prompts(
+    tokenizer: Tokenizer, prompt: Prompt, inputs: Sequence[Mapping[str, Any]], limits: Sequence[int]
+) -> tuple[list[str], int]:
+    """The prompts of many claims, each in at most its limit of tokens, and how many had to be cut.
+
+    The rule: all text values are cut to one length, the greatest that fits, so the longest lose first and short ones nothing;
+    a cut is marked with an ellipsis. When that is not enough, fields are left out from the last one backwards.
+    The template's own words are never cut: raises `SpecRefusedError` when they alone are too long.
+    """
+    cleaned = [without_special_tokens(tokenizer, fields) for fields in inputs]
+    texts = [prompt.render(fields) for fields in cleaned]
+    lengths = [len(tokens) for tokens in encode_prompts(tokenizer, texts)]
+    cut = 0
+    for index, (length, limit) in enumerate(zip(lengths, limits, strict=True)):
+        if length > limit:
+            texts[index] = cut_prompt(tokenizer, prompt, cleaned[index], limit)
+            cut += 1
+    return texts, cut
+
+
+def cut_prompt(tokenizer: Tokenizer, prompt: Prompt, fields: Mapping[str, Any], limit: int) -> str:
+    """The longest prompt in at most `limit` tokens by the rule of `build_prompts`."""
+
+    def render(characters: int, kept: int) -> str | None:
+        some = dict(list(fields.items())[:kept])
+        text = prompt.render({name: cut_text(value, characters) for name, value in some.items()})
+        return text if len(encode_prompt(tokenizer, text)) <= limit else None
+
+    whole = len(fields)
+    if render(0, whole) is not None:
+        longest = bisect(lambda characters: render(characters, whole) is not None, longest_text(fields))
+        return render(longest, whole) or ""
+    if render(0, 0) is None:
+        raise SpecRefusedError(f"the prompt template alone is longer than {limit} tokens: shorten it or raise max_row_tokens")
+    kept = bisect(lambda count: render(0, count) is not None, whole)
+    return render(0, kept) or ""
+
+
+def cut_text(value: Any, characters: int) -> Any:
+    """The value with its texts cut to `characters` each; the names of fields stay whole."""
+    if isinstance(value, str):
+        return value if len(value) <= characters else value[:characters] + CUT_MARK
+    if isinstance(value, Mapping):
+        return {key: cut_text(item, characters) for key, item in value.items()}
+    if isinstance(value, list):
+        return [cut_text(item, characters) for item in value]
+    return value
+
+
+def longest_text(value: Any) -> int:
+    """The length of the longest text anywhere in a JSON value, in characters."""
+    if isinstance(value, str):
+        return len(value)
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return max((longest_text(item) for item in items), default=0)
+
+
+def bisect(holds: Callable[[int], bool], top: int) -> int:
+    """The greatest number in [0, top] for which `holds`, when it holds at 0 and stops holding once."""
+    low, high = 0, top
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
+
+
+def row_limit(options: Options, context: int) -> int:
+    """How many tokens a row may have: the option, or the base's context where that is shorter."""
+    return min(options.max_row_tokens, context)
+
+
+def prompt_limit(tokenizer: Tokenizer, labels: Sequence[str], limit: int) -> int:
+    """How many tokens the prompt of a scored claim may have, so that every label fits behind it."""
+    return limit - max(len(label_tokens(tokenizer, label)) for label in labels) - 1
+
+
+def read_lessons(
+    dataset: Path, tokenizer: Tokenizer, prompt: Prompt, labels: Sequence[str], options: Options, *, limit: int, warm: bool, seed: int
+) -> Lessons:
+    """The train and dev rows of a snapshot as tokens; a row of any other split is never even rendered.
+
+    Weights: 1 for an imported row, `options.new_weight` for every other. A warm start replays at most `options.replay_rows` imported
+    train rows, drawn by `seed`; from scratch all are used.
+    """
+    rows = {split: list(read_split(dataset, split)) for split in ("train", "dev")}
+    if warm:
+        rows["train"] = replay(rows["train"], options.replay_rows, seed)
+    chosen = rows["train"] + rows["dev"]
+    completions = [encode_answer(tokenizer, row, labels, limit) for row in chosen]
+    left_out = sum(was_left_out for _, was_left_out in completions)
+    prompts, cut = build_prompts(
+        tokenizer, prompt, [json.loads(row["input"]) for row in chosen], [limit - len(tokens) for tokens, _ in completions]
+    )
+    cases = [
+        Case(
+            row_id=row["row_id"],
+            prompt=text,
+            answer=labels.index(row["answer"]),
+            example=Example(tokens, completion, 1.0 if row["origin"] == snapshots.IMPORTED else options.new_weight),
+        )
+        for row, text, tokens, (completion, _) in zip(chosen, prompts, encode_prompts(tokenizer, prompts), completions, strict=True)
+    ]
+    count = len(rows["train"])
+    return Lessons(train=cases[:count], dev=cases[count:], prompts_cut=cut, rationales_left_out=left_out)
+
+
+def read_split(dataset: Path, split: str) -> Iterator[dict[str, Any]]:
+    """The rows of one split in their written order."""
+    columns = ("row_id", "split", "origin", "input", "answer", "rationale")
+    return (row for row in snapshots.read(dataset, columns) if row["split"] == split)
+
+
+def replay(rows: Sequence[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
+    """All rows that were not imported and `count` of the imported, the same ones for the same seed whatever else is in the set."""
+    imported = [row for row in rows if row["origin"] == snapshots.IMPORTED]
+    drawn = sorted(imported, key=lambda row: hashlib.sha256(f"{seed}\0{row['row_id']}".encode()).digest())[:count]
+    kept = {row["row_id"] for row in drawn}
+    return [row for row in rows if row["origin"] != snapshots.IMPORTED or row["row_id"] in kept]
+
+
+def encode_answer(tokenizer: Tokenizer, row: Mapping[str, Any], labels: Sequence[str], limit: int) -> tuple[list[int], bool]:
+    """A row's completion, and whether its rationale was left out because the row would be mostly rationale.
+
+    Raises `SpecRefusedError` for an answer that is not in the label set.
+    """
+    if row["answer"] not in labels:
+        raise SpecRefusedError(f"row {row['row_id']} has answer {row['answer']!r}, not one of {', '.join(labels)}: build the dataset anew")
+    completion = encode_completion(tokenizer, row["answer"], row["rationale"])
+    if len(completion) <= limit // 2 or not row["rationale"]:
+        return completion, False
+    return encode_completion(tokenizer, row["answer"], None), True
+
+
+def read_texts(path: Path, tokenizer: Tokenizer, limit: int) -> list[Example]:
+    """Plain texts to pre-train on (JSON lines, key `text`): every token is graded; a long text becomes several examples."""
+    examples = []
+    for tokens in encode_prompts(tokenizer, list(read_lines(path))):
+        whole = [*tokens, tokenizer.eos_token_id]
+        examples += [
+            Example(piece[:1], piece[1:]) for start in range(0, len(whole), limit) if len(piece := whole[start : start + limit]) > 1
+        ]
+    return examples
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The texts of a JSON lines file. Raises `SpecRefusedError` with the line that is wrong."""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise SpecRefusedError(f'{path}, line {number}: each line is {{"text": "…"}} ({type(error).__name__})') from error
+            if not isinstance(text, str):
+                raise SpecRefusedError(f"{path}, line {number}: text must be a string, not {type(text).__name__}")
+            yield text
+
+
+def read_score_set(score_set: ScoreSet) -> tuple[list[str], list[dict[str, Any]]]:
+    """The row ids and the input fields of a score set."""
+    table = pq.read_table(score_set.path, columns=["row_id", "input"])
+    return table["row_id"].to_pylist(), [json.loads(text) for text in table["input"].to_pylist()]

@@ -1,0 +1,221 @@
+"""The training loop of every method: steps over packed rows, a dev loss, checkpoints, and the same result after being killed.
+
+The loss of an optimizer step is the weighted mean over its graded tokens: sum(weight * nll) / sum(weight), whatever passes they lie in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trainers import checkpoints, packing
+from trainers.attempts import Attempt, Progress
+from trainers.data import Example
+from trainers.spec import Options
+from trainers.stopping import Stop
+
+
+class DivergedError(ArithmeticError):
+    """Training left the numbers: a loss or a gradient is not finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Which rows each step takes and at what rate: a function of the step alone, so that a resumed run sees the same."""
+
+    rows: int
+    batch_rows: int
+    epochs: float
+    warmup: float
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that see every row once; the last one may be smaller."""
+        return math.ceil(self.rows / self.batch_rows)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in all."""
+        return math.ceil(self.epochs * self.steps_per_epoch)
+
+    def batch(self, step: int) -> list[int]:
+        """The rows of this step: each epoch is another permutation."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return permute(self.rows, self.seed, epoch)[place * self.batch_rows : (place + 1) * self.batch_rows]
+
+    def rate(self, step: int) -> float:
+        """The share of the learning rate: up in a line while warming up, then down in a line to the end."""
+        warm = round(self.warmup * self.steps)
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        return (self.steps - step) / (self.steps - warm)
+
+
+@functools.lru_cache(maxsize=2)
+def permute(rows: int, seed: int, epoch: int) -> list[int]:
+    """A permutation of the rows, drawn from the seed and the epoch alone."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order: list[int] = torch.randperm(rows, generator=generator).tolist()
+    return order
+
+
+@dataclass(slots=True)
+class Counters:
+    """What a run has to remember besides its weights; kept in every checkpoint."""
+
+    signature: str
+    step: int = 0
+    tokens: int = 0
+    graded_tokens: int = 0
+    seconds: float = 0.0
+    epoch_loss: float = 0.0
+    epoch_weight: float = 0.0
+    final_loss: float | None = None
+    best_dev_loss: float | None = None
+    epochs_without_gain: int = 0
+    is_finished: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepLoss:
+    """The weighted mean loss of one step, the weight it stands for, and what was read."""
+
+    loss: float
+    weight: float
+    tokens: int
+    graded_tokens: int
+
+
+class Loop:
+    """Trains the trainable weights of `model` on `examples`; every other method is a part of `run`."""
+
+    def __init__(
+        self,
+        model: Any,
+        examples: Sequence[Example],
+        dev: Sequence[Example],
+        options: Options,
+        seed: int,
+        signature: str,
+        attempt: Attempt,
+        progress: Progress,
+        stop: Stop,
+    ) -> None:
+        self.model, self.examples, self.dev, self.options = model, examples, dev, options
+        self.attempt, self.progress, self.stop = attempt, progress, stop
+        self.schedule = Schedule(len(examples), options.batch_rows, options.epochs, options.warmup, seed)
+        self.counters = Counters(signature)
+        self.best: checkpoints.Tensors | None = None
+        self.parameters = list(checkpoints.trained_parameters(model).values())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
+        self.device = str(model.device)
+
+    def run(self) -> Counters:
+        """Train to the end from wherever the run stopped; raises `StoppedError` (checkpointed), `SupersededError` or `DivergedError`."""
+        self.resume()
+        with packing.packed_attention(self.model):
+            while not self.counters.is_finished:
+                self.take_step()
+                if self.counters.step % self.schedule.steps_per_epoch == 0 or self.counters.step == self.schedule.steps:
+                    self.end_epoch()
+                if self.counters.is_finished or self.stop.is_requested or self.counters.step % self.options.checkpoint_steps == 0:
+                    self.save()
+                self.stop.check()
+        if self.best is not None:
+            checkpoints.set_weights(self.model, self.best)
+        return self.counters
+
+    def resume(self) -> None:
+        """Go back to the newest checkpoint of this run, if there is one."""
+        found = checkpoints.load_newest(self.attempt.run_dir, self.counters.signature, self.model, self.optimizer)
+        if found:
+            state, self.best = found
+            self.counters = Counters(**state)
+
+    def take_step(self) -> None:
+        """One optimizer step on the next rows, and its line of progress."""
+        counters, started = self.counters, time.monotonic()
+        rate = self.options.learning_rate * self.schedule.rate(counters.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        done = self.learn([self.examples[row] for row in self.schedule.batch(counters.step)])
+        counters.step += 1
+        counters.tokens += done.tokens
+        counters.graded_tokens += done.graded_tokens
+        counters.seconds += time.monotonic() - started
+        counters.epoch_loss += done.loss * done.weight
+        counters.epoch_weight += done.weight
+        self.report(done.loss, rate)
+
+    def learn(self, examples: Sequence[Example]) -> StepLoss:
+        """Move the weights once, down the gradient of the weighted mean over all graded tokens of `examples`."""
+        packs = packing.pack(examples, self.options.max_tokens, self.device)
+        weight = sum(example.weight * len(example.completion) for example in examples)
+        total = 0.0
+        for packed in packs:
+            loss = (packing.token_losses(self.model, packed) * packed.weights).sum() / weight
+            torch.autograd.backward(loss)
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.clip).item()
+        if not math.isfinite(total + norm):
+            raise DivergedError(f"loss {total} and gradient norm {norm} at step {self.counters.step + 1}: lower options.learning_rate")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        graded = sum(len(example.completion) for example in examples)
+        return StepLoss(total, weight, sum(packed.tokens for packed in packs), graded)
+
+    def report(self, loss: float, rate: float) -> None:
+        """Write the step's line of progress and its point on the curves."""
+        counters, steps = self.counters, self.schedule.steps
+        self.progress.write(
+            "training",
+            now=counters.step in (1, steps),
+            step=counters.step,
+            steps=steps,
+            epoch=round(counters.step / self.schedule.steps_per_epoch, 3),
+            loss=loss,
+            tokens_per_second=round(counters.tokens / counters.seconds, 1),
+            eta_seconds=round(counters.seconds / counters.step * (steps - counters.step), 1),
+        )
+        self.progress.plot(counters.step, {"loss": loss, "learning_rate": rate})
+
+    def end_epoch(self) -> None:
+        """Close the epoch's mean loss; with patience, keep the best weights on dev and finish when nothing gets better."""
+        counters = self.counters
+        counters.final_loss = counters.epoch_loss / counters.epoch_weight
+        counters.epoch_loss = counters.epoch_weight = 0.0
+        counters.is_finished = counters.step >= self.schedule.steps
+        if not (self.options.patience and self.dev):
+            return
+        loss = mean_loss(self.model, self.dev, self.options.max_tokens)
+        self.progress.plot(counters.step, {"dev_loss": loss})
+        if counters.best_dev_loss is None or loss < counters.best_dev_loss:
+            counters.best_dev_loss, counters.epochs_without_gain = loss, 0
+            self.best = checkpoints.copy_weights(self.model)
+            return
+        counters.epochs_without_gain += 1
+        counters.is_finished |= counters.epochs_without_gain >= self.options.patience
+
+    def save(self) -> None:
+        """Write a checkpoint, unless a newer attempt has begun."""
+        self.attempt.check_current()
+        folder = self.attempt.folder / "checkpoints"
+        checkpoints.save_checkpoint(folder, self.counters.step, self.model, self.optimizer, dataclasses.asdict(self.counters), self.best)
+
+
+@torch.inference_mode()
+def mean_loss(model: Any, examples: Sequence[Example], max_tokens: int) -> float:
+    """The weighted mean loss over all graded tokens; to be called under `packing.packed_attention`."""
+    total = weight = 0.0
+    for packed in packing.pack(examples, max_tokens, str(model.device)):
+        total += (packing.token_losses(model, packed).double() * packed.weights).sum().item()
+        weight += packed.weights.double().sum().item()
+    return total / weight

@@ -1,0 +1,415 @@
+"""The reference inference node: one base model, one version per agent, swapped without a restart; `python -m trainers.serve --base DIR`.
+
+It answers over HTTP with the standard library's server, on loopback unless told otherwise, and says by digest what it serves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import urllib.parse
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jinja2
+import structlog
+import torch
+from pydantic import Field, ValidationError, field_validator
+
+from storage import artifacts
+from trainers import data, score
+from trainers.spec import EXIT_REFUSED, Frozen, Options, Prompt, SpecRefusedError, compile_template
+
+MAX_BODY_BYTES = 32 * 2**20
+# Tokens per forward pass. On CPU 1,024 to 4,096 measured alike within the noise, 16,384 half as fast; the GPU figure is not measured.
+BATCH_TOKENS = {"cpu": 2048}
+BATCH_TOKENS_ON_GPU = 16_384
+IDLE_SECONDS = 60
+STOP_SECONDS = 0.7
+
+log = structlog.get_logger()
+Body = TypeVar("Body", bound=Frozen)
+
+
+class RequestRefusedError(Exception):
+    """A request that gets a 4xx answer; the message is the sentence the client reads."""
+
+    def __init__(self, status: HTTPStatus, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+class Load(Frozen):
+    """The body of `POST /load`: which version answers for an agent from now on. `adapter` None is the bare base."""
+
+    agent: str = Field(min_length=1)
+    version: str
+    serving_name: str
+    adapter: Path | None = None
+    adapter_digest: str | None = None
+    prompt: str
+    labels: tuple[str, ...] = Field(min_length=2)
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    max_row_tokens: int = Field(default=Options().max_row_tokens, ge=16)
+
+    @field_validator("adapter")
+    @classmethod
+    def name_folder(cls, adapter: Path | None) -> Path | None:
+        """The folder's absolute path, for a state file outlives the working directory."""
+        return adapter and adapter.absolute()
+
+
+class Claim(Frozen):
+    """One claim to answer."""
+
+    input: dict[str, Any]
+
+
+class Ask(Frozen):
+    """The body of `POST /score`."""
+
+    agent: str
+    claims: tuple[Claim, ...]
+
+
+class Served(Frozen):
+    """A version in service: what was asked for, the digest of the files that were loaded, and its name on the model."""
+
+    load: Load
+    adapter_digest: str | None
+    adapter_name: str | None
+    loaded_at: datetime
+
+
+class Node:
+    """A base model with the versions on it. One request at a time touches the model, so every answer is wholly one version's."""
+
+    def __init__(self, base: Path, device: str, state: Path | None) -> None:
+        self.model, self.tokenizer = score.load_base(base, device)
+        self.base_digest = artifacts.digest_folder(base)
+        self.batch_tokens = BATCH_TOKENS.get(device, BATCH_TOKENS_ON_GPU)
+        self.state = state
+        self.served: dict[str, Served] = {}
+        self.lock = threading.Lock()
+        self.names = (f"served_{number}" for number in itertools.count())
+
+    def load(self, request: Load) -> dict[str, Any]:
+        """Serve another version for an agent; until this succeeds the one before stays. Returns what `describe` says of it."""
+        started = time.monotonic()
+        digest = self.verify(request)
+        with self.lock:
+            new = self.attach(request, digest)
+            served = {**self.served, request.agent: new}
+            try:
+                self.probe(new)
+                self.verify(request)  # once more: the files that were loaded lie between two looks at them
+                self.write_state(served)
+            except BaseException:
+                self.detach(new)
+                raise
+            before, self.served = self.served.get(request.agent), served
+            if before:
+                self.detach(before)
+        seconds = round(time.monotonic() - started, 3)
+        log.info("version_served", agent=request.agent, serving_name=request.serving_name, adapter_digest=digest, seconds=seconds)
+        return self.describe(new)
+
+    def verify(self, request: Load) -> str | None:
+        """The digest of the adapter's files. Refused unless they are the ones asked for and were trained on this base."""
+        if request.adapter is None:
+            if request.adapter_digest is not None:
+                raise RequestRefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, "adapter_digest without adapter: give both or neither")
+            return None
+        score.read_adapter_config(request.adapter)
+        pinned = artifacts.pinned_base(request.adapter)
+        if pinned != self.base_digest:
+            sentence = f"the adapter was trained on base {pinned}, this node serves {self.base_digest}: load it on a node with its base"
+            raise RequestRefusedError(HTTPStatus.CONFLICT, sentence)
+        if request.adapter_digest is None:
+            raise RequestRefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, "adapter without adapter_digest: give both or neither")
+        artifacts.check(request.adapter, request.adapter_digest)
+        return request.adapter_digest
+
+    def attach(self, request: Load, digest: str | None) -> Served:
+        """Put the version's adapter onto the model beside the others; it answers nothing yet."""
+        name = None
+        if request.adapter is not None:
+            name = next(self.names)
+            self.model = score.load_adapter(self.model, name, request.adapter)
+        return Served(load=request, adapter_digest=digest, adapter_name=name, loaded_at=datetime.now(UTC))
+
+    def detach(self, served: Served) -> None:
+        """Take the version's adapter off the model."""
+        if served.adapter_name is not None:
+            self.model = score.drop_adapter(self.model, served.adapter_name)
+
+    def probe(self, served: Served) -> None:
+        """Refuse a version that could not answer: a template that doesn't compile, labels without difference, weights that give NaN."""
+        try:
+            compile_template(served.load.prompt)
+        except jinja2.TemplateError as error:
+            raise SpecRefusedError(f"the prompt is no template: {error}") from error
+        self.ask(served, ["Is anybody there?"])
+
+    def ask(self, served: Served, prompts: Sequence[str]) -> list[score.Score]:
+        """The version's answers to rendered prompts."""
+        labels = served.load.labels
+        with score.answering_with(self.model, served.adapter_name) as model:
+            logprobs = score.score_prompts(model, self.tokenizer, prompts, labels, max_tokens=self.batch_tokens)
+        return score.judge("", [""] * len(prompts), served.load.version, labels, logprobs, served.load.temperature)
+
+    def answer(self, request: Ask) -> list[dict[str, Any]]:
+        """The decision, confidence and probabilities for each claim, all by the version that serves the agent now."""
+        with self.lock:
+            served = self.find(request.agent)
+            load = served.load
+            context = min(load.max_row_tokens, getattr(self.model.config, "max_position_embeddings", load.max_row_tokens))
+            limit = data.prompt_limit(self.tokenizer, load.labels, context)
+            inputs = [claim.input for claim in request.claims]
+            prompts, _ = data.build_prompts(self.tokenizer, Prompt(text=load.prompt), inputs, [limit] * len(inputs))
+            answers = self.ask(served, prompts)
+        return [
+            {
+                "decision": answer.decision,
+                "confidence": answer.confidence,
+                "probabilities": answer.probabilities,
+                "version": load.version,
+                "serving_name": load.serving_name,
+            }
+            for answer in answers
+        ]
+
+    def find(self, agent: str) -> Served:
+        """What serves the agent. Refused when nothing does."""
+        if agent not in self.served:
+            raise RequestRefusedError(HTTPStatus.NOT_FOUND, f"no version serves agent {agent!r}: load one by POST /load")
+        return self.served[agent]
+
+    def describe(self, served: Served) -> dict[str, Any]:
+        """What a publisher compares to know that its request took effect."""
+        return {
+            "agent": served.load.agent,
+            "version": served.load.version,
+            "serving_name": served.load.serving_name,
+            "adapter_digest": served.adapter_digest,
+            "base_digest": self.base_digest,
+            "prompt_digest": Prompt(text=served.load.prompt).digest,
+            "labels": list(served.load.labels),
+            "temperature": served.load.temperature,
+            "loaded_at": served.loaded_at.isoformat(),
+        }
+
+    def write_state(self, served: dict[str, Served]) -> None:
+        """Keep what is served for the next start."""
+        if self.state is not None:
+            loads = [one.load.model_dump(mode="json") for one in served.values()]
+            artifacts.write_atomically(self.state, json.dumps({"base_digest": self.base_digest, "served": loads}, indent=2).encode())
+
+    def restore(self) -> None:
+        """Serve again what the state file names. A version whose files changed is left out and logged; the others serve."""
+        if self.state is None or not self.state.exists():
+            return
+        try:
+            kept = json.loads(self.state.read_text())
+            loads = [Load.model_validate(one) for one in kept["served"]]
+            if kept["base_digest"] != self.base_digest:
+                raise SpecRefusedError(f"it was written with base {kept['base_digest']}, this one is {self.base_digest}")
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise SpecRefusedError(f"the state file {self.state} doesn't fit: {error}; move it away to start empty") from error
+        for load in loads:
+            try:
+                self.load(load)
+            except (RequestRefusedError, SpecRefusedError, OSError, artifacts.DigestMismatchError, score.LogitsNotFiniteError) as error:
+                log.warning("version_not_restored", agent=load.agent, serving_name=load.serving_name, reason=str(error))
+
+
+class NodeServer(ThreadingHTTPServer):
+    """HTTP in front of a node, a thread for each connection."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 128
+
+    def __init__(self, address: tuple[str, int], node: Node) -> None:
+        super().__init__(address, Handler)
+        self.node = node
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
+        """A client that went away is its own affair."""
+        error = sys.exception()
+        if not isinstance(error, ConnectionError | TimeoutError):
+            log.error("connection_failed", error=type(error).__name__)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Routes, and errors as JSON sentences."""
+
+    server: NodeServer
+    protocol_version = "HTTP/1.1"
+    timeout = IDLE_SECONDS
+    wbufsize = -1
+    disable_nagle_algorithm = True
+
+    def do_GET(self) -> None:
+        """`/healthz`, `/served` and `/served/AGENT`."""
+        self.close_connection |= "Content-Length" in self.headers or "Transfer-Encoding" in self.headers  # a body that nobody reads
+        self.respond(self.read_resource)
+
+    def do_POST(self) -> None:
+        """`/load` and `/score`."""
+        self.respond(self.take_order)
+
+    def read_resource(self) -> Any:
+        """What a GET asks for."""
+        node = self.server.node
+        path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
+        if path == "/healthz":
+            return {"status": "ok", "base_digest": node.base_digest, "agents": sorted(node.served)}
+        if path == "/served":
+            return {"served": [node.describe(served) for served in node.served.values()]}
+        if path.startswith("/served/"):
+            return node.describe(node.find(path.removeprefix("/served/")))
+        raise RequestRefusedError(HTTPStatus.NOT_FOUND, "GET /healthz, /served or /served/AGENT; POST /load or /score")
+
+    def take_order(self) -> Any:
+        """What a POST asks for."""
+        content = self.read_body()
+        node = self.server.node
+        path = urllib.parse.urlsplit(self.path).path
+        if path == "/load":
+            return node.load(parse(Load, content))
+        if path == "/score":
+            return node.answer(parse(Ask, content))
+        raise RequestRefusedError(HTTPStatus.NOT_FOUND, "GET /healthz, /served or /served/AGENT; POST /load or /score")
+
+    def read_body(self) -> bytes:
+        """The request's body. A page in a browser can't send this content type without asking first, so it can't reach the node."""
+        length = self.headers.get("Content-Length", "")
+        if "Transfer-Encoding" in self.headers or not (length.isascii() and length.isdigit()):
+            self.close_connection = True
+            raise RequestRefusedError(HTTPStatus.LENGTH_REQUIRED, "send the body with a Content-Length")
+        if int(length) > MAX_BODY_BYTES:
+            self.close_connection = True
+            raise RequestRefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"at most {MAX_BODY_BYTES} bytes: send fewer claims at a time")
+        content = self.rfile.read(int(length))
+        if self.headers.get_content_type() != "application/json":
+            raise RequestRefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send JSON with Content-Type: application/json")
+        return content
+
+    def respond(self, act: Any) -> None:
+        """Answer the request with what `act` returns, or with the sentence of its refusal."""
+        try:
+            status, answer = HTTPStatus.OK, act()
+        except RequestRefusedError as error:
+            status, answer = error.status, {"error": str(error)}
+        except artifacts.DigestMismatchError as error:
+            status, answer = HTTPStatus.CONFLICT, {"error": str(error)}
+        except (SpecRefusedError, FileNotFoundError, NotADirectoryError, PermissionError, score.LogitsNotFiniteError) as error:
+            status, answer = HTTPStatus.UNPROCESSABLE_ENTITY, {"error": str(error)}
+        except (ConnectionError, TimeoutError):
+            raise
+        except Exception as error:  # noqa: BLE001 one bad request must not end the connection without an answer; a claim's text stays out of the log
+            where = "".join(traceback.format_tb(error.__traceback__))
+            log.error("request_failed", path=self.path, error=type(error).__name__, where=where)  # noqa: TRY400
+            status, answer = HTTPStatus.INTERNAL_SERVER_ERROR, {"error": f"the node failed ({type(error).__name__}); its log says where"}
+        self.send(status, answer)
+
+    def send(self, status: int, answer: Any) -> None:
+        """One JSON answer."""
+        content = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(content)
+        self.wfile.flush()
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What the standard library refuses by itself, as JSON and always the client's fault: an unknown method or HTTP version too."""
+        self.request_version = self.protocol_version  # else a garbled request line is answered as HTTP/0.9, without headers
+        status = {501: HTTPStatus.METHOD_NOT_ALLOWED, 505: HTTPStatus.BAD_REQUEST}.get(code, HTTPStatus(code))
+        self.close_connection = True
+        self.send(status, {"error": message or explain or status.phrase})
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        """Requests are not logged: they are many, and changes of state log themselves."""
+
+
+def parse(kind: type[Body], content: bytes) -> Body:
+    """The body as a checked value. Refused with the key, what is wrong with it and the value."""
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        status = HTTPStatus.BAD_REQUEST if first["type"] == "json_invalid" else HTTPStatus.UNPROCESSABLE_ENTITY
+        where = ".".join(map(str, first["loc"])) or "the body"
+        raise RequestRefusedError(status, f"{where}: {first['msg']} (got {first['input']!r:.80})") from error
+
+
+def serve(server: NodeServer) -> None:
+    """Answer requests until SIGTERM or SIGINT; a request that is being scored then is waited for, but not for long."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    listener = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    listener.start()
+    host, port = server.server_address[:2]
+    sys.stdout.write(f"listening on http://{host!s}:{port}\n")
+    sys.stdout.flush()
+    stop.wait()
+    server.shutdown()
+    server.server_close()
+    server.node.lock.acquire(timeout=STOP_SECONDS)
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m trainers.serve", description="Serve one base model and a version per agent over HTTP.")
+    parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="checkpoint folder of the base model")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback only)")
+    parser.add_argument("--port", type=int, default=0, help="port to listen on (default: a free one)")
+    parser.add_argument("--state", type=Path, metavar="FILE", help="remember here what is served, and serve it again after a restart")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: torch's choice)")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Start the node; returns the exit code."""
+    options = parse_arguments()
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.JSONRenderer(),
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    if options.threads > 0:
+        torch.set_num_threads(options.threads)
+    try:
+        node = Node(options.base, options.device, options.state)
+        node.restore()
+        server = NodeServer((options.host, options.port), node)
+    except (SpecRefusedError, OSError, OverflowError) as error:
+        sys.stderr.write(f"can't serve: {error}\n")
+        return EXIT_REFUSED
+    serve(server)
+    os._exit(0)  # all is said and closed; taking torch down in order would take seconds more
+
+
+if __name__ == "__main__":
+    sys.exit(main())

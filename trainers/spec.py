@@ -1,0 +1,172 @@
+"""What a run folder asks for: the one contract between the daemon and the GPU programs.
+
+The daemon writes `RUN_DIR/spec.json`; a trainer reads it, works in `RUN_DIR/attempts/N/` and writes `result.json` there last.
+Nothing here imports torch, so the daemon may import it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2.sandbox
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from storage.artifacts import write_atomically
+
+SCHEMA = 1
+EXIT_DONE, EXIT_REFUSED, EXIT_RESUMABLE = 0, 2, 75
+
+Kind = Literal["train", "score", "export"]
+Method = Literal["lora", "pretrain"]
+
+
+class SpecRefusedError(ValueError):
+    """The run folder asks for something that can't be done; raised before any weights are loaded (exit 2)."""
+
+
+class Frozen(BaseModel):
+    """A value that is checked once and never changes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Prompt(Frozen):
+    """A Jinja2 prompt template, pinned by digest. `{{ input.FIELD }}` and `{% for name, value in input.items() %}` work."""
+
+    text: str
+
+    @property
+    def digest(self) -> str:
+        """`sha256:` over the template's bytes."""
+        return digest_text(self.text)
+
+    def render(self, fields: Mapping[str, Any]) -> str:
+        """The prompt of one claim; a field that it lacks renders as nothing.
+
+        Raises `SpecRefusedError` when the template is no template, uses something of a missing field, or does what the sandbox forbids.
+        """
+        try:
+            return compile_template(self.text).render(input=dict(fields))
+        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            message = f"the prompt template can't be rendered: {error}"
+            raise SpecRefusedError(message) from error
+
+
+class Model(Frozen):
+    """One model that answers: a base, at most one adapter on it, and how it is asked and calibrated.
+
+    `adapter` is a folder; None is the bare base. `temperature` divides the label log-probabilities.
+    """
+
+    name: str
+    adapter: Path | None = None
+    adapter_digest: str | None = None
+    prompt: Prompt
+    labels: tuple[str, ...] = Field(min_length=2)
+    temperature: float = Field(default=1.0, gt=0)
+
+
+class Base(Frozen):
+    """A Hugging Face checkpoint folder on disk and the digest of its files."""
+
+    path: Path
+    digest: str
+
+
+class LoraOptions(Frozen):
+    """Plain LoRA on all linear layers: no DoRA, no rsLoRA, so that it exports to GGUF as it is."""
+
+    rank: int = Field(default=16, ge=1, le=512, description="Rank of the adapter's matrices.")
+    alpha: int = Field(default=32, ge=1, description="The adapter counts alpha / rank times.")
+
+
+class Options(Frozen):
+    """How to train. Defaults are the ones that `docs/experiments.md` measured."""
+
+    learning_rate: float = Field(default=2e-4, gt=0, le=1, description="AdamW's, at its peak.")
+    epochs: float = Field(default=4, gt=0, le=1000, description="Passes over the training rows.")
+    batch_rows: int = Field(default=32, ge=1, description="Rows per optimizer step (the effective batch).")
+    max_tokens: int = Field(default=4096, ge=16, description="Token budget of one packed forward pass.")
+    max_row_tokens: int = Field(default=2048, ge=16, description="Longer prompts are cut in their input fields.")
+    warmup: float = Field(default=0.05, ge=0, lt=1, description="Share of the steps.")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's.")
+    clip: float = Field(default=1.0, gt=0, description="The gradient's norm, at most.")
+    new_weight: float = Field(default=5.0, gt=0, description="Loss weight of a row that was not imported.")
+    replay_rows: int = Field(default=2000, ge=0, description="At most so many imported rows are trained on again.")
+    patience: int = Field(default=0, ge=0, description="Stop after so many epochs without a better dev loss; 0: never.")
+    checkpoint_steps: int = Field(default=50, ge=1, description="Optimizer steps between two checkpoints.")
+    lora: LoraOptions = LoraOptions()
+
+
+class ScoreSet(Frozen):
+    """Rows that every model of the run answers: a Parquet file with columns `row_id` and `input` (JSON text)."""
+
+    name: str
+    path: Path
+
+
+class Spec(Frozen):
+    """`spec.json`. `dataset` is a snapshot folder (see `storage.snapshots`); `texts` is what `pretrain` reads (JSON lines, key `text`)."""
+
+    schema_: Literal[1] = Field(default=1, alias="schema")
+    run_id: str
+    kind: Kind
+    agent: str
+    method: Method = "lora"
+    base: Base
+    dataset: Path | None = None
+    dataset_digest: str | None = None
+    texts: Path | None = None
+    init_adapter: Path | None = Field(default=None, description="Warm start from this adapter; None starts from scratch.")
+    init_adapter_digest: str | None = None
+    candidate: Model | None = Field(default=None, description="What is trained: name, prompt and labels; adapter stays None.")
+    others: tuple[Model, ...] = Field(default=(), description="Models scored beside the candidate, e.g. the champion.")
+    score_sets: tuple[ScoreSet, ...] = ()
+    options: Options = Options()
+    seed: int = 1
+    device: str = "cpu"
+    threads: int = Field(default=0, ge=0, description="CPU threads; 0 leaves torch's default.")
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), populate_by_name=True)
+
+
+def read_spec(run_dir: Path) -> Spec:
+    """Read and check `RUN_DIR/spec.json`. Raises `SpecRefusedError` with the key, the value and what would be right."""
+    path = run_dir / "spec.json"
+    try:
+        return Spec.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        message = f"{path} is missing: a run folder holds spec.json"
+        raise SpecRefusedError(message) from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        message = f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r:.200})"
+        raise SpecRefusedError(message) from error
+
+
+def write_spec(run_dir: Path, spec: Spec) -> None:
+    """Write `RUN_DIR/spec.json`, whole or not at all."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(run_dir / "spec.json", spec.model_dump_json(by_alias=True, indent=2).encode())
+
+
+@functools.lru_cache(maxsize=64)
+def compile_template(text: str) -> jinja2.Template:
+    """The template in the sandbox, kept: compiling takes longer than rendering."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(autoescape=False, keep_trailing_newline=True)
+    return environment.from_string(text)
+
+
+def digest_text(text: str) -> str:
+    """`sha256:` and the hex digest of the UTF-8 bytes."""
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_labels(labels: Sequence[str]) -> str:
+    """The digest of a label set: the same labels in another order are another set, for the order is that of the probabilities."""
+    return digest_text(json.dumps(list(labels), ensure_ascii=False))

@@ -19,13 +19,13 @@ $(BIN)/uv: requirements-setup.txt
 
 $(VENV)/.demo: $(BIN)/uv requirements.txt pyproject.toml
 	@echo "Installing the demo's packages into $(VENV) (torch makes it about 6 GB)"
-	$(BIN)/uv pip install --python $(BIN)/python --require-hashes -r requirements.txt
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --require-hashes -r requirements.txt
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps -e .
 	touch $@
 
 $(VENV)/.dev: $(BIN)/uv requirements-dev.txt pyproject.toml
 	@echo "Installing all packages and the checkers into $(VENV) (torch makes it about 6 GB)"
-	$(BIN)/uv pip install --python $(BIN)/python --require-hashes -r requirements-dev.txt
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --require-hashes -r requirements-dev.txt
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps -e .
 	touch $@ $(VENV)/.demo
 

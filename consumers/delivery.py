@@ -50,9 +50,12 @@ def deliver(
             continue
         event: Any = item
         denied = _check_expert(event, principal) if event["type"] == schemas.LABEL else None
-        results.append(denied)
         if denied is None:
-            incoming.append(schemas.to_incoming(event, principal.name))
+            try:
+                incoming.append(schemas.to_incoming(event, principal.name))
+            except schemas.UnstorableError as error:
+                denied = Delivered(None, "refused", schemas.Refusal("data", "a number", str(error)))
+        results.append(denied)
     receipts = iter(events.append(connection, incoming, now))
     return [result or _to_delivered(next(receipts)) for result in results]
 

@@ -130,7 +130,6 @@ class RoutingPolicy:
             message = f"window ({self.window}) must be 1 or more and budget_per_day ({self.budget_per_day}) 0 or more"
             raise ValueError(message)
 
-
     def must_see(self, prediction: Prediction) -> bool:
         """Whether an expert sees this claim whatever the budget says."""
         is_foreign = bool(self.labels) and prediction.decision not in self.labels
@@ -141,7 +140,8 @@ class BudgetState(NamedTuple):
     """What routing knows beside the claim: the last predictions in sum, today's reviews, and which exams wait for answers.
 
     `confidences` are the known ones of claims that no rule sends to review, sorted. `opened_today` counts all reviews of the day,
-    `examined_today` those of them that an exam or a watch asked for. `slice_labels` has keys like `region=west`.
+    `examined_today` those of them that an exam or a watch asked for. `slice_labels` has keys like `region=west`. `exam_demand` is the part
+    of its reserve that the exam has use for: fewer differing claims than places leave the rest to the uncertain ones.
     """
 
     confidences: tuple[float, ...] = ()
@@ -153,6 +153,7 @@ class BudgetState(NamedTuple):
     is_examining: bool = False
     is_watching: bool = False
     slice_labels: Mapping[str, int] = MappingProxyType({})
+    exam_demand: float = 1.0
 
 
 class Decision(NamedTuple):
@@ -223,10 +224,11 @@ class Window:
         is_examining: bool = False,
         is_watching: bool = False,
         slice_labels: Mapping[str, int] = MappingProxyType({}),
+        exam_demand: float = 1.0,
     ) -> BudgetState:
         """The window in sum, as a value that later predictions don't change."""
         sums = (tuple(self._confidences), len(self._recent), self._must_review, self._rarity)
-        return BudgetState(*sums, opened_today, examined_today, is_examining, is_watching, slice_labels)
+        return BudgetState(*sums, opened_today, examined_today, is_examining, is_watching, slice_labels, exam_demand)
 
     def health(self) -> Health:
         """Whether these confidences can rank claims at all."""
@@ -304,7 +306,7 @@ def allow_exam(policy: RoutingPolicy, state: BudgetState, arrived: int) -> tuple
 def _reserved_parts(policy: RoutingPolicy, state: BudgetState) -> tuple[float, float]:
     """Which parts of what is left are kept for watch and exam reviews."""
     watch = policy.watch_share if state.is_watching else 0.0
-    return watch, policy.exam_share * (1 - watch) if state.is_examining else 0.0
+    return watch, policy.exam_share * (1 - watch) * min(1.0, state.exam_demand) if state.is_examining else 0.0
 
 
 def _is_day_open(policy: RoutingPolicy, state: BudgetState, reserved: float) -> bool:

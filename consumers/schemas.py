@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, NotRequired, cast
 
 import orjson
@@ -21,6 +23,7 @@ Name = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"
 Label = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f]+$")]
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT, pattern=r"^[^\x00]*$")]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Time = Annotated[AwareDatetime, Field(ge=datetime(1900, 1, 1, tzinfo=UTC), lt=datetime(2200, 1, 1, tzinfo=UTC))]
 Fields = Annotated[dict[Name, JsonValue], Field(max_length=500)]
 
 LabelKind = Literal["review", "second_read", "adjudication", "late_truth"]
@@ -40,7 +43,7 @@ class PredictionMade(TypedDict):
     probabilities: NotRequired[Annotated[dict[Label, Share], Field(max_length=100)] | None]
     model_version: NotRequired[Name | None]
     attributes: NotRequired[Fields]
-    occurred_at: AwareDatetime
+    occurred_at: Time
 
 
 @with_config(ConfigDict(extra="forbid", strict=True))
@@ -55,7 +58,7 @@ class LabelSubmitted(TypedDict):
     answer: Label
     rationale: NotRequired[Text | None]
     seconds_spent: NotRequired[Annotated[float, Field(ge=0, le=1e7, allow_inf_nan=False)] | None]
-    answered_at: AwareDatetime
+    answered_at: Time
     kind: NotRequired[LabelKind]
 
 
@@ -70,14 +73,14 @@ class HistoryImported(TypedDict):
     attributes: NotRequired[Fields]
     answer: Label
     rationale: NotRequired[Text | None]
-    occurred_at: AwareDatetime
+    occurred_at: Time
 
 
 class _Envelope(TypedDict):
     specversion: Literal["1.0"]
     id: Name
     source: Name
-    time: NotRequired[AwareDatetime]
+    time: NotRequired[Time]
     subject: NotRequired[Name]
     datacontenttype: NotRequired[Literal["application/json"]]
     dataschema: NotRequired[Name]
@@ -113,11 +116,6 @@ _ADAPTERS: dict[str, TypeAdapter[Any]] = {
     LABEL: TypeAdapter(list[LabelEvent]),
     HISTORY: TypeAdapter(list[HistoryEvent]),
 }
-_DATA: dict[str, TypeAdapter[Any]] = {
-    PREDICTION: TypeAdapter(PredictionMade),
-    LABEL: TypeAdapter(LabelSubmitted),
-    HISTORY: TypeAdapter(HistoryImported),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +133,10 @@ class Refusal:
 
 class MalformedError(ValueError):
     """The body as a whole can't be read as JSON."""
+
+
+class UnstorableError(ValueError):
+    """An event holds a number that our JSON can't keep as it is."""
 
 
 def parse(body: bytes, kind: str) -> list[AnyEvent | Refusal]:
@@ -165,6 +167,8 @@ def _parse_one(adapter: TypeAdapter[Any], item: Any) -> AnyEvent | Refusal:
         return Refusal("event", "more than 250 levels", "the JSON is nested too deep")
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
+        if first["type"] == "missing":
+            return Refusal(".".join(str(part) for part in first["loc"][1:]), "nothing", "this field is missing: add it")
         return Refusal(".".join(str(part) for part in first["loc"][1:]) or "event", shorten(first["input"]), first["msg"])
 
 
@@ -198,25 +202,28 @@ def subject_of(data: Mapping[str, Any]) -> str:
 
 
 def to_incoming(event: AnyEvent, principal: str | None) -> events.Incoming:
-    """An event as the log stores it: its data with the fields in the sender's order, and a digest that knows no order."""
+    """An event as the log stores it: its data with the fields in the sender's order, and a digest that knows no order.
+
+    Raises `UnstorableError`.
+    """
     data: Any = event["data"]
-    content = orjson.dumps(data, option=orjson.OPT_SORT_KEYS | orjson.OPT_UTC_Z)
     subject = subject_of(data)
-    return events.Incoming(
-        source=event["source"],
-        event_id=event["id"],
-        type=event["type"],
-        subject=subject,
-        time=event.get("time") or data.get("occurred_at") or data["answered_at"],
-        data=orjson.dumps(data, option=orjson.OPT_UTC_Z).decode(),
-        digest=hashlib.sha256(f"{event['type']}\0{subject}\0".encode() + content).hexdigest(),
-        principal=principal,
-    )
+    try:
+        text = orjson.dumps(data, option=orjson.OPT_UTC_Z).decode()
+    except orjson.JSONEncodeError as error:
+        raise UnstorableError("a whole number is beyond 64 bits: send it as text") from error
+    if "null" in text and _has_infinity(data):  # it would be kept as null
+        raise UnstorableError("a number is beyond the range of 64-bit floats: send it as text")
+    digest = hashlib.sha256(f"{event['type']}\0{subject}\0".encode())
+    digest.update(orjson.dumps(data, option=orjson.OPT_SORT_KEYS | orjson.OPT_UTC_Z))
+    at = event.get("time") or data.get("occurred_at") or data["answered_at"]
+    return events.Incoming(event["source"], event["id"], event["type"], subject, at, text, digest.hexdigest(), principal)
 
 
-def read_data(kind: str, data: str) -> Any:
-    """The data of a stored event, with its times as aware times."""
-    return _DATA[kind].validate_json(data, strict=True)
+def _has_infinity(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_infinity, value.values()))
+    return any(map(_has_infinity, value)) if isinstance(value, list) else isinstance(value, float) and math.isinf(value)
 
 
 def json_schemas() -> dict[str, Any]:

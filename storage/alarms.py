@@ -42,6 +42,12 @@ def list_open(connection: Connection, agent: str | None = None) -> list[RowMappi
     return list(connection.execute(query).mappings())
 
 
+def list_kind(connection: Connection, agent: str, kind: str) -> list[RowMapping]:
+    """Every alarm of a kind, oldest first, open or not."""
+    query = select(Alarm.__table__).where(Alarm.agent == agent, Alarm.kind == kind).order_by(Alarm.raised_at)
+    return list(connection.execute(query).mappings())
+
+
 def list_since(connection: Connection, agent: str, since: datetime) -> list[RowMapping]:
     """Every alarm raised since then, open or not."""
     query = select(Alarm.__table__).where(Alarm.agent == agent, Alarm.raised_at >= since).order_by(Alarm.raised_at)

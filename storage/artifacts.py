@@ -60,21 +60,42 @@ def pinned_base(adapter: Path) -> str:
 def publish(folder: Path, store: Path) -> tuple[Path, str]:
     """Copy `folder` into `store` under the name of its digest; returns the place and the digest.
 
-    Publishing the same files twice is one folder. A copy that was cut short is never visible.
+    Publishing the same files twice is one folder, and puts right one whose files were damaged. A copy that was cut short is never visible.
     """
-    digest = digest_folder(folder)
-    place = store / digest.removeprefix("sha256:")
-    if not place.exists():
-        store.mkdir(parents=True, exist_ok=True)
-        partial = store / f".{uuid.uuid4().hex}.partial"
+    partial = store / f".{uuid.uuid4().hex}.partial"
+    try:
         shutil.copytree(folder, partial)
-        try:
-            partial.rename(place)
-        except OSError:  # another process published the same digest between the check and the rename
-            shutil.rmtree(partial)
-            if not place.exists():
-                raise
+        # Of the copy, not of what it was copied from: that may change meanwhile.
+        digest = digest_folder(partial)
+        place = store / digest.removeprefix("sha256:")
+        if place.exists() and digest_folder(place) != digest:
+            place.rename(store / f".{uuid.uuid4().hex}.damaged")
+        move_into_place(partial, place)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return place, digest
+
+
+def move_into_place(partial: Path, place: Path) -> bool:
+    """Rename a finished folder, everything of it on the disk first; False when another process was there before."""
+    for path in (*(path for path in partial.rglob("*") if path.is_file()), partial):
+        _sync(path)
+    try:
+        partial.rename(place)
+    except OSError:
+        if not place.is_dir():
+            raise
+        return False
+    _sync(place.parent)
+    return True
+
+
+def _sync(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def check(folder: Path, digest: str) -> None:

@@ -43,10 +43,11 @@ def build(engine: Engine, agent: str, root: Path, about: dict[str, Any], now: da
     """
     with db.reading(engine) as connection:
         settled = labels.read_settled(connection, agent)
+        history = labels.groups_of_history(connection, agent)
         parent = latest(connection, agent)
     if not settled:
         raise EmptyDatasetError(f"agent {agent} has no settled label: import history or answer reviews first")
-    rows = list(_rows(agent, settled))
+    rows = list(_rows(agent, settled, history))
     digest = snapshots.root_digest(row.digest for row in rows)
     if parent is not None and parent["root"] == digest:
         return int(parent["number"])
@@ -67,16 +68,12 @@ def build(engine: Engine, agent: str, root: Path, about: dict[str, Any], now: da
     return number
 
 
-def _rows(agent: str, settled: Sequence[tuple[labels.Truth, RowMapping]]) -> Iterator[snapshots.Row]:
-    # The first label of a group decides its split, so that later ones can't move it.
-    first: dict[str, tuple[datetime, str]] = {}
-    for truth, case in sorted(settled, key=lambda one: (one[1]["received_at"], one[1]["label_id"])):
-        first.setdefault(case["group_key"], (case["received_at"], truth.kind))
+def _rows(agent: str, settled: Sequence[tuple[labels.Truth, RowMapping]], history: set[str]) -> Iterator[snapshots.Row]:
     for truth, case in settled:
         yield snapshots.Row(
             row_id=hashlib.sha256(f"{agent}\0{case['prediction_id']}".encode()).hexdigest()[:32],
             group_digest=hashlib.sha256(f"{agent}\0group\0{case['group_key']}".encode()).hexdigest()[:32],
-            split=choose_split(agent, case["group_key"], began_as_history=first[case["group_key"]][1] == "import"),
+            split=choose_split(agent, case["group_key"], began_as_history=case["group_key"] in history),
             origin=ORIGINS.get(truth.kind, "review"),
             label_id=case["label_id"],
             input=orjson.dumps(case["input"]).decode(),

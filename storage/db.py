@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hmac
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,11 +18,14 @@ import alembic.script
 import orjson
 from sqlalchemy import Connection, Dialect, Engine, create_engine, event, insert, make_url, select
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from storage.tables import Installation, Table
 
 BUSY_SECONDS = 30
+UNAVAILABLE = (OperationalError, InterfaceError, PoolTimeoutError)
+"""What is raised when the database can't be reached, is locked for too long, or its disk is full: trying again later may help."""
 
 
 class SchemaOutdatedError(RuntimeError):
@@ -42,6 +46,7 @@ def open_engine(url: str) -> Engine:
         json_serializer=lambda value: orjson.dumps(value).decode(),
         json_deserializer=orjson.loads,
         pool_pre_ping=not is_sqlite,
+        hide_parameters=True,  # an error's text is logged, and parameters are claims
         **({"connect_args": {"timeout": BUSY_SECONDS}} if is_sqlite else {}),
     )
     if is_sqlite:
@@ -129,6 +134,12 @@ def upgrade(engine: Engine) -> None:
     with writing(engine) as connection:
         if connection.execute(select(Installation.id)).first() is None:
             connection.execute(insert(Installation).values(id=1, secret=secrets.token_hex(32), created_at=datetime.now(UTC)))
+
+
+def derive_key(connection: Connection, purpose: str) -> bytes:
+    """A key for one purpose, the same for ever on this installation."""
+    secret = connection.execute(select(Installation.secret)).scalar_one()
+    return hmac.digest(secret.encode(), purpose.encode(), "sha256")
 
 
 def check(engine: Engine) -> None:

@@ -42,6 +42,12 @@ def read_open(connection: Connection, agent: str, kind: Kind) -> RowMapping | No
     return connection.execute(query).mappings().first()
 
 
+def list_open(connection: Connection, agent: str) -> list[RowMapping]:
+    """The agent's open exam and watch."""
+    query = select(Exam.__table__).where(Exam.agent == agent, Exam.state == "open").order_by(Exam.kind.desc())
+    return list(connection.execute(query).mappings())
+
+
 def open_kinds(connection: Connection, agent: str) -> set[str]:
     """Which of exam and watch have claims to ask about, for the router's budget; the others leave it their share."""
     rows = connection.execute(select(Exam.kind, Exam.report).where(Exam.agent == agent, Exam.state == "open"))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, func, select, update
+from sqlalchemy import Connection, RowMapping, case, func, select, update
 
 from storage import db
 from storage.tables import Label, Prediction
@@ -107,6 +107,12 @@ def of_claim(connection: Connection, claim_id: str, agent: str | None = None) ->
     return list(connection.execute(query).mappings())
 
 
+def of_review(connection: Connection, review: str, expert: str) -> list[RowMapping]:
+    """What an expert answered to a review, oldest first; the last one stands."""
+    query = select(Label.id, Label.answer, Label.rationale, Label.answered_at).where(Label.review == review, Label.expert == expert)
+    return list(connection.execute(query.order_by(Label.answered_at, Label.received_at, Label.id)).mappings())
+
+
 def read_settled(connection: Connection, agent: str) -> list[tuple[Truth, RowMapping]]:
     """Every claim of an agent whose truth is settled: the truth, and the case with its input, in order of the answers.
 
@@ -138,6 +144,14 @@ def read_settled(connection: Connection, agent: str) -> list[tuple[Truth, RowMap
     return [(truths[row["label_id"]], row) for row in connection.execute(cases).mappings() if row["label_id"] in truths]
 
 
+def groups_of_history(connection: Connection, agent: str) -> set[str]:
+    """The groups whose first label of all was imported, whatever has come since."""
+    first = func.min(Label.received_at)
+    imported = func.min(case((Label.kind == "import", Label.received_at)))
+    query = select(Prediction.group_key).join(Label, Label.prediction == Prediction.id).where(Label.agent == agent)
+    return set(connection.execute(query.group_by(Prediction.group_key).having(imported <= first)).scalars())
+
+
 def list_conflicts(connection: Connection, agent: str | None = None) -> list[tuple[str, list[Answer]]]:
     """Predictions on which experts disagree, with their answers."""
     disputed = select(Label.prediction).where(Label.superseded_by.is_(None), Label.kind.in_(READS))
@@ -148,9 +162,11 @@ def list_conflicts(connection: Connection, agent: str | None = None) -> list[tup
     return [(prediction, answers) for prediction, answers in sorted(found.items()) if is_conflict(answers)]
 
 
-def count_fresh(connection: Connection, agent: str) -> int:
-    """Labels by people, not imported, that no dataset version has yet."""
+def count_fresh(connection: Connection, agent: str, since: datetime | None = None) -> int:
+    """Labels by people, not imported, that no dataset version has yet; of those that came after `since`."""
     query = select(func.count()).select_from(Label).where(Label.agent == agent, Label.dataset.is_(None), Label.kind != "import")
+    if since is not None:
+        query = query.where(Label.received_at > since)
     return connection.execute(query).scalar_one()
 
 

@@ -54,6 +54,11 @@ def head(connection: Connection) -> tuple[int, str]:
     return (row.seq, row.hash) if row else (0, GENESIS)
 
 
+def holds(connection: Connection, digest: str) -> bool:
+    """Whether an entry has this hash: what was once the head must stay in the chain."""
+    return connection.execute(select(LedgerEntry.seq).where(LedgerEntry.hash == digest)).first() is not None
+
+
 def show(connection: Connection, agent: str | None = None, limit: int = 100) -> list[RowMapping]:
     """The newest entries, newest first."""
     query = select(LedgerEntry.__table__).order_by(LedgerEntry.seq.desc()).limit(limit)
@@ -66,6 +71,13 @@ def hide(connection: Connection, agent: str, claim_id: str) -> str:
     """The name of a claim in the ledger: the same for ever, and useless without the installation's secret."""
     secret = connection.execute(select(Installation.secret)).scalar_one()
     return hmac.new(secret.encode(), f"{agent}\0{claim_id}".encode(), hashlib.sha256).hexdigest()[:32]
+
+
+def of_claim(connection: Connection, agent: str, claim_id: str) -> list[RowMapping]:
+    """The entries about a claim, oldest first."""
+    named = LedgerEntry.body.contains(f'"claim":"{hide(connection, agent, claim_id)}"')
+    query = select(LedgerEntry.__table__).where(LedgerEntry.agent == agent, named).order_by(LedgerEntry.seq)
+    return list(connection.execute(query).mappings())
 
 
 def _hash(seq: int, at: datetime, kind: str, agent: str, body: str, previous: str) -> str:

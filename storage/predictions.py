@@ -82,6 +82,13 @@ def count_from(connection: Connection, agent: str, since: str) -> int:
     return connection.execute(query.where(Prediction.id >= since)).scalar_one()
 
 
+def read_between(connection: Connection, agent: str, first: str, last: str) -> list[RowMapping]:
+    """The inputs of the served predictions from one identifier to another."""
+    query = select(Prediction.id, Prediction.input).where(Prediction.agent == agent, Prediction.origin == "served")
+    query = query.where(Prediction.id.between(first, last), Prediction.input.is_not(None)).order_by(Prediction.id)
+    return list(connection.execute(query).mappings())
+
+
 def newest_ids(connection: Connection, agent: str, since: str, limit: int) -> list[str]:
     """The newest served predictions, from the identifier `since` on, whose input is there, oldest first."""
     query = select(Prediction.id).where(Prediction.agent == agent, Prediction.origin == "served", Prediction.id >= since)

@@ -94,7 +94,7 @@ def read(connection: Connection, agent: str, version: str) -> RowMapping:
     return row
 
 
-def serving_name(row: Mapping[str, Any]) -> str:
+def serving_name(row: Mapping[str, Any] | RowMapping) -> str:
     """The name a version is served under; it is never used for other weights."""
     return f"{row['agent']}-{row['name']}-{(row['adapter_digest'] or row['base_digest']).removeprefix('sha256:')[:12]}"
 
@@ -112,8 +112,19 @@ def champion(connection: Connection, agent: str) -> str | None:
 
 def champion_at(connection: Connection, agent: str, at: datetime) -> str | None:
     """The version that was in service at a time in the past."""
-    query = select(Deployment.version).where(Deployment.agent == agent, Deployment.requested_at <= at)
-    return connection.execute(query.order_by(Deployment.number.desc()).limit(1)).scalar()
+    change = deployment_at(connection, agent, at)
+    return change["version"] if change else None
+
+
+def deployment_at(connection: Connection, agent: str, at: datetime) -> RowMapping | None:
+    """The change that had brought the champion of that time into service."""
+    query = select(Deployment.__table__).where(Deployment.agent == agent, Deployment.requested_at <= at)
+    return connection.execute(query.order_by(Deployment.number.desc()).limit(1)).mappings().first()
+
+
+def find(connection: Connection, agent: str, name: str) -> RowMapping | None:
+    """The version of this name or serving name; a producer may send either."""
+    return next((row for row in list_all(connection, agent) if name in (row["name"], serving_name(row))), None)
 
 
 def give_verdict(connection: Connection, agent: str, version: str, verdict: Verdict, reasons: list[str], now: datetime) -> bool:

@@ -180,6 +180,12 @@ def history(connection: Connection, review: str) -> list[RowMapping]:
     return list(connection.execute(query.order_by(ReviewStep.id)).mappings())
 
 
+def of_prediction(connection: Connection, prediction: str) -> list[RowMapping]:
+    """Every review of a prediction, oldest first."""
+    query = select(Review.id, Review.state, Review.reasons, Review.is_blind, Review.exam, Review.opened_at, Review.closed_at)
+    return list(connection.execute(query.where(Review.prediction == prediction).order_by(Review.opened_at, Review.id)).mappings())
+
+
 def was_revealed(connection: Connection, review: str, expert: str) -> bool:
     """Whether the expert saw the model's answer before giving their own."""
     query = select(ReviewStep.id).where(ReviewStep.review == review, ReviewStep.actor == expert, ReviewStep.action == "revealed")

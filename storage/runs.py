@@ -101,14 +101,24 @@ def set_dataset(connection: Connection, run: str, dataset: int) -> None:
     connection.execute(update(Run).where(Run.id == run).values(dataset=dataset))
 
 
+def set_version(connection: Connection, run: str, version: str) -> None:
+    """Note the candidate that a run made."""
+    connection.execute(update(Run).where(Run.id == run).values(version=version))
+
+
+def let_go(connection: Connection, run: RowMapping) -> None:
+    """Note that a cancelled run's process has ended and its device is free."""
+    connection.execute(update(Run).where(Run.id == run["id"], Run.state == "cancelled").values(device=None))
+
+
 def beat(connection: Connection, run: RowMapping, progress: Mapping[str, Any], now: datetime) -> bool:
     """Keep a running run's newest sign of life."""
     return _move(connection, run, ("running",), {"progress": dict(progress), "heartbeat_at": now})
 
 
-def finish(connection: Connection, run: RowMapping, version: str | None, result: Mapping[str, Any], now: datetime) -> bool:
+def finish(connection: Connection, run: RowMapping, result: Mapping[str, Any], now: datetime) -> bool:
     """End a run with its result. False when this attempt is not the one that runs."""
-    values = {"state": "done", "version": version, "result": dict(result), "finished_at": now, "error": None}
+    values = {"state": "done", "result": dict(result), "finished_at": now, "error": None}
     return _end(connection, run, ("running",), values, now)
 
 
@@ -131,7 +141,7 @@ def cancel(connection: Connection, run: RowMapping, why: str, now: datetime) -> 
 def _end(connection: Connection, run: RowMapping, states: Sequence[str], values: Mapping[str, Any], now: datetime) -> bool:
     if not _move(connection, run, states, values):
         return False
-    told = {"run": run["id"], "kind": run["kind"], "state": values["state"], "version": values.get("version"), "error": values.get("error")}
+    told = {"run": run["id"], "kind": run["kind"], "state": values["state"], "error": values.get("error")}
     events.emit(connection, "ratchet.run.ended.v1", f"{run['agent']}/{run['id']}", run["id"], told, now)
     return True
 

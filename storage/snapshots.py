@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage.artifacts import write_atomically
+from storage.artifacts import move_into_place, write_atomically
 
 MANIFEST = "manifest.json"
 SHARD_ROWS = 50_000
@@ -114,12 +114,10 @@ def write(folder: Path, rows: Iterable[Row], about: dict[str, Any]) -> dict[str,
         **about,
     }
     write_atomically(partial / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True).encode())
-    try:
-        partial.rename(folder)
-    except OSError:
+    if not move_into_place(partial, folder):
         shutil.rmtree(partial)
-        if not folder.exists() or read_manifest(folder)["root"] != manifest["root"]:
-            raise
+        if read_manifest(folder)["root"] != manifest["root"]:
+            raise SnapshotDamagedError(f"{folder} holds another dataset than the one that was to be written there: move it away")
     return manifest
 
 
@@ -127,7 +125,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a snapshot. Raises `SnapshotDamagedError` when it is missing or not JSON."""
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        _ = manifest["root"], manifest["shards"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         message = f"{folder / MANIFEST} can't be read ({error}): restore the snapshot from a backup or build a new version"
         raise SnapshotDamagedError(message) from error
     return manifest
@@ -151,7 +150,7 @@ def verify(folder: Path) -> list[str]:
         try:
             with path.open("rb") as file:
                 same = hashlib.file_digest(file, "sha256").hexdigest() == shard["sha256"]
-            records = pq.read_table(path).to_pylist()
+            records = pq.read_table(path, schema=SCHEMA).to_pylist()
         except (OSError, pa.ArrowException) as error:
             problems.append(f"shard {shard['name']} can't be read: {error}")
             continue

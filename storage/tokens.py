@@ -57,6 +57,13 @@ def find(connection: Connection, secret: str) -> Principal | None:
     return Principal(row.name, row.role) if row else None
 
 
+def read(connection: Connection, name: str) -> Principal | None:
+    """Who has the valid token of this name; None when there is none."""
+    query = select(Token.name, Token.role).where(Token.name == name, Token.revoked_at.is_(None))
+    row = connection.execute(query).first()
+    return Principal(row.name, row.role) if row else None
+
+
 def is_reviewer(connection: Connection, name: str) -> bool:
     """Whether an expert of this name may answer reviews."""
     query = select(Token.name).where(Token.name == name, Token.role == "reviewer", Token.revoked_at.is_(None))

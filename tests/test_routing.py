@@ -172,6 +172,12 @@ def test_a_waiting_exam_and_a_watch_take_their_part_of_what_is_left():
     assert routing.allow_exam(policy, state, 250) == pytest.approx((0, 16))
 
 
+def test_what_an_exam_has_no_use_for_goes_to_the_uncertain_claims():
+    policy = RoutingPolicy(budget_share=0.1)
+    drawn = stream(beta_confidences(5000), policy, is_examining=True, exam_demand=0.25)
+    assert share(drawn) == pytest.approx(0.02 + 0.8 * 0.08, abs=0.008)
+
+
 def test_the_day_s_budget_closes_the_lanes_but_not_audit_and_rules():
     policy = RoutingPolicy(budget_per_day=10)
     closed = _full_window().state(opened_today=10)

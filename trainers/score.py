@@ -1,7 +1,7 @@
 """Scoring: how probable a model finds each label of a claim. No text is generated.
 
 One forward pass answers a prompt for all labels: the labels' tokens hang side by side behind the prompt's end, and an attention mask
-keeps them from seeing each other. Measured against a prefix cache with one branch per label it takes a quarter less time.
+keeps them from seeing each other. On CPU it takes about a fifth less time than a prefix cache with one branch per label.
 """
 
 from __future__ import annotations

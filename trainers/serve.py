@@ -32,7 +32,7 @@ from trainers import data, score
 from trainers.spec import EXIT_REFUSED, Frozen, Options, Prompt, SpecRefusedError, compile_template
 
 MAX_BODY_BYTES = 32 * 2**20
-# Tokens per forward pass. On CPU 1,024 to 4,096 measured alike within the noise, 16,384 half as fast; the GPU figure is not measured.
+# Tokens per forward pass. On CPU 1,024 to 4,096 measured alike and 16,384 slower; on a GPU nothing is measured yet.
 BATCH_TOKENS = {"cpu": 2048}
 BATCH_TOKENS_ON_GPU = 16_384
 IDLE_SECONDS = 60

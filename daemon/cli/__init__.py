@@ -11,7 +11,25 @@ from typing import Annotated
 
 import typer
 
-from daemon.cli import config, db, importing, init, tokens
+from daemon.cli import (
+    alarms,
+    config,
+    datasets,
+    db,
+    deadletters,
+    doctor,
+    importing,
+    init,
+    labels,
+    ledger,
+    model,
+    simulate,
+    status,
+    tokens,
+    up,
+    versions,
+    why,
+)
 
 OURS = frozenset({"consumers", "daemon", "storage", "trainers"})
 
@@ -39,10 +57,24 @@ def ratchet(version: Version = False) -> None:
 
 
 app.command("init")(init.init)
+app.command("up")(up.up)
+app.command("status")(status.status)
+app.command("doctor")(doctor.doctor)
+app.command("simulate")(simulate.simulate)
+app.add_typer(model.app, name="model")
 app.add_typer(config.app, name="config")
 app.add_typer(db.app, name="db")
-app.add_typer(tokens.app, name="tokens")
 app.command("import")(importing.import_history)
+app.add_typer(datasets.app, name="datasets")
+app.add_typer(labels.app, name="labels")
+app.add_typer(versions.app, name="versions")
+app.command("promote")(versions.promote)
+app.command("rollback")(versions.rollback)
+app.command("why")(why.why)
+app.add_typer(ledger.app, name="ledger")
+app.add_typer(alarms.app, name="alarms")
+app.add_typer(deadletters.app, name="dead-letters")
+app.add_typer(tokens.app, name="tokens")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

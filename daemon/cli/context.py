@@ -101,7 +101,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]], *, as_json: bool, nothing: str
     elif not rows:
         typer.echo(nothing)
     else:
-        _print_table([str(name) for name in rows[0]], [[_cell(value) for value in row.values()] for row in rows])
+        _print_table([str(name) for name in rows[0]], [[format_cell(value) for value in row.values()] for row in rows])
 
 
 def print_item(item: Mapping[str, Any], *, as_json: bool) -> None:
@@ -111,7 +111,7 @@ def print_item(item: Mapping[str, Any], *, as_json: bool) -> None:
     else:
         width = max(map(len, item))
         for name, value in item.items():
-            typer.echo(f"{name:<{width}}  {_cell(value)}")
+            typer.echo(f"{name:<{width}}  {format_cell(value)}")
 
 
 def print_json(value: Any) -> None:
@@ -123,7 +123,8 @@ def _plain(value: Any) -> Any:
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
-def _cell(value: Any) -> str:
+def format_cell(value: Any) -> str:
+    """One value as a person reads it."""
     if value is None:
         return "-"
     if isinstance(value, dict | list | tuple):

@@ -1,0 +1,67 @@
+"""What the loop is compared with in a replay: the same training on labels that were drawn at random, every candidate promoted."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from storage import snapshots
+from trainers import spec
+
+
+@dataclass(slots=True)
+class RandomLabels:
+    """A chain of adapters that learns from as many labels as the loop used, drawn evenly from each window.
+
+    `perform` does a run folder and returns its attempt's folder; `newest` is the adapter that would be in service.
+    """
+
+    folder: Path
+    seed: int
+    perform: Callable[[Path], Path]
+    newest: spec.Model | None = None
+    drawn: list[snapshots.Row] = field(default_factory=list)
+
+    def draw(self, number: int, rows: Sequence[snapshots.Row], count: int) -> None:
+        """Take `count` labels of window `number` at random."""
+        self.drawn += random.Random(f"{self.seed}/{number}").sample(rows, min(count, len(rows)))
+
+    def learn(self, version: str, run_dir: Path) -> None:
+        """Train as the loop trained `version` in `run_dir`: the same history and options, our own labels and our own last adapter."""
+        theirs = spec.read_spec(run_dir)
+        ours = self.folder / version
+        if theirs.dataset is None or theirs.candidate is None:
+            raise ValueError(f"{run_dir} is no training run")
+        if not (ours / "spec.json").exists():
+            manifest = snapshots.write(ours / "snapshot", self._rows(theirs.dataset), {})
+            init = self.newest
+            update = {
+                "run_id": f"random-{version}",
+                "dataset": ours / "snapshot",
+                "dataset_digest": manifest["root"],
+                "init_adapter": init.adapter if init else None,
+                "init_adapter_digest": init.adapter_digest if init else None,
+                "others": (),
+                "score_sets": (),
+            }
+            spec.write_spec(ours, theirs.model_copy(update=update))
+        attempt = self.perform(ours)
+        result = json.loads((attempt / "result.json").read_text())
+        adapter = {"adapter": attempt / result["adapter"]["path"], "adapter_digest": result["adapter"]["digest"]}
+        self.newest = theirs.candidate.model_copy(update={**adapter, "temperature": result["temperature"]})
+
+    def _rows(self, dataset: Path) -> Iterator[snapshots.Row]:
+        yield from imported_rows(dataset)
+        yield from self.drawn
+
+
+def imported_rows(dataset: Path) -> Iterable[snapshots.Row]:
+    """The rows of a snapshot that came with the history."""
+    for row in snapshots.read(dataset):
+        if row["origin"] == snapshots.IMPORTED:
+            content: dict[str, Any] = {name: value for name, value in row.items() if name != "row_digest"}
+            yield snapshots.Row(**content)

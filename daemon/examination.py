@@ -1,0 +1,205 @@
+"""Exam and watch: which two versions are compared, and which claims both of them answer for it.
+
+Both are the same comparison. In an exam the candidate is the new version and the champion the one in service; in a watch the candidate
+is the new champion and the champion its predecessor, and only claims that came after the promotion count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import structlog
+from sqlalchemy import Connection, RowMapping
+
+from daemon import run_folders
+from daemon.agents import Agent
+from daemon.machinery import Machinery
+from storage import db, exams, ids, predictions, registry, runs, scores
+from trainers import spec
+
+ACTOR = "ratchet"
+KINDS: tuple[exams.Kind, ...] = ("watch", "exam")
+SCORE_AT, POOL_LOW = 50, 20
+"""New claims are scored when there are so many and fewer than the second number are left to ask about, else once in `SCORE_EVERY`."""
+SCORE_EVERY = timedelta(hours=1)
+
+log = structlog.get_logger()
+Answers = Mapping[tuple[str, str], run_folders.Answers]
+
+
+class NothingToScoreError(LookupError):
+    """The versions have answered all that they are compared on, or are compared no more."""
+
+
+def keep_gold(folder: Path, answers: Answers) -> None:
+    """Keep what each model of a run answered on gold."""
+    for (score_set, model), given in answers.items():
+        if score_set == run_folders.GOLD:
+            run_folders.keep_answers(folder, model, given.decisions)
+
+
+def store_scores(connection: Connection, agent: str, answers: Answers, names: Mapping[str, str], now: datetime) -> None:
+    """Store what each model of a run answered on stored claims; `names` are the versions of models that have another name in the run."""
+    for (score_set, model), given in answers.items():
+        if score_set == run_folders.RECENT:
+            shared = {"agent": agent, "version": names.get(model, model), "scored_at": now}
+            columns = ("decision", "confidence", "probabilities")
+            rows = [{"prediction": row["row_id"], **{name: row[name] for name in columns}, **shared} for row in given.rows]
+            scores.insert_new(connection, rows)
+
+
+def open_exam(connection: Connection, agent: str, candidate: str, defect: str | None, now: datetime) -> None:
+    """Begin a candidate's exam against the champion; a candidate that still waits for its verdict is superseded."""
+    waiting = exams.read_open(connection, agent, "exam")
+    if waiting is not None:
+        reason = f"{candidate} came before the experts' answers decided."
+        exams.close(connection, waiting["id"], "superseded", {**waiting["report"], "reasons": [reason]}, now)
+        registry.give_verdict(connection, agent, waiting["candidate"], "superseded", [reason], now)
+        log.info("verdict", agent=agent, version=waiting["candidate"], outcome="superseded")
+    champion = registry.champion(connection, agent) or registry.BARE
+    exam = exams.open_new(connection, agent, "exam", candidate, champion, now, {"defect": defect})
+    log.info("exam_opened", agent=agent, exam=exam, candidate=candidate, champion=champion)
+
+
+def open_watch(connection: Connection, agent: str, now: datetime) -> None:
+    """Watch the champion since the promotion that brought it, unless nobody can be gone back to or it is or was watched."""
+    change = registry.in_force(connection, agent)
+    if change is None or change["kind"] != "promote" or change["previous"] is None:
+        return
+    watched = [one for one in exams.of_version(connection, agent, change["version"]) if one["kind"] == "watch"]
+    if any(one["opened_at"] >= change["requested_at"] for one in watched):
+        return
+    predecessor = registry.read(connection, agent, change["previous"])
+    # The bare base is a predecessor only where it has answered real claims.
+    names = (predecessor["name"], registry.serving_name(dict(predecessor)))
+    if predecessor["name"] == registry.BARE and not predictions.has_served(connection, agent, names):
+        return
+    exam = exams.open_new(connection, agent, "watch", change["version"], change["previous"], now)
+    log.info("watch_opened", agent=agent, exam=exam, champion=change["version"], predecessor=change["previous"])
+
+
+def close_watch(connection: Connection, agent: str, champion: str | None, now: datetime) -> None:
+    """End the watch over a version that is not the champion any more."""
+    watched = exams.read_open(connection, agent, "watch")
+    if watched is not None and watched["candidate"] != champion:
+        reason = f"{champion} is the champion now."
+        exams.close(connection, watched["id"], "superseded", {**watched["report"], "reasons": [reason]}, now)
+        log.info("watch_ended", agent=agent, exam=watched["id"], outcome="superseded")
+
+
+def realign(machinery: Machinery, agent: Agent, now: datetime) -> None:
+    """Follow a champion that was changed by hand, by a rollback or by a revert: what is compared is always about the one in service."""
+    with db.writing(machinery.engine) as connection:
+        champion = registry.champion(connection, agent.name)
+        close_watch(connection, agent.name, champion, now)
+        open_watch(connection, agent.name, now)
+        exam = exams.read_open(connection, agent.name, "exam")
+        if exam is not None and champion is not None and exam["champion"] != champion:
+            _readdress(connection, exam, champion, now)
+
+
+def _readdress(connection: Connection, exam: RowMapping, champion: str, now: datetime) -> None:
+    """Examine a waiting candidate against the new champion; one that was promoted by hand has its verdict."""
+    agent, candidate = exam["agent"], exam["candidate"]
+    reason = f"{champion} is the champion now."
+    exams.close(connection, exam["id"], "superseded", {**exam["report"], "reasons": [reason]}, now)
+    if candidate == champion:
+        registry.give_verdict(connection, agent, candidate, "superseded", ["It was promoted before its exam had ended."], now)
+        return
+    exams.open_new(connection, agent, "exam", candidate, champion, now, {"defect": exam["report"].get("defect")})
+    log.info("exam_opened", agent=agent, candidate=candidate, champion=champion)
+
+
+def find_folder(connection: Connection, agent: str, version: str) -> Path | None:
+    """The folder of the run that made a version."""
+    run = registry.read(connection, agent, version)["run"]
+    return Path(runs.read(connection, run)["folder"]) if run else None
+
+
+def find_since(exam: RowMapping) -> str:
+    """The smallest identifier of a claim that counts: a watch looks at what came after the promotion."""
+    return ids.after(exam["opened_at"]) if exam["kind"] == "watch" else ""
+
+
+def queue_scoring(machinery: Machinery, agent: Agent, now: datetime) -> None:
+    """Queue a run that lets the compared versions answer what they have not, when that is worth loading the base."""
+    with db.reading(machinery.engine) as connection:
+        due = [exam for exam in exams.list_open(connection, agent.name) if _is_scoring_due(connection, exam, agent, now)]
+        live = runs.read_live(connection, agent.name, "score")
+        last = runs.read_last(connection, agent.name, "score")
+    has_failed = last is not None and last["state"] in ("failed", "parked") and now - last["finished_at"] < SCORE_EVERY
+    if not due or live is not None or has_failed:
+        return
+    with db.writing(machinery.engine) as connection:
+        reason = f"{due[0]['candidate']} and {due[0]['champion']} have not answered all claims of their {due[0]['kind']}."
+        run = runs.queue(connection, agent.name, "score", due[0]["kind"], reason, ACTOR, {}, now, exam=due[0]["id"])
+        log.info("run_queued", run=run, agent=agent.name, kind="score", trigger=due[0]["kind"])
+
+
+def _is_scoring_due(connection: Connection, exam: RowMapping, agent: Agent, now: datetime) -> bool:
+    if _lacks_gold(connection, exam):
+        return True
+    unscored = find_unscored(connection, exam, agent)
+    if not unscored:
+        return False
+    if not scores.count_common(connection, agent.name, exam["candidate"], exam["champion"]) and exam["kind"] == "exam":
+        return True
+    last = runs.read_last(connection, agent.name, "score")
+    scored_at = max(exam["opened_at"], last["created_at"]) if last else exam["opened_at"]
+    is_low = exam["report"].get("asking", {}).get("left", 0) < POOL_LOW
+    return bool((len(unscored) >= SCORE_AT and is_low) or now - scored_at >= SCORE_EVERY)
+
+
+def _lacks_gold(connection: Connection, exam: RowMapping) -> bool:
+    """Whether the champion has not answered the gold rows of the candidate's run, because it was not the champion then."""
+    folder = find_folder(connection, exam["agent"], exam["candidate"])
+    return exam["kind"] == "exam" and folder is not None and run_folders.read_answers(folder, exam["champion"]) is None
+
+
+def find_unscored(connection: Connection, exam: RowMapping, agent: Agent) -> list[str]:
+    """The claims of a comparison that one of its versions was not asked about: those that came since, and those the other one knows."""
+    limit, names = agent.exam.claims, (exam["candidate"], exam["champion"])
+    wanted = set(predictions.newest_ids(connection, agent.name, ids.after(exam["opened_at"]), limit))
+    if exam["kind"] == "exam":
+        wanted |= set(scores.read_scored(connection, agent.name, exam["candidate"], limit))
+    ordered = sorted(wanted)[-limit:]
+    return sorted({one for name in names for one in scores.read_unscored(connection, agent.name, name, ordered)})
+
+
+def plan_scoring(machinery: Machinery, run: RowMapping, agent: Agent) -> spec.Spec:
+    """What a `score` run is asked: the versions of the open comparisons that share a base, on all claims that one of them lacks.
+
+    Raises `NothingToScoreError` when the comparisons ended while the run waited.
+    """
+    folder = Path(run["folder"])
+    with db.reading(machinery.engine) as connection:
+        compared = exams.list_open(connection, agent.name)
+        names = list(dict.fromkeys(name for exam in compared for name in (exam["champion"], exam["candidate"])))
+        versions = [registry.read(connection, agent.name, name) for name in names]
+        unscored = sorted({one for exam in compared for one in find_unscored(connection, exam, agent)})
+        rows = sorted(predictions.read_inputs(connection, unscored).values(), key=lambda row: str(row["id"]))
+        gold = next((exam for exam in compared if _lacks_gold(connection, exam)), None)
+        made_by = find_folder(connection, agent.name, gold["candidate"]) if gold else None
+        lacking = {name for name in names if scores.read_unscored(connection, agent.name, name, unscored)}
+    if gold is not None:
+        lacking.add(gold["champion"])
+    if not lacking:
+        raise NothingToScoreError("its exam ended before it began")
+    # A process holds one base: versions on another one get the next run.
+    base = next(one for one in versions if one["name"] in lacking)
+    score_sets = run_folders.write_recent(folder, rows)
+    if made_by is not None:
+        score_sets.append(spec.ScoreSet(name=run_folders.GOLD, path=made_by.resolve() / f"{run_folders.GOLD}.parquet"))
+    return spec.Spec(
+        run_id=run["id"],
+        kind="score",
+        agent=agent.name,
+        base=spec.Base(path=Path(base["base_path"]).resolve(), digest=base["base_digest"]),
+        others=tuple(run_folders.describe_model(one) for one in versions if one["base_digest"] == base["base_digest"]),
+        score_sets=tuple(score_sets),
+        options=agent.training,
+        device=run["device"],
+        threads=machinery.settings.training.threads,
+    )

@@ -1,0 +1,73 @@
+"""What an agent's versions are made of today: its base, tokenizer, template and labels, by digest."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+import structlog
+
+from daemon.agents import Agent
+from daemon.machinery import Fingerprint, Machinery, Makeup
+from storage import alarms, artifacts, db, registry
+from trainers import spec
+
+CONFIG, WEIGHTS = "config.json", "*.safetensors"
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
+ALARM = "base"
+
+log = structlog.get_logger()
+
+
+def ensure_bare(machinery: Machinery, agent: Agent, now: datetime) -> None:
+    """Keep the agent's makeup and register its bare base as v0; while there is no base, raise an alarm and start no run for the agent."""
+    machinery.memory.makeups.pop(agent.name, None)
+    made = read(machinery, agent)
+    with db.writing(machinery.engine) as connection:
+        if made is None:
+            message = f"{agent.base_model} is no checkpoint: put one there, or make a small one with `ratchet model tiny`"
+            if alarms.raise_alarm(connection, agent.name, ALARM, message, {}, now):
+                log.warning("base_missing", agent=agent.name, path=str(agent.base_model))
+            return
+        alarms.clear(connection, agent.name, ALARM, now)
+        registry.register_bare(connection, agent.name, describe(made), now)
+    machinery.memory.makeups[agent.name] = made
+
+
+def read(machinery: Machinery, agent: Agent) -> Makeup | None:
+    """The agent's makeup; the base's files are read again only when one of them changed."""
+    folder = agent.base_model
+    if not (folder / CONFIG).is_file() or not any(folder.glob(WEIGHTS)):
+        return None
+    fingerprint = _take_fingerprint(folder)
+    known = machinery.memory.digests.get(folder)
+    if known is None or known[0] != fingerprint:
+        digests = artifacts.digest_folder(folder), digest_tokenizer(folder)
+        known = machinery.memory.digests[folder] = (fingerprint, digests)
+    base_digest, tokenizer_digest = known[1]
+    return Makeup(folder, base_digest, tokenizer_digest, spec.Prompt(text=agent.prompt.text), agent.labels)
+
+
+def describe(made: Makeup) -> registry.Made:
+    """The bare base as the registry keeps it."""
+    return registry.Made(
+        base_path=str(made.base_path),
+        base_digest=made.base_digest,
+        adapter_path=None,
+        adapter_digest=None,
+        tokenizer_digest=made.tokenizer_digest,
+        prompt=made.prompt.text,
+        prompt_digest=made.prompt.digest,
+        labels=list(made.labels),
+        labels_digest=made.labels_digest,
+    )
+
+
+def digest_tokenizer(folder: Path) -> str:
+    """The digest of a checkpoint's tokenizer files."""
+    return artifacts.digest_files(folder, {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)})
+
+
+def _take_fingerprint(folder: Path) -> Fingerprint:
+    stats = ((path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file())
+    return tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)

@@ -1,0 +1,151 @@
+"""Sets a replay up: the agent from the configuration or the history, the small base, the folder, and the report at the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import structlog
+
+from daemon import config, launch, report, simulate
+from daemon.agents import Agent, Budget, Exam, PromptFile, Triggers
+from storage import artifacts, datasets, db
+from trainers import spec
+
+PROMPT = "{% for name, value in input.items() %}{{ name }}: {{ value }}\n{% endfor %}decision: "
+TINY_OPTIONS = {"learning_rate": 2e-3, "epochs": 3, "batch_rows": 32}
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the command line asks for."""
+
+    history: Path
+    stream: Path
+    out: Path
+    base: str
+    budget: float
+    retrain_every: int
+    rule: str
+    seed: int
+    with_baselines: bool
+    config: Path | None
+    agent: str | None
+    options: Sequence[str]
+
+
+def run(asked: Asked, on_stage: Callable[[str], None], on_progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """Replay, write the report and return it. Raises `simulate.SimulationError`."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    history, stream = simulate.read_cases(asked.history), simulate.read_cases(asked.stream)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    _check_same(asked)
+    agent = _make_agent(asked, history)
+    simulate.check_cases(history, stream, agent)
+    settings = _make_settings(asked, agent)
+    if asked.base == "tiny":
+        on_stage("making the small base")
+        _make_tiny(asked, agent, history)
+    on_stage("importing the history, training v1.0")
+    engine = db.open_engine(settings.database.url)
+    db.upgrade(engine)
+    with (asked.out / "trainer.log").open("ab") as errors:
+        trainer = launch.Resident(settings.training.python, errors)
+        plan = simulate.Plan(history, stream, settings, agent, asked.seed, asked.with_baselines, asked.out, on_progress)
+        try:
+            found = simulate.Replay(plan, engine, trainer, on_stage).run()
+        finally:
+            trainer.close()
+            engine.dispose()
+    artifacts.write_atomically(asked.out / "report.json", json.dumps(found, indent=2, ensure_ascii=False).encode())
+    report.write_page(asked.out / "report.html", found)
+    return found
+
+
+def _check_same(asked: Asked) -> None:
+    """A folder holds one replay: the same files and settings may go on in it, others may not."""
+    files = {name: artifacts.digest_file(path) for name, path in (("history", asked.history), ("stream", asked.stream))}
+    names = ("base", "budget", "retrain_every", "rule", "seed", "with_baselines", "agent")
+    identity = {**files, **{name: getattr(asked, name) for name in names}, "options": list(asked.options)}
+    path = asked.out / "replay.json"
+    if not path.exists():
+        artifacts.write_atomically(path, json.dumps(identity, indent=2).encode())
+    elif json.loads(path.read_text()) != identity:
+        raise simulate.SimulationError(f"{asked.out} holds a replay of other files or settings: name another --out")
+
+
+def _make_agent(asked: Asked, history: Sequence[simulate.Case]) -> Agent:
+    """The agent that is replayed, with the budget, the trigger and the rule that were asked for."""
+    training = _parse_options(asked.options)
+    governed = {
+        "budget": Budget(share=asked.budget),
+        "triggers": Triggers(new_labels=asked.retrain_every, new_labels_min=1),
+    }
+    if asked.config is not None:
+        settings = config.load(asked.config)
+        if asked.agent is None and len(settings.agents) != 1:
+            raise simulate.SimulationError(f"--agent is missing: {asked.config} has {', '.join(settings.agents)}")
+        agent = settings.agent(asked.agent or next(iter(settings.agents)))
+        changed = {"training": agent.training.model_copy(update=training), "exam": agent.exam.model_copy(update={"rule": asked.rule})}
+        found = agent.model_copy(update={**governed, **changed})
+        return found if asked.base == "tiny" else found.model_copy(update={"base_model": Path(asked.base).absolute()})
+    labels = tuple(sorted({case.answer for case in history}))
+    are_decisions = {"APPROVED", "DENIED"} <= set(labels)
+    base = asked.out / "base" if asked.base == "tiny" else Path(asked.base)
+    return Agent(
+        name=asked.agent or "replay",
+        labels=labels,
+        approved="APPROVED" if are_decisions else None,
+        denied="DENIED" if are_decisions else None,
+        prompt=PromptFile(text=PROMPT),
+        base_model=base.absolute(),
+        training=spec.Options(**{**(TINY_OPTIONS if asked.base == "tiny" else {}), **training}),
+        exam=Exam.model_validate({"rule": asked.rule}),
+        **governed,
+    )
+
+
+def _parse_options(options: Sequence[str]) -> dict[str, Any]:
+    """`KEY=VALUE` training options, checked. Raises `simulate.SimulationError`."""
+    given: dict[str, Any] = {}
+    for option in options:
+        key, _, value = option.partition("=")
+        if key not in spec.Options.model_fields:
+            raise simulate.SimulationError(
+                f"--set {option}: {key!r} is no training option: use one of {', '.join(spec.Options.model_fields)}"
+            )
+        given[key] = orjson.loads(value)
+    checked = spec.Options(**given)
+    return {key: getattr(checked, key) for key in given}
+
+
+def _make_settings(asked: Asked, agent: Agent) -> config.Settings:
+    """Settings whose database and files lie in the replay's own folder."""
+    home = asked.out.absolute()
+    return config.Settings(
+        home=home,
+        database=config.Database(url=f"sqlite:///{home / 'ratchet.db'}"),
+        storage=config.Storage(snapshots=home / "snapshots", adapters=home / "adapters", runs=home / "runs"),
+        training=config.Training(devices=("cpu",), backoff_seconds=0),
+        agents={agent.name: agent},
+    )
+
+
+def _make_tiny(asked: Asked, agent: Agent, history: Sequence[simulate.Case]) -> None:
+    """Make the small base from the history's prompts, without answers and without the groups that are gold."""
+    if agent.base_model.exists():
+        return
+    texts = asked.out / "texts.jsonl"
+    learned = (case for case in history if datasets.choose_split(agent.name, case.group, began_as_history=True) != "gold")
+    texts.write_bytes(b"".join(orjson.dumps({"text": agent.prompt.render(case.input)}) + b"\n" for case in learned))
+    command = [sys.executable, "-m", "trainers.tiny", "--texts", str(texts), "--out", str(agent.base_model), "--seed", str(asked.seed)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  our own interpreter and module
+    if done.returncode:
+        raise simulate.SimulationError(f"the small base can't be made: {done.stderr.strip()}")

@@ -1,0 +1,180 @@
+"""The process that runs for months: roles in one event loop, one stop event, and an end that loses nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import ipaddress
+import os
+import signal
+import socket
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+from sqlalchemy import Engine
+
+from consumers import embedded, handlers
+from daemon import launch, pipeline, policies, scheduler
+from daemon.config import Settings
+from daemon.web import app
+from daemon.web.metrics import Metrics
+from storage import db, tokens
+
+STOP_SECONDS = 28
+
+log = structlog.get_logger()
+
+
+class UnsafeBindError(ValueError):
+    """The daemon would answer to a network without knowing anybody."""
+
+
+@dataclass
+class Service:
+    """What the roles of one process share."""
+
+    settings: Settings
+    engine: Engine
+    agents: Mapping[str, handlers.Agent]
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    counters: embedded.Counters = field(default_factory=embedded.Counters)
+
+    @functools.cached_property
+    def metrics(self) -> Metrics:
+        """What this process has counted."""
+        return Metrics(self.engine, self.settings.agents, utc_now, self.counters.by_state)
+
+
+Role = Callable[[Service], Coroutine[Any, Any, None]]
+
+
+def utc_now() -> datetime:
+    """The clock of everything that runs for real."""
+    return datetime.now(UTC)
+
+
+def check_bind(settings: Settings, engine: Engine) -> None:
+    """Raise `UnsafeBindError` when another address than loopback is to be served and no token is defined."""
+    host = settings.server.host
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(host).is_loopback:
+            return
+    if host == "localhost":
+        return
+    with db.reading(engine) as connection:
+        if not tokens.count_valid(connection):
+            raise UnsafeBindError(f"server.host is {host}, and no token is defined: run `ratchet tokens add NAME --role operator` first")
+
+
+def start(settings: Settings, roles: Sequence[str]) -> int:
+    """Run the daemon until it is told to stop; returns the exit status."""
+    engine = db.open_engine(settings.database.url)
+    try:
+        db.check(engine)
+        with db.writing(engine) as connection:
+            agents = policies.record(connection, settings.agents, utc_now())
+        log.info("starting", roles=list(roles), pid=os.getpid(), agents=list(agents))
+        return asyncio.run(_run(Service(settings, engine, agents), roles))
+    finally:
+        engine.dispose()
+
+
+async def _run(service: Service, roles: Sequence[str]) -> int:
+    """Run the roles until a signal or until one of them ends.
+
+    A role that dies stops the process: the service manager starts it again with a clean memory.
+    """
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _begin_stop, service, number.name)
+    works = {**{name: ROLES[name] for name in roles}, "operate": operate, "keep_alive": keep_alive}
+    tasks = {asyncio.create_task(work(service), name=name) for name, work in works.items()}
+    stopper = asyncio.create_task(service.stop.wait())
+    await asyncio.wait({*tasks, stopper}, return_when=asyncio.FIRST_COMPLETED)
+    stopper.cancel()
+    service.stop.set()
+    notify("STOPPING=1")
+    ended, late = await asyncio.wait(tasks, timeout=STOP_SECONDS)
+    for task in late:
+        log.error("role_did_not_stop", role=task.get_name())
+        task.cancel()
+    died = [task for task in ended if task.exception() is not None]
+    for task in died:
+        log.error("role_died", role=task.get_name(), exc_info=task.exception())
+    status = int(bool(died or late))
+    log.info("stopped", exit_status=status)
+    return status
+
+
+def _begin_stop(service: Service, name: str) -> None:
+    log.info("stopping", signal=name)
+    service.stop.set()
+
+
+async def consume(service: Service) -> None:
+    """Handle the events in the table."""
+    await embedded.run(service.engine, service.agents, utc_now, service.stop, service.wake, service.counters)
+
+
+async def web(service: Service) -> None:
+    """Serve the API and the pages."""
+    check_bind(service.settings, service.engine)
+    site = app.create_app(service.engine, service.settings, service.agents, utc_now, service.wake.set, service.metrics)
+    await serve(site, service.settings.server.host, service.settings.server.port, "web", service.stop)
+
+
+async def schedule(service: Service) -> None:
+    """Advance the loop, when this process leads."""
+    launcher = launch.Processes(service.settings.training.python)
+    await scheduler.run(pipeline.Pipeline(service.engine, service.settings, launcher), utc_now, service.stop)
+
+
+async def operate(service: Service) -> None:
+    """Serve health and metrics on the ops port, whatever else this process does."""
+    site = app.create_ops_app(service.engine, service.metrics)
+    await serve(site, service.settings.server.host, service.settings.server.ops_port, "operate", service.stop)
+
+
+ROLES: Mapping[str, Role] = {"consume": consume, "web": web, "schedule": schedule}
+
+
+async def serve(site: FastAPI, host: str, port: int, name: str, stop: asyncio.Event) -> None:
+    """Serve a site until `stop`; requests that were begun are finished. Raises `OSError` when the port is taken."""
+    listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
+    config = uvicorn.Config(site, log_config=None, access_log=False, timeout_graceful_shutdown=10, server_header=False)
+    server = uvicorn.Server(config)
+    # Signals are the service's: uvicorn would take them from everything else in this process.
+    server.capture_signals = contextlib.nullcontext  # type: ignore[assignment, method-assign]
+    url = f"http://{host}:{listening.getsockname()[1]}"
+    log.info("listening", role=name, url=url)
+    serving = asyncio.create_task(server.serve(sockets=[listening]))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    server.should_exit = True
+    await serving
+
+
+async def keep_alive(service: Service) -> None:
+    """Tell systemd that we are up, and go on telling it while the event loop turns."""
+    notify("READY=1")
+    period = int(os.environ.get("WATCHDOG_USEC", "0")) / 2_000_000
+    while not service.stop.is_set():
+        notify("WATCHDOG=1")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(service.stop.wait(), period or 3600)
+
+
+def notify(state: str) -> None:
+    """Send one state to the service manager, where there is one (sdnotify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, contextlib.suppress(OSError):
+            manager.sendto(state.encode(), address.replace("@", "\0", 1) if address.startswith("@") else address)

@@ -1,0 +1,402 @@
+"""Replays labelled history through the same handlers, router, datasets, trainer, exam and registry, on a simulated clock.
+
+An answer is seen only when it was asked for. The replay lives in a folder of its own and goes on where it was interrupted: events, runs
+and versions are the same rows when they are made again, and what a window's claims were answered is kept in its run folder.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+from sqlalchemy import Connection, Engine, RowMapping
+
+from consumers import delivery, handlers, schemas
+from daemon import baselines, config, launch, pipeline, policies, report, run_folders, training
+from daemon.agents import Agent
+from storage import alarms, artifacts, datasets, db, events, exams, labels, registry, reviews, runs, snapshots, tokens
+from trainers import spec
+
+WINDOW = 250
+BATCH = 500
+MAX_ROUNDS = 200
+EXPERT, NODE, ARCHIVE = (
+    tokens.Principal("expert", "reviewer"),
+    tokens.Principal("simulated-node", "producer"),
+    tokens.Principal("archive", "operator"),
+)
+
+
+class SimulationError(ValueError):
+    """The replay can't be done as asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One labelled case of the history or the stream."""
+
+    claim_id: str
+    group: str
+    occurred_at: datetime
+    input: dict[str, Any]
+    attributes: dict[str, Any]
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to replay, with which settings, and where; the agent's base model is there."""
+
+    history: Sequence[Case]
+    stream: Sequence[Case]
+    settings: config.Settings
+    agent: Agent
+    seed: int
+    with_baselines: bool
+    out: Path
+    on_progress: Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What came of one window: for each model whether its answers were right, and how many answers were asked for."""
+
+    right: dict[str, list[bool]]
+    labels: int
+
+
+def read_cases(path: Path) -> list[Case]:
+    """The cases of a JSON lines file in order of time. Raises `SimulationError` with the line that is wrong."""
+    cases = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                cases.append(_read_case(path, number, line))
+    if not cases:
+        raise SimulationError(f"{path} holds no cases")
+    return sorted(cases, key=lambda case: (case.occurred_at, case.claim_id))
+
+
+def _read_case(path: Path, number: int, line: bytes) -> Case:
+    try:
+        row = orjson.loads(line)
+        at = datetime.fromisoformat(row["occurred_at"])
+        if at.tzinfo is None:
+            raise ValueError("occurred_at has no time zone")  # noqa: TRY301  one sentence for all that may be wrong
+        group = str(row.get("group") or row["claim_id"])
+        return Case(str(row["claim_id"]), group, at, dict(row["input"]), dict(row.get("attributes") or {}), str(row["answer"]))
+    except (KeyError, TypeError, ValueError) as error:
+        wanted = '{"claim_id", "group", "occurred_at", "input": {…}, "attributes": {…}, "answer"}'
+        raise SimulationError(f"{path}, line {number}: {error!s} is wrong or missing: a line is {wanted}") from error
+
+
+def check_cases(history: Sequence[Case], stream: Sequence[Case], agent: Agent) -> None:
+    """Raise `SimulationError` when the stream begins before the history ends, repeats a claim, or has an answer that is no label."""
+    if stream[0].occurred_at < history[-1].occurred_at:
+        raise SimulationError(f"the stream begins {stream[0].occurred_at}, before the history ends {history[-1].occurred_at}")
+    counts = Counter(case.claim_id for case in itertools.chain(history, stream))
+    repeated = [claim for claim, count in counts.items() if count > 1]
+    if repeated:
+        raise SimulationError(f"claim {repeated[0]!r} is there {counts[repeated[0]]} times: each claim may stand once")
+    unknown = {case.answer for case in itertools.chain(history, stream)} - set(agent.labels)
+    if unknown:
+        raise SimulationError(f"answer {min(unknown)!r} is not one of the agent's labels {', '.join(agent.labels)}")
+
+
+class Replay:
+    """One replay: the loop's own parts around a simulated clock, and an expert who answers at once."""
+
+    def __init__(self, plan: Plan, engine: Engine, trainer: launch.Launcher, on_stage: Callable[[str], None]) -> None:
+        self.plan = plan
+        self.on_stage = on_stage
+        self.engine = engine
+        self.trainer = trainer
+        self.loop = pipeline.Pipeline(engine, plan.settings, trainer)
+        self.truth = {case.claim_id: case.answer for case in plan.stream}
+        self.agents: dict[str, handlers.Agent] = {}
+        self.random = baselines.RandomLabels(plan.out / "random", plan.seed, self._perform)
+        self.matched: set[str] = {"v1.0"}
+
+    def run(self) -> dict[str, Any]:
+        """Replay everything, going on where an earlier replay in this folder was interrupted; returns the report."""
+        began = time.monotonic()
+        self._begin()
+        parts = [self.plan.stream[start : start + WINDOW] for start in range(0, len(self.plan.stream), WINDOW)]
+        windows = []
+        self.on_stage(f"replaying {len(parts)} windows")
+        for number, cases in enumerate(parts):
+            windows.append(self._replay_window(number, cases))
+            self.plan.on_progress(number + 1, len(parts))
+        return self._report(windows, round(time.monotonic() - began, 1))
+
+    def _begin(self) -> None:
+        """Import the history and train the first version."""
+        now = self.plan.history[-1].occurred_at
+        with db.writing(self.engine) as connection:
+            self.agents = policies.record(connection, {self.plan.agent.name: self.plan.agent}, now)
+        for start in range(0, len(self.plan.history), BATCH):
+            self._tell(schemas.HISTORY, [self._to_history(case) for case in self.plan.history[start : start + BATCH]], ARCHIVE, now)
+        with db.writing(self.engine) as connection:
+            if runs.read_last(connection, self.plan.agent.name, "train") is None:
+                training.queue(connection, self.plan.agent, "manual", "the first version", "simulate", {}, now)
+        self._settle(now)
+
+    def _replay_window(self, number: int, cases: Sequence[Case]) -> Window:
+        """Let the champion answer a window's claims, the expert what is asked, and the loop do what follows."""
+        folder = self.plan.out / "windows" / f"{number:04d}"
+        done = folder / "window.json"
+        if done.exists():
+            kept = json.loads(done.read_text())
+            return Window(kept["right"], kept["labels"])
+        now = cases[-1].occurred_at
+        answers = self._answer(folder, cases)
+        served, version = answers["champion"], json.loads((folder / "served.json").read_text())
+        before = self._count_labels()
+        self._tell(schemas.PREDICTION, [self._to_prediction(case, served[case.claim_id], version) for case in cases], NODE, now)
+        self._settle(now)
+        right = {name: [given[case.claim_id]["decision"] == case.answer for case in cases] for name, given in answers.items()}
+        window = Window(right, self._count_labels() - before)
+        if self.plan.with_baselines:
+            self._learn_at_random(number, cases, window.labels)
+        artifacts.write_atomically(done, json.dumps({"right": right, "labels": window.labels}).encode())
+        return window
+
+    def _answer(self, folder: Path, cases: Sequence[Case]) -> dict[str, dict[str, Any]]:
+        """What the champion and the models beside it answer: by model, by claim. Asked once, kept in the window's folder."""
+        if not (folder / "spec.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            rows = {"row_id": [case.claim_id for case in cases], "input": [orjson.dumps(case.input).decode() for case in cases]}
+            pq.write_table(pa.table(rows), folder / "claims.parquet")
+            spec.write_spec(folder, self._to_spec(folder))
+        scores = self._perform(folder) / "scores.parquet"
+        answers: dict[str, dict[str, Any]] = {}
+        for row in pq.read_table(scores).to_pylist():
+            answers.setdefault(row["model"], {})[row["row_id"]] = row
+        return answers
+
+    def _perform(self, run_dir: Path) -> Path:
+        """Do a run folder that is not of the loop, unless it is done; returns its attempt's folder."""
+        attempt = launch.find_attempt(run_dir, 1)
+        if not (attempt / "result.json").exists():
+            attempt.mkdir(parents=True, exist_ok=True)
+            artifacts.write_atomically(attempt / "attempt.json", b'{"fence": 0}')
+            self.trainer.start(run_dir, 1)
+        result = json.loads((attempt / "result.json").read_text()) if (attempt / "result.json").exists() else {}
+        if result.get("status") != "done":
+            raise SimulationError(f"{run_dir} did not end well: {result.get('reason', 'the trainer died')}")
+        return attempt
+
+    def _to_spec(self, folder: Path) -> spec.Spec:
+        with db.reading(self.engine) as connection:
+            agent = self.plan.agent.name
+            champion = registry.read(connection, agent, registry.champion(connection, agent) or registry.BARE)
+            models = [_name_model(champion, "champion")]
+            if self.plan.with_baselines:
+                models.append(_name_model(registry.read(connection, agent, "v1.0"), "frozen"))
+                models.append(_name_model(registry.list_all(connection, agent)[-1], "ungated"))
+                models.append((self.random.newest or models[1]).model_copy(update={"name": "random"}))
+        artifacts.write_atomically(folder / "served.json", json.dumps(champion["name"]).encode())
+        return spec.Spec(
+            run_id=f"window-{folder.name}",
+            kind="score",
+            agent=self.plan.agent.name,
+            base=spec.Base(path=Path(champion["base_path"]), digest=champion["base_digest"]),
+            others=tuple(models),
+            score_sets=(spec.ScoreSet(name="window", path=folder / "claims.parquet"),),
+            options=self.plan.agent.training,
+            threads=self.plan.settings.training.threads,
+        )
+
+    def _settle(self, now: datetime) -> None:
+        """Let the loop work and the expert answer until neither has anything left to do at this moment."""
+        for _ in range(MAX_ROUNDS):
+            is_changed = self.loop.tick(now)
+            if not self._answer_reviews(now) and not is_changed:
+                return
+        raise SimulationError(f"the loop did not come to rest at {now:%Y-%m-%d}: see {self.plan.out / 'trainer.log'}")
+
+    def _answer_reviews(self, now: datetime) -> int:
+        """The expert answers every review that is open; returns how many."""
+        with db.reading(self.engine) as connection:
+            waiting = reviews.list_live(connection, self.plan.agent.name, limit=BATCH)
+        if waiting:
+            self._tell(schemas.LABEL, [self._to_label(row, now) for row in waiting], EXPERT, now)
+        return len(waiting)
+
+    def _tell(self, kind: str, sent: list[dict[str, Any]], principal: tokens.Principal, now: datetime) -> None:
+        """Deliver events through the one door and handle them."""
+        items = schemas.parse(orjson.dumps(sent), kind)
+        with db.writing(self.engine) as connection:
+            for item in delivery.deliver(connection, items, {self.plan.agent.name: self.plan.agent.labels}, principal, now):
+                if item.refusal is not None:
+                    raise SimulationError(f"a case can't be taken: {item.refusal}")
+            handlers.handle_batch(connection, events.read_received(connection, len(sent)), self.agents, now)
+
+    def _to_history(self, case: Case) -> dict[str, Any]:
+        data = {"agent": self.plan.agent.name, **_describe(case), "answer": case.answer}
+        return _envelope(schemas.HISTORY, case.claim_id, data)
+
+    def _to_prediction(self, case: Case, given: Mapping[str, Any], version: str) -> dict[str, Any]:
+        data = {
+            "prediction_id": case.claim_id,
+            "agent": self.plan.agent.name,
+            **_describe(case),
+            "decision": given["decision"],
+            "confidence": given["confidence"],
+            "probabilities": dict(zip(self.plan.agent.labels, given["probabilities"], strict=True)),
+            "model_version": version,
+        }
+        return _envelope(schemas.PREDICTION, case.claim_id, data)
+
+    def _to_label(self, review: RowMapping, now: datetime) -> dict[str, Any]:
+        answer = self.truth[review["claim_id"]]
+        data = {"agent": self.plan.agent.name, "review_id": review["id"], "answer": answer, "answered_at": now.isoformat()}
+        return _envelope(schemas.LABEL, f"label-{review['id']}", data)
+
+    def _count_labels(self) -> int:
+        with db.reading(self.engine) as connection:
+            return labels.count_given(connection, self.plan.agent.name)
+
+    def _learn_at_random(self, number: int, cases: Sequence[Case], count: int) -> None:
+        """Let the random baseline draw as many labels, and train whenever the loop trained."""
+        self.random.draw(number, [self._to_row(case) for case in cases], count)
+        with db.reading(self.engine) as connection:
+            versions = registry.list_all(connection, self.plan.agent.name)
+        for row in versions:
+            if row["run"] is not None and row["name"] not in self.matched:
+                self.matched.add(row["name"])
+                self.random.learn(row["name"], self.plan.settings.storage.runs / row["run"])
+
+    def _to_row(self, case: Case) -> snapshots.Row:
+        name = self.plan.agent.name
+        return snapshots.Row(
+            row_id=f"random-{case.claim_id}",
+            group_digest=case.group,
+            split=datasets.choose_split(name, case.group, began_as_history=False),
+            origin="review",
+            label_id=f"random-{case.claim_id}",
+            input=orjson.dumps(case.input).decode(),
+            attributes=orjson.dumps(case.attributes).decode(),
+            answer=case.answer,
+            rationale=None,
+            answered_at=case.occurred_at.isoformat(),
+        )
+
+    def _report(self, windows: Sequence[Window], seconds: float) -> dict[str, Any]:
+        """The figures of `report.json`."""
+        plan = self.plan
+        served = [window.right["champion"] for window in windows]
+        with db.reading(self.engine) as connection:
+            verdicts = self._list_verdicts(connection)
+            changes = registry.history(connection, plan.agent.name)
+            raised = alarms.list_since(connection, plan.agent.name, plan.stream[0].occurred_at)
+            asked = labels.list_labelled(connection, plan.agent.name)
+        outcomes = Counter(verdict["outcome"] for verdict in verdicts)
+        used = sum(window.labels for window in windows)
+        return {
+            "agent": plan.agent.name,
+            "claims": len(plan.stream),
+            "window": WINDOW,
+            "began_at": plan.stream[0].occurred_at.isoformat(),
+            "ended_at": plan.stream[-1].occurred_at.isoformat(),
+            "budget": plan.agent.budget.share,
+            "rule": plan.agent.exam.rule,
+            "seed": plan.seed,
+            "accuracy": mean_of(served),
+            "accuracy_by_window": [mean_of([window]) for window in served],
+            "labels_used": used,
+            "label_share": used / len(plan.stream),
+            "promotions": outcomes["promote"],
+            "rejections": outcomes["reject"],
+            "inconclusive": outcomes["superseded"] + outcomes["open"],
+            "rollbacks": sum(change["kind"] == "rollback" for change in changes),
+            "alarms": [{"kind": row["kind"], "occurred_at": row["raised_at"].isoformat(), "message": row["message"]} for row in raised],
+            "label_share_by_attribute": share_by_attribute(plan.stream, set(asked)),
+            "verdicts": verdicts,
+            **self._compare(windows),
+            "seconds": seconds,
+        }
+
+    def _compare(self, windows: Sequence[Window]) -> dict[str, Any]:
+        """Accuracies of the baselines, and the gain over the frozen one."""
+        if not self.plan.with_baselines:
+            return {}
+        found: dict[str, Any] = {}
+        for name in ("frozen", "ungated", "random"):
+            right = [window.right[name] for window in windows]
+            found[f"{name}_accuracy"] = mean_of(right)
+            found[f"{name}_by_window"] = [mean_of([window]) for window in right]
+        served, frozen = ([window.right[name] for window in windows] for name in ("champion", "frozen"))
+        return {**found, "gain_over_frozen": report.bootstrap_gain(served, frozen, self.plan.seed).to_json()}
+
+    def _list_verdicts(self, connection: Connection) -> list[dict[str, Any]]:
+        """Every exam after the first version's, with its numbers and the window that it ended in."""
+        ends = [case.occurred_at for case in self.plan.stream[WINDOW - 1 :: WINDOW]]
+        found = []
+        for row in exams.list_all(connection, self.plan.agent.name, "exam"):
+            numbers = row["report"].get("numbers", row["report"])
+            at = row["closed_at"] or self.plan.stream[-1].occurred_at
+            if row["candidate"] == "v1.0":
+                continue
+            found.append(
+                {
+                    "version": row["candidate"],
+                    "outcome": row["outcome"] or "open",
+                    "at": at.isoformat(),
+                    "window": bisect.bisect_left(ends, at),
+                    "differing": numbers.get("share_differing"),
+                    "asked": numbers.get("asked", 0),
+                    "wins": numbers.get("wins", 0),
+                    "losses": numbers.get("losses", 0),
+                    "reasons": list(row["report"].get("reasons", [])),
+                }
+            )
+        return found
+
+
+def mean_of(windows: Sequence[Sequence[bool]]) -> float:
+    """The share of right answers."""
+    return sum(map(sum, windows)) / sum(map(len, windows))
+
+
+def share_by_attribute(stream: Sequence[Case], asked: set[str]) -> dict[str, list[dict[str, Any]]]:
+    """For each attribute, its values' shares of the claims and of the expert answers."""
+    names = sorted({name for case in stream for name in case.attributes})
+    found = {}
+    for name in names:
+        claims = Counter(str(case.attributes.get(name)) for case in stream)
+        answers = Counter(str(case.attributes.get(name)) for case in stream if case.claim_id in asked)
+        found[name] = [
+            {"value": value, "claims": count / len(stream), "labels": answers[value] / max(1, answers.total())}
+            for value, count in claims.most_common()
+        ]
+    return found
+
+
+def _name_model(row: RowMapping, role: str) -> spec.Model:
+    return run_folders.describe_model(row).model_copy(update={"name": role})
+
+
+def _describe(case: Case) -> dict[str, Any]:
+    return {
+        "claim_id": case.claim_id,
+        "group": case.group,
+        "input": case.input,
+        "attributes": case.attributes,
+        "occurred_at": case.occurred_at.isoformat(),
+    }
+
+
+def _envelope(kind: str, key: str, data: dict[str, Any]) -> dict[str, Any]:
+    return {"specversion": "1.0", "type": kind, "source": "simulate", "id": key, "data": data}

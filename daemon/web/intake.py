@@ -1,0 +1,159 @@
+"""Takes events from many requests at once: one thread parses and stores, and whatever came in meanwhile shares the next commit.
+
+One writer never waits for another one's lock, and a hundred single events cost one sync of the disk instead of a hundred.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+from sqlalchemy import Engine
+
+from consumers import delivery, schemas
+from storage import db, tokens
+
+Form = Literal["single", "batch", "lines"]
+Item = schemas.AnyEvent | schemas.Refusal
+MAX_ITEMS = 10_000
+GROUP_ITEMS = 1_000
+
+
+class TooManyError(ValueError):
+    """There are more events in one request than one transaction should hold."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Arrival:
+    """The body of one request, of the event type that its route takes, and who waits for what became of it."""
+
+    body: bytes
+    kind: str
+    form: Form
+    principal: tokens.Principal
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    done: asyncio.Future[list[delivery.Delivered]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    def settle(self, outcome: list[delivery.Delivered] | Exception) -> None:
+        """Tell the request, from whatever thread."""
+        self.loop.call_soon_threadsafe(self._settle, outcome)
+
+    def _settle(self, outcome: list[delivery.Delivered] | Exception) -> None:
+        if self.done.done():  # the client left, and the request was cancelled
+            return
+        if isinstance(outcome, Exception):
+            self.done.set_exception(outcome)
+        else:
+            self.done.set_result(outcome)
+
+
+class Intake:
+    """The one writer of events that come in by HTTP."""
+
+    def __init__(self, engine: Engine, labels_of: Mapping[str, Sequence[str]], clock: Callable[[], datetime]) -> None:
+        self._engine, self._labels_of, self._clock = engine, labels_of, clock
+        self._waiting: deque[Arrival] = deque()
+        self._thread = ThreadPoolExecutor(1, "intake")
+
+    async def take(self, arrival: Arrival) -> list[delivery.Delivered]:
+        """Store the events of a request; returns after the commit, with a result for each.
+
+        Raises `schemas.MalformedError` and `TooManyError`, and what the database raised.
+        """
+        self._waiting.append(arrival)
+        self._thread.submit(self._store_waiting)
+        return await arrival.done
+
+    def close(self) -> None:
+        """Store what was taken, and end the thread."""
+        self._thread.shutdown()
+
+    def _store_waiting(self) -> None:
+        """Store all that waits; nothing is left to do when an earlier call has stored it."""
+        group = self._gather()
+        try:
+            self._store(group)
+        except Exception as error:  # noqa: BLE001  it goes to whoever waits; one request's fault must not be another's
+            if len(group) == 1:
+                group[0][0].settle(error)
+                return
+            for one in group:
+                self._store_alone(one)
+
+    def _store_alone(self, one: tuple[Arrival, list[Item]]) -> None:
+        try:
+            self._store([one])
+        except Exception as error:  # noqa: BLE001  as above
+            one[0].settle(error)
+
+    def _gather(self) -> list[tuple[Arrival, list[Item]]]:
+        group: list[tuple[Arrival, list[Item]]] = []
+        count = 0
+        while self._waiting and count < GROUP_ITEMS:
+            arrival = self._waiting.popleft()
+            try:
+                items = parse(arrival)
+            except Exception as error:  # noqa: BLE001  it goes to whoever waits
+                arrival.settle(error)
+                continue
+            group.append((arrival, items))
+            count += len(items)
+        return group
+
+    def _store(self, group: Sequence[tuple[Arrival, list[Item]]]) -> None:
+        if not group:
+            return
+        now = self._clock()
+        by_principal: dict[tokens.Principal, list[Item]] = {}
+        for arrival, items in group:
+            by_principal.setdefault(arrival.principal, []).extend(items)
+        with db.writing(self._engine) as connection:
+            results = {
+                principal: iter(delivery.deliver(connection, items, self._labels_of, principal, now))
+                for principal, items in by_principal.items()
+            }
+        for arrival, items in group:
+            arrival.settle([next(results[arrival.principal]) for _ in items])
+
+
+def parse(arrival: Arrival) -> list[Item]:
+    """The checked events of a body. Raises `schemas.MalformedError`, `TooManyError`."""
+    if arrival.form == "lines":
+        items = _parse_lines([one for one in enumerate(arrival.body.splitlines(), start=1) if one[1].strip()], arrival.kind)
+    elif arrival.form == "single":
+        items = _parse_single(arrival.body, arrival.kind)
+    else:
+        items = schemas.parse(arrival.body, arrival.kind)
+    if len(items) > MAX_ITEMS:
+        raise TooManyError(f"{len(items)} events")
+    return items
+
+
+def _parse_single(body: bytes, kind: str) -> list[Item]:
+    items: list[Any] = schemas.parse(b"[" + body + b"]", kind)
+    if len(items) != 1:
+        raise schemas.MalformedError(f"the body must hold one event, this holds {len(items)}")
+    return items
+
+
+def _parse_lines(lines: Sequence[tuple[int, bytes]], kind: str) -> list[Item]:
+    """All lines at once, which is fast; where one of them is no JSON, line by line, to say which."""
+    try:
+        items = schemas.parse(b"[" + b",".join(line for _, line in lines) + b"]", kind)
+        if len(items) == len(lines):
+            return items
+    except schemas.MalformedError:
+        pass
+    return [_parse_line(number, line, kind) for number, line in lines]
+
+
+def _parse_line(number: int, line: bytes, kind: str) -> Item:
+    try:
+        return _parse_single(line, kind)[0]
+    except schemas.MalformedError as error:
+        return schemas.Refusal(f"line {number}", schemas.shorten(line.decode(errors="replace")), str(error))

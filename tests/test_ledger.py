@@ -1,0 +1,121 @@
+"""storage.ledger: a chain in which no link can be changed, taken out or put in unseen, and which names no claim."""
+
+import sqlite3
+import threading
+from datetime import datetime, timedelta, timezone
+
+import pytest
+
+from storage import db, ledger
+
+
+@pytest.fixture
+def chain(engine, now):
+    with db.writing(engine) as connection:
+        for number in range(10):
+            ledger.append(connection, "verdict", "adjudication", {"version": f"v1.{number}"}, now + timedelta(seconds=number))
+    return engine
+
+
+def tamper(engine, statement):
+    """Write into the database behind the ledger's back."""
+    with sqlite3.connect(engine.url.database) as database:
+        database.execute(statement)
+    database.close()
+
+
+def verify(engine):
+    with db.reading(engine) as connection:
+        return ledger.verify(connection)
+
+
+def test_an_untouched_chain_is_whole(chain):
+    assert verify(chain) == []
+    with db.reading(chain) as connection:
+        assert ledger.head(connection)[0] == 10
+        assert [row["seq"] for row in ledger.show(connection, limit=3)] == [10, 9, 8]
+        assert ledger.show(connection, "scribe") == []
+
+
+def test_an_empty_ledger_is_whole(engine):
+    assert verify(engine) == []
+    with db.reading(engine) as connection:
+        assert ledger.head(connection) == (0, ledger.GENESIS)
+
+
+@pytest.mark.parametrize(
+    ("statement", "problem"),
+    [
+        ("UPDATE ledger SET body = '{}' WHERE seq = 4", "entry 4 (verdict of 2026-03-02 09:30) was changed"),
+        ("UPDATE ledger SET at = '2020-01-01T00:00:00.000000+00:00' WHERE seq = 4", "entry 4"),
+        ("UPDATE ledger SET kind = 'promote' WHERE seq = 4", "entry 4"),
+        ("UPDATE ledger SET agent = 'scribe' WHERE seq = 4", "entry 4"),
+        ("UPDATE ledger SET hash = 'x' WHERE seq = 4", "entry 5 does not follow on the one before it"),
+        ("DELETE FROM ledger WHERE seq = 4", "entry 4 is missing"),
+        ("UPDATE ledger SET seq = 40 WHERE seq = 10", "entry 10 is missing"),
+    ],
+)
+def test_whatever_is_changed_is_named(chain, statement, problem):
+    tamper(chain, statement)
+    assert any(sentence.startswith(problem) for sentence in verify(chain))
+
+
+def test_a_cut_end_shows_against_a_hash_that_was_noted(chain):
+    with db.reading(chain) as connection:
+        noted = ledger.head(connection)[1]
+        assert ledger.holds(connection, noted)
+    tamper(chain, "DELETE FROM ledger WHERE seq = 10")
+    assert verify(chain) == []
+    with db.reading(chain) as connection:
+        assert not ledger.holds(connection, noted)
+
+
+def test_a_time_in_another_zone_is_the_same_time(engine):
+    with db.writing(engine) as connection:
+        ledger.append(connection, "verdict", "adjudication", {}, datetime(2026, 3, 2, 9, 30, tzinfo=timezone(timedelta(hours=-8))))
+    assert verify(engine) == []
+
+
+def test_writers_at_the_same_time_make_one_chain(engine, now):
+    def write():
+        for _ in range(10):
+            with db.writing(engine) as connection:
+                ledger.append(connection, "label", "adjudication", {"answer": "DENIED"}, now)
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert verify(engine) == []
+    with db.reading(engine) as connection:
+        assert ledger.head(connection)[0] == 40
+
+
+def test_what_is_rolled_back_leaves_no_link(chain, now):
+    def write_and_die():
+        with db.writing(chain) as connection:
+            ledger.append(connection, "verdict", "adjudication", {}, now)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_and_die()
+    assert verify(chain) == []
+    with db.reading(chain) as connection:
+        assert ledger.head(connection)[0] == 10
+
+
+def test_a_claim_is_named_by_a_key_of_this_installation(engine, tmp_path, now):
+    other = db.open_engine(f"sqlite:///{tmp_path}/other.db")
+    db.upgrade(other)
+    names = []
+    for one in (engine, engine, other):
+        with db.writing(one) as connection:
+            names.append(ledger.hide(connection, "adjudication", "claim-1"))
+            ledger.append(connection, "label", "adjudication", {"claim": names[-1]}, now)
+    with db.reading(engine) as connection:
+        assert names[0] == names[1] != names[2]
+        assert ledger.hide(connection, "scribe", "claim-1") not in names
+        assert [row["seq"] for row in ledger.of_claim(connection, "adjudication", "claim-1")] == [1, 2]
+        assert ledger.of_claim(connection, "adjudication", "claim-2") == []
+    other.dispose()

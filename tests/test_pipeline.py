@@ -1,0 +1,548 @@
+"""The loop: from a trigger to a verdict, watched, and unharmed when the daemon is killed at any line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, Engine
+
+from daemon import deployments, launch, run_folders, training
+from daemon.agents import Exam, PromptFile, Triggers
+from storage import alarms, db, exams, ledger, registry, reviews, runs, scores
+from tests.pipeline_fixtures import ScriptedLauncher, World, always, make_base, make_settings
+from trainers import spec
+
+AGENT = "adjudication"
+
+
+def knows(claim_id: str, fields: dict[str, Any]) -> str:
+    """The truth of the tests: one treatment in four is denied."""
+    return "DENIED" if fields["treatment"] in ("t0", "treatment 0") else "APPROVED"
+
+
+def is_wrong(claim_id: str, fields: dict[str, Any]) -> str:
+    return "DENIED" if knows(claim_id, fields) == "APPROVED" else "APPROVED"
+
+
+@pytest.fixture
+def world(engine: Engine, now: Any, tmp_path: Path) -> World:
+    """A loop around a launcher that plays the trainer; nothing is in it yet."""
+    return World(engine, make_settings(tmp_path, make_base(tmp_path / "base")), ScriptedLauncher(), now, truth=knows)
+
+
+@pytest.fixture
+def served(world: World) -> World:
+    """v1.0 is in service, and 60 claims have come in."""
+    world.import_history(60)
+    world.tick()
+    world.ask_for_run()
+    world.settle()
+    world.predict(60, model_version="v1.0")
+    return world
+
+
+def read_run(world: World, run: str) -> Any:
+    with db.reading(world.engine) as connection:
+        return runs.read(connection, run)
+
+
+def champion(world: World) -> str | None:
+    with db.reading(world.engine) as connection:
+        return registry.champion(connection, AGENT)
+
+
+def verdict(world: World, version: str) -> str | None:
+    with db.reading(world.engine) as connection:
+        found: str | None = registry.read(connection, AGENT, version)["verdict"]
+    return found
+
+
+def open_exam(world: World, kind: Any = "exam") -> Any:
+    with db.reading(world.engine) as connection:
+        return exams.read_open(connection, AGENT, kind)
+
+
+def open_alarms(world: World) -> dict[str, str]:
+    with db.reading(world.engine) as connection:
+        return {alarm["kind"]: alarm["message"] for alarm in alarms.list_open(connection)}
+
+
+def sit_exam(world: World, answers: Any) -> None:
+    """Train a candidate that answers so, let it be examined, and let the expert answer."""
+    world.launcher.models["candidate"] = answers
+    world.ask_for_run()
+    world.settle()
+    with db.reading(world.engine) as connection:
+        name = registry.list_all(connection, AGENT)[-1]["name"]
+    world.launcher.models[name] = answers
+    for _ in range(4):
+        world.predict(60, model_version="v1.0")
+        world.settle()
+        world.answer_all()
+        world.settle()
+
+
+def test_nothing_is_started_without_a_base_and_the_alarm_says_what_to_do(world: World) -> None:
+    shutil.rmtree(world.agent.base_model)
+    run = world.ask_for_run()
+    world.settle()
+    assert read_run(world, run)["state"] == "queued"
+    assert "ratchet model tiny" in open_alarms(world)["base"]
+    world.agent.base_model.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (world.agent.base_model / name).write_text("{}")
+    world.import_history(60)
+    world.settle()
+    assert read_run(world, run)["state"] == "done"
+    assert "base" not in open_alarms(world)
+
+
+def test_the_bare_base_is_v0_and_the_first_version_replaces_it(served: World) -> None:
+    assert champion(served) == "v1.0"
+    with db.reading(served.engine) as connection:
+        bare, first = registry.list_all(connection, AGENT)
+        assert (bare["name"], bare["adapter_digest"]) == ("v0", None)
+        assert (first["temperature"], first["dataset"]) == (1.5, 1)
+        assert Path(first["adapter_path"]).is_dir()
+        assert ledger.verify(connection) == []
+    assert open_exam(served, "watch") is None, "the bare base never answered a claim: there is nothing to go back to"
+
+
+def test_a_first_version_that_gold_shows_to_be_worse_is_rejected(world: World) -> None:
+    world.launcher.models = {"v0": knows, "candidate": is_wrong}
+    world.import_history(400, answer="APPROVED")
+    world.tick()
+    world.ask_for_run()
+    world.settle()
+    assert (champion(world), verdict(world, "v1.0")) == ("v0", "reject")
+
+
+def test_a_better_candidate_is_promoted_by_the_experts_answers_and_watched(served: World) -> None:
+    sit_exam(served, knows)
+    assert (champion(served), verdict(served, "v1.1")) == ("v1.1", "promote")
+    with db.reading(served.engine) as connection:
+        [exam] = exams.list_all(connection, AGENT, "exam")[1:]
+        report = exam["report"]
+        assert report["wins"] > report["losses"] == 0
+        asked = reviews.of_exam(connection, exam["id"])
+        assert 0 < len(asked) == report["asked"] <= served.agent.exam.max_asked
+        run = runs.read(connection, registry.read(connection, AGENT, "v1.1")["run"])
+    assert json.loads((Path(run["folder"]) / "exam.json").read_text())["outcome"] == "promote"
+    watched = open_exam(served, "watch")
+    assert (watched["candidate"], watched["champion"]) == ("v1.1", "v1.0")
+
+
+def test_a_worse_candidate_is_rejected_and_the_next_run_does_not_begin_from_it(served: World) -> None:
+    sit_exam(served, is_wrong)
+    assert (champion(served), verdict(served, "v1.1")) == ("v1.0", "reject")
+    served.ask_for_run()
+    served.settle()
+    with db.reading(served.engine) as connection:
+        first = registry.read(connection, AGENT, "v1.0")
+    assert served.launcher.started[-1].init_adapter_digest == first["adapter_digest"]
+
+
+def test_the_next_candidate_supersedes_one_that_waits(served: World) -> None:
+    served.launcher.models["candidate"] = knows
+    for _ in range(2):
+        served.ask_for_run()
+        served.settle()
+    assert [verdict(served, name) for name in ("v1.1", "v1.2")] == ["superseded", None]
+    assert open_exam(served)["candidate"] == "v1.2"
+
+
+def test_exam_reviews_are_blind_and_keep_within_the_budget(served: World) -> None:
+    served.launcher.models["candidate"] = always("DENIED")
+    served.ask_for_run()
+    served.settle()
+    before = count_reviews(served)
+    for _ in range(5):
+        served.predict(40, model_version="v1.0")
+        served.settle()
+    with db.reading(served.engine) as connection:
+        asked = [reviews.read(connection, row["id"]) for row in reviews.of_exam(connection, open_exam(served)["id"])]
+    assert asked
+    assert all(row is not None and row["is_blind"] for row in asked)
+    assert count_reviews(served) - before <= 0.5 * 200 + 10
+
+
+def count_reviews(world: World) -> int:
+    with db.reading(world.engine) as connection:
+        return reviews.count_opened(connection, AGENT, world.now - timedelta(days=30))[0]
+
+
+def test_a_change_that_does_harm_is_rolled_back_by_the_watch(served: World) -> None:
+    served.launcher.models["candidate"] = served.launcher.models["v1.1"] = is_wrong
+    served.ask_for_run()
+    served.settle()
+    with db.writing(served.engine) as connection:
+        deployments.promote(connection, AGENT, "v1.1", "ops", "I know better", served.now, force=True)
+    assert champion(served) == "v1.1"
+    for _ in range(4):
+        served.predict(60, model_version="v1.1")
+        served.settle()
+        served.answer_all()
+        served.settle()
+    assert champion(served) == "v1.0"
+    with db.reading(served.engine) as connection:
+        last = registry.history(connection, AGENT)[-1]
+        assert (last["kind"], last["actor"]) == ("rollback", "ratchet")
+        assert "The predecessor is better now" in last["reason"]
+        latest = registry.latest_candidate(connection, AGENT)
+        assert latest is not None
+        assert latest["name"] != "v1.1", "training does not go on from what did harm"
+        assert ledger.verify(connection) == []
+
+
+def test_enough_labels_start_a_training_and_say_so(served: World) -> None:
+    served.settings = make_settings(served.settings.home, served.agent.base_model, triggers=Triggers(new_labels=20))
+    served.restart()
+    served.answer_all()
+    served.settle()
+    with db.reading(served.engine) as connection:
+        last = runs.read_last(connection, AGENT, "train")
+    assert last is not None
+    assert (last["trigger"], last["actor"]) == ("labels", "ratchet")
+
+
+def test_a_schedule_that_falls_due_starts_a_training(served: World) -> None:
+    triggers = Triggers(new_labels=1000, cron="0 3 * * sun")
+    served.settings = make_settings(served.settings.home, served.agent.base_model, triggers=triggers)
+    served.restart()
+    served.answer_all()
+    served.settle()
+    assert len(list_runs(served)) == 1
+    served.tick(days=7)
+    assert list_runs(served)[0]["trigger"] == "cron"
+
+
+def list_runs(world: World) -> list[Any]:
+    with db.reading(world.engine) as connection:
+        return [run for run in runs.list_all(connection, AGENT) if run["kind"] == "train"]
+
+
+def test_another_prompt_is_another_major_version_that_begins_from_scratch(served: World) -> None:
+    served.settings = make_settings(served.settings.home, served.agent.base_model, prompt=PromptFile(text="{{ input.treatment }}? "))
+    served.restart()
+    served.settle()
+    assert list_runs(served)[0]["trigger"] == "policy"
+    assert served.launcher.started[-1].init_adapter is None
+    assert open_exam(served)["candidate"] == "v2.0"
+
+
+def test_a_refused_run_fails_at_once_with_its_reason_and_the_champion_stays(served: World) -> None:
+    served.launcher.script = ["refused"]
+    run = read_run(served, served.ask_for_run())
+    served.settle()
+    run = read_run(served, run["id"])
+    assert (run["state"], run["error"]) == ("failed", "refused: it was refused")
+    assert run["id"] in open_alarms(served)["run"]
+    assert champion(served) == "v1.0"
+    served.ask_for_run()
+    served.settle()
+    assert "run" not in open_alarms(served), "a run that went well clears the alarm"
+
+
+def test_a_failing_run_is_tried_again_later_and_parked_after_three_attempts(served: World) -> None:
+    served.launcher.script = ["failed", "dies", "failed"]
+    run = served.ask_for_run()
+    served.tick()
+    assert read_run(served, run)["state"] == "queued"
+    served.tick()
+    assert read_run(served, run)["attempt"] == 1, "it waits"
+    served.tick(minutes=1)
+    served.tick(minutes=1)
+    assert read_run(served, run)["attempt"] == 2, "it waits longer"
+    served.tick(minutes=2)
+    assert read_run(served, run)["state"] == "parked"
+    assert "3 attempts" in open_alarms(served)["run"]
+
+
+def test_an_attempt_that_came_further_does_not_count_against_the_run(served: World) -> None:
+    served.launcher.script = ["dies"] * 5
+    run = served.ask_for_run()
+    for step in range(1, 6):
+        served.tick()
+        (Path(read_run(served, run)["folder"]) / "attempts" / str(step) / "checkpoints" / f"step-{step}").mkdir(parents=True)
+        served.tick(hours=1)
+    assert read_run(served, run)["state"] in ("queued", "done")
+    served.settle()
+    assert read_run(served, run)["state"] == "done"
+
+
+def test_a_stopped_run_goes_on_at_once_with_the_same_question(served: World) -> None:
+    served.launcher.script = ["stopped"]
+    run = served.ask_for_run()
+    served.settle()
+    first, second = served.launcher.started[-2:]
+    assert first == second
+    assert (read_run(served, run)["state"], read_run(served, run)["failures"]) == ("done", 0)
+
+
+def test_a_silent_trainer_is_taken_for_dead_and_what_it_publishes_later_is_not_read(served: World) -> None:
+    served.launcher.script = ["hangs", "hangs"]
+    run = served.ask_for_run()
+    served.tick()
+    served.tick(seconds=61)
+    row = read_run(served, run)
+    assert (row["state"], row["failures"]) == ("queued", 1)
+    assert (Path(row["folder"]), 1, True) in served.launcher.stopped
+    served.tick(minutes=2)
+    served.launcher.finish(Path(row["folder"]), 1)
+    served.tick()
+    assert (read_run(served, run)["state"], read_run(served, run)["attempt"]) == ("running", 2)
+    served.launcher.finish(Path(row["folder"]), 2)
+    served.settle()
+    assert read_run(served, run)["state"] == "done"
+
+
+def test_a_result_with_an_old_fence_is_not_read(served: World) -> None:
+    served.launcher.script = ["hangs"]
+    run = served.ask_for_run()
+    served.tick()
+    folder = Path(read_run(served, run)["folder"])
+    (launch.find_attempt(folder, 1) / "attempt.json").write_text('{"fence": 999}')
+    served.launcher.finish(folder, 1)
+    served.tick()
+    assert read_run(served, run)["state"] == "queued"
+    assert verdict_names(served) == ["v0", "v1.0"]
+
+
+def verdict_names(world: World) -> list[str]:
+    with db.reading(world.engine) as connection:
+        return [row["name"] for row in registry.list_all(connection, AGENT)]
+
+
+def test_signs_of_life_are_kept_and_keep_a_run_alive(served: World) -> None:
+    served.launcher.script = ["hangs"]
+    run = served.ask_for_run()
+    served.tick()
+    progress = launch.find_attempt(Path(read_run(served, run)["folder"]), 1) / "progress.jsonl"
+    for step in range(1, 4):
+        progress.write_text(json.dumps({"phase": "training", "step": step}) + '\n{"half a li')
+        served.tick(seconds=59)
+        assert read_run(served, run)["progress"] == {"phase": "training", "step": step}
+
+
+def test_a_cancelled_run_is_stopped_and_frees_its_device(served: World) -> None:
+    served.launcher.script = ["hangs"]
+    run = served.ask_for_run()
+    served.tick()
+    with db.writing(served.engine) as connection:
+        runs.cancel(connection, runs.read(connection, run), "ops", served.now)
+    served.tick()
+    assert (Path(read_run(served, run)["folder"]), 1, True) in served.launcher.stopped
+    other = served.ask_for_run()
+    served.settle()
+    assert read_run(served, other)["state"] == "done"
+
+
+def test_two_agents_share_one_device_in_turn(served: World) -> None:
+    second = served.agent.model_copy(update={"name": "scribe"})
+    agents = {AGENT: served.agent, "scribe": second}
+    served.settings = served.settings.model_copy(update={"agents": agents})
+    served.restart()
+    served.launcher.script = ["hangs"]
+    first = served.ask_for_run()
+    served.tick()
+    with db.writing(served.engine) as connection:
+        other = runs.queue(connection, "scribe", "train", "manual", "a test", "ops", {"overrides": {}}, served.now)
+    served.tick()
+    assert [read_run(served, run)["state"] for run in (first, other)] == ["running", "queued"]
+    served.launcher.finish(Path(read_run(served, first)["folder"]), 1)
+    served.tick()
+    assert read_run(served, other)["state"] == "failed", "it has no label to learn from, and says so"
+    assert "no settled label" in read_run(served, other)["error"]
+
+
+def test_overrides_reach_the_trainer_and_wrong_ones_are_refused(served: World) -> None:
+    served.ask_for_run(**{"epochs": 1, "lora.rank": 4, "seed": 7, "warm_start": "never"})
+    served.settle()
+    asked = served.launcher.started[-1]
+    assert (asked.options.epochs, asked.options.lora.rank, asked.seed, asked.init_adapter) == (1, 4, 7, None)
+    for wrong in ({"epoch": 1}, {"epochs": -1}, {"warm_start": "maybe"}, {"seed": "x"}, {"lora.ranks": 1}):
+        with pytest.raises(training.OptionsRefusedError, match=next(iter(wrong)).split(".")[0]):
+            served.ask_for_run(**wrong)
+
+
+def test_a_failing_stage_is_alarmed_and_holds_up_nothing_else(served: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(run_folders, "write_exam", fail)
+    sit_exam(served, knows)
+    assert champion(served) == "v1.0"
+    assert "no space left" in open_alarms(served)["pipeline: judge_exam"]
+    monkeypatch.undo()
+    served.settle()
+    assert champion(served) == "v1.1"
+    assert "pipeline: judge_exam" not in open_alarms(served)
+
+
+def test_changed_inputs_raise_one_alarm_and_start_a_training(served: World) -> None:
+    served.import_history(600)
+    served.answer_all()
+    served.ask_for_run()
+    served.settle()
+    served.launcher.models["candidate"] = knows
+    for _ in range(3):
+        served.predict(250, input={"diagnosis": "Z99", "treatment": "something new"}, confidence=None, model_version="v1.0")
+        served.tick()
+    found = open_alarms(served)
+    assert "diagnosis" in found["drift"]
+    assert "bring no confidence" in found["confidence"]
+
+
+class KilledError(BaseException):
+    """A SIGKILL, as far as a test can tell."""
+
+
+@contextmanager
+def kill_at(monkeypatch: pytest.MonkeyPatch, number: int) -> Iterator[None]:
+    """Die at the N-th transaction that writes: right before its commit when N is odd, right after it when N is even."""
+    real, seen = db.writing, 0
+    is_committed = number % 2 == 0
+
+    @contextmanager
+    def writing(engine: Engine) -> Iterator[Connection]:
+        nonlocal seen
+        seen += 1
+        is_last = seen == number
+        with real(engine) as connection:
+            yield connection
+            if is_last and not is_committed:
+                raise KilledError
+        if is_last:
+            raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(db, "writing", writing)
+        try:
+            yield
+        except KilledError:
+            return
+    raise IndexError(f"there are only {seen} transactions")
+
+
+def copy_home(world: World, kept: Path) -> None:
+    with world.engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    world.engine.dispose()
+    shutil.copytree(world.settings.home, kept)
+
+
+def restore_home(world: World, kept: Path) -> None:
+    world.engine.dispose()
+    shutil.rmtree(world.settings.home)
+    shutil.copytree(kept, world.settings.home)
+
+
+def test_a_daemon_killed_at_any_transaction_goes_on_at_the_next_tick(
+    served: World, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    kept = tmp_path_factory.mktemp("kept") / "home"
+    served.launcher.models["candidate"] = served.launcher.models["v1.1"] = knows
+    served.ask_for_run()
+    copy_home(served, kept)
+    began = served.now
+    for number in range(1, 1000):
+        served.now = began
+        served.restart()
+        try:
+            with kill_at(monkeypatch, number):
+                served.tick()
+        except IndexError:
+            assert number > 15
+            return
+        served.restart()
+        for _ in range(3):
+            served.tick(minutes=2)
+        assert_whole(served)
+        restore_home(served, kept)
+
+
+def assert_whole(world: World) -> None:
+    """The run that was asked for is done once, its candidate is examined, and no trace of the accident is left."""
+    with db.reading(world.engine) as connection:
+        [asked] = runs.list_all(connection, AGENT, limit=1)
+        assert asked["state"] == "done", asked
+        assert [row["name"] for row in registry.list_all(connection, AGENT)] == ["v0", "v1.0", "v1.1"]
+        exam = exams.read_open(connection, AGENT, "exam")
+        assert exam is not None
+        assert (exam["candidate"], exam["champion"]) == ("v1.1", "v1.0")
+        assert scores.count_common(connection, AGENT, "v1.1", "v1.0") > 0
+        assert ledger.verify(connection) == []
+        assert [alarm["kind"] for alarm in alarms.list_open(connection)] == []
+
+
+def test_a_daemon_killed_during_a_verdict_promotes_once(
+    served: World, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    served.launcher.models["candidate"] = served.launcher.models["v1.1"] = knows
+    served.ask_for_run()
+    served.settle()
+    served.predict(60, model_version="v1.0")
+    served.settle()
+    served.answer_all()
+    kept = tmp_path_factory.mktemp("kept") / "home"
+    copy_home(served, kept)
+    began = served.now
+    for number in range(1, 1000):
+        served.now = began
+        served.restart()
+        try:
+            with kill_at(monkeypatch, number):
+                served.tick()
+        except IndexError:
+            return
+        served.restart()
+        for _ in range(2):
+            served.tick()
+        assert (champion(served), verdict(served, "v1.1")) == ("v1.1", "promote")
+        with db.reading(served.engine) as connection:
+            assert [change["version"] for change in registry.history(connection, AGENT)] == ["v0", "v1.0", "v1.1"]
+            assert ledger.verify(connection) == []
+        watched = open_exam(served, "watch")
+        assert (watched["candidate"], watched["champion"]) == ("v1.1", "v1.0")
+        restore_home(served, kept)
+
+
+def test_the_real_trainer_takes_the_loop_from_history_to_a_verdict(engine: Engine, now: Any, tmp_path: Path) -> None:
+    from tests import model_fixtures  # it imports torch
+
+    base = model_fixtures.tiny_base(tmp_path / "base")
+    options = spec.Options(learning_rate=1e-2, epochs=2, batch_rows=16)
+    settings = make_settings(tmp_path, base, training=options, exam=Exam(max_asked=40))
+    with (tmp_path / "trainer.log").open("wb") as errors:
+        trainer = launch.Resident(settings.training.python, errors)
+        world = World(engine, settings, trainer, now, truth=knows)
+        world.import_history(60)
+        world.tick()
+        world.ask_for_run()
+        world.settle()
+        assert champion(world) == "v1.0", (tmp_path / "trainer.log").read_text()
+        world.predict(60, model_version="v1.0", confidence=0.5)
+        world.answer_all()
+        world.ask_for_run(seed=5, epochs=12)
+        world.settle()
+        for _ in range(2):
+            world.predict(60, model_version="v1.0")
+            world.settle()
+            world.answer_all()
+            world.settle()
+        trainer.close()
+    with db.reading(engine) as connection:
+        second = registry.read(connection, AGENT, "v1.1")
+        report = exams.of_version(connection, AGENT, "v1.1")[0]["report"]
+        assert (second["parent"], second["dataset"]) == ("v1.0", 2)
+        assert report["pool"] > 60
+        assert report["wins"] + report["losses"] + report["neither"] == report["answered"] > 0
+        assert ledger.verify(connection) == []
+    assert not list(tmp_path.glob("runs/*/attempts/*/checkpoints")), "what is done needs no checkpoint"

@@ -1,0 +1,147 @@
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from storage import snapshots
+from tests.model_fixtures import PROMPT, tiny_tokenizer
+from tests.training_fixtures import LABELS, dataset, row
+from trainers import data
+from trainers.spec import Options, Prompt, SpecRefusedError
+
+EVERY_FIELD = Prompt(text="{% for name, value in input.items() %}{{ name }}: {{ value }}\n{% endfor %}Decision: ")
+TOKENIZER = tiny_tokenizer()
+
+
+def read(folder, options=None, *, warm=False, seed=1, limit=512):
+    return data.read_lessons(folder, TOKENIZER, Prompt(text=PROMPT), LABELS, options or Options(), limit=limit, warm=warm, seed=seed)
+
+
+def snapshot(folder, rows):
+    snapshots.write(folder, rows, {})
+    return folder
+
+
+def test_a_completion_is_the_label_a_newline_the_rationale_and_the_end():
+    tokens = data.encode_completion(TOKENIZER, "DENIED", "not covered")
+    assert tokens[-1] == TOKENIZER.eos_token_id
+    assert TOKENIZER.decode(tokens[:-1]) == "DENIED\nnot covered"
+    assert tokens[: len(data.label_tokens(TOKENIZER, "DENIED"))] == data.label_tokens(TOKENIZER, "DENIED")
+
+
+def test_a_prompt_begins_with_the_start_token_once():
+    plain = data.encode_prompt(TOKENIZER, "Claim")
+    assert plain[0] == TOKENIZER.bos_token_id
+    assert data.encode_prompt(TOKENIZER, "<s>Claim") == plain
+
+
+@pytest.mark.parametrize("labels", [("A", "A"), ("YES", ""), ("YES", "NO\nYES")])
+def test_labels_that_cannot_be_told_apart_are_refused(labels):
+    with pytest.raises(SpecRefusedError):
+        data.check_tokenizer(TOKENIZER, labels)
+
+
+def test_a_claim_cannot_bring_special_tokens_into_its_prompt():
+    fields = {"treatment": "a</s>b<</s>/s>c<s>", "age": ["</s>"], "plan": {"</s>k": "v"}}
+    text, cut = data.build_prompt(TOKENIZER, EVERY_FIELD, fields, 400)
+    assert not cut
+    assert "treatment: abc\n" in text
+    assert data.encode_prompt(TOKENIZER, text).count(TOKENIZER.eos_token_id) == 0
+
+
+def test_a_long_prompt_loses_the_ends_of_its_longest_fields_only():
+    fields = {"short": "knee", "long": "x" * 900, "longer": "y" * 1800}
+    text, cut = data.build_prompt(TOKENIZER, EVERY_FIELD, fields, 200)
+    assert cut
+    assert "short: knee\n" in text
+    assert text.count(data.CUT_MARK) == 2
+    assert text.count("x") == text.count("y")
+    assert text.endswith("Decision: ")
+    assert 190 <= len(data.encode_prompt(TOKENIZER, text)) <= 200
+
+
+def test_fields_are_left_out_from_the_last_when_cutting_texts_is_not_enough():
+    fields = {f"field_{number}": number for number in range(500)}
+    text, cut = data.build_prompt(TOKENIZER, EVERY_FIELD, fields, 100)
+    assert cut
+    assert text.startswith("field_0: 0\n")
+    assert "field_499" not in text
+    assert text.endswith("Decision: ")
+
+
+def test_a_template_that_is_too_long_by_itself_is_refused():
+    with pytest.raises(SpecRefusedError, match="template alone"):
+        data.build_prompt(TOKENIZER, Prompt(text="word " * 200), {}, 50)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    fields=st.dictionaries(
+        st.text(max_size=5), st.text(max_size=300) | st.integers() | st.lists(st.text(max_size=60), max_size=4), max_size=6
+    )
+)
+def test_no_prompt_is_longer_than_its_limit(fields):
+    text, _ = data.build_prompt(TOKENIZER, EVERY_FIELD, fields, 60)
+    assert len(data.encode_prompt(TOKENIZER, text)) <= 60
+
+
+def test_gold_rows_are_in_no_lesson(tmp_path):
+    lessons = read(dataset(tmp_path / "set", train=5, dev=3, gold=4))
+    assert [case.row_id for case in lessons.train] == [f"row-{number}" for number in range(5)]
+    assert [case.row_id for case in lessons.dev] == ["row-5", "row-6", "row-7"]
+
+
+def test_only_rows_that_were_not_imported_weigh_more(tmp_path):
+    origins = ["import", "review", "late_truth", "corpus"]
+    rows = [row(number, "train", origin=origin) for number, origin in enumerate(origins)]
+    lessons = read(snapshot(tmp_path / "set", rows), Options(new_weight=5))
+    assert [case.example.weight for case in lessons.train] == [1, 5, 5, 5]
+
+
+def test_a_warm_start_replays_a_fixed_sample_of_imported_rows_and_all_new_ones(tmp_path):
+    rows = [row(number, "train", origin="review" if number < 3 else "import") for number in range(30)]
+    folder = snapshot(tmp_path / "set", rows)
+    options = Options(replay_rows=4)
+    drawn = [case.row_id for case in read(folder, options, warm=True).train]
+    assert len(drawn) == 7
+    assert drawn[:3] == ["row-0", "row-1", "row-2"]
+    assert drawn == [case.row_id for case in read(folder, options, warm=True).train]
+    assert drawn != [case.row_id for case in read(folder, options, warm=True, seed=2).train]
+    assert len(read(folder, options).train) == 30
+
+
+def test_a_cut_prompt_is_counted_and_its_completion_is_whole(tmp_path):
+    long = json.dumps({"treatment": "surgery " * 200, "age": "4", "plan": "HMO"})
+    lessons = read(snapshot(tmp_path / "set", [row(0, "train", input=long, rationale="because")]), limit=64)
+    assert lessons.prompts_cut == 1
+    assert lessons.train[0].example.completion == data.encode_completion(TOKENIZER, "DENIED", "because")
+    assert lessons.train[0].example.tokens <= 64
+
+
+def test_a_rationale_longer_than_half_a_row_is_left_out_and_counted(tmp_path):
+    lessons = read(snapshot(tmp_path / "set", [row(0, "train", rationale="so " * 500)]), limit=128)
+    assert lessons.rationales_left_out == 1
+    assert lessons.train[0].example.completion == data.encode_completion(TOKENIZER, "DENIED", None)
+
+
+def test_an_answer_outside_the_label_set_is_refused_with_its_row(tmp_path):
+    with pytest.raises(SpecRefusedError, match=r"row-0.*MAYBE"):
+        read(snapshot(tmp_path / "set", [row(0, "train", answer="MAYBE")]))
+
+
+def test_a_long_text_is_learned_in_pieces(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text(json.dumps({"text": "knee " * 100}) + "\n\n")
+    examples = data.read_texts(path, TOKENIZER, 32)
+    tokens = [token for example in examples for token in example.prompt + example.completion]
+    assert all(example.tokens < 32 for example in examples)
+    assert TOKENIZER.decode(tokens) == "<s>" + "knee " * 100 + "</s>"
+
+
+@pytest.mark.parametrize("line", ["no json", '"text"', '{"txt": 1}', '{"text": 1}'])
+def test_a_bad_line_of_texts_is_refused_with_its_number(tmp_path, line):
+    path = tmp_path / "texts.jsonl"
+    path.write_text(f'{{"text": "a"}}\n{line}\n')
+    with pytest.raises(SpecRefusedError, match="line 2"):
+        data.read_texts(path, TOKENIZER, 32)

@@ -1,0 +1,58 @@
+"""Registered versions whose adapters are real files, and an agent whose server is two files and `cp`."""
+
+from pathlib import Path
+
+from daemon import agents
+from storage import artifacts, registry
+from trainers import spec
+
+LABELS = ["APPROVED", "DENIED", "PENDING"]
+PROMPT = "Claim {{ input.treatment }}\nDecision: "
+BASE = "sha256:" + "b" * 64
+
+
+def make_made(folder: Path, seed: int | None, **changes) -> registry.Made:
+    """What a version is made of; its adapter is a folder with one file, None the bare base."""
+    place = digest = None
+    if seed is not None:
+        source = folder / f"adapter-{seed}"
+        source.mkdir(parents=True)
+        (source / "adapter_model.safetensors").write_text(f"weights {seed}")
+        place, digest = artifacts.publish(source, folder / "adapters")
+    made = {
+        "base_path": str(folder / "base"),
+        "base_digest": BASE,
+        "adapter_path": place and str(place),
+        "adapter_digest": digest,
+        "tokenizer_digest": "sha256:" + "7" * 64,
+        "prompt": PROMPT,
+        "prompt_digest": spec.digest_text(PROMPT),
+        "labels": LABELS,
+        "labels_digest": spec.digest_labels(LABELS),
+    }
+    return registry.Made(**{**made, **changes})
+
+
+def register(connection, folder: Path, count: int, now, agent: str = "adjudication") -> None:
+    """v0 in service and v1.0, v1.1, … registered, each judged fit for promotion."""
+    registry.register_bare(connection, agent, make_made(folder, None), now)
+    for seed in range(count):
+        name = registry.register(connection, agent, make_made(folder, seed, run=f"run-{seed}"), now)
+        registry.give_verdict(connection, agent, name, "promote", ["It is better."], now)
+
+
+def make_agent(folder: Path, **publisher) -> agents.Agent:
+    """An agent with a pointer file in `folder`; keywords configure its publisher."""
+    settings = {"kind": "pointer", "path": folder / "serving" / "current.json", "timeout_seconds": 60, **publisher}
+    return agents.Agent(
+        name="adjudication", labels=tuple(LABELS), prompt=agents.PromptFile(text=PROMPT), publisher=agents.Publisher(**settings)
+    )
+
+
+def copying(folder: Path) -> dict[str, str]:
+    """A publisher's settings whose server loads at once: it serves what `cp` copied."""
+    return {
+        "command": f"cp {folder}/serving/current.json {folder}/served.json",
+        "confirm": "command",
+        "confirm_command": f"cat {folder}/served.json",
+    }

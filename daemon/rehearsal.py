@@ -15,7 +15,7 @@ import orjson
 import structlog
 
 from daemon import config, launch, report, simulate
-from daemon.agents import Agent, Budget, Exam, PromptFile, Triggers
+from daemon.agents import Agent, Budget, Exam, PromptFile, Publisher, Triggers
 from storage import artifacts, datasets, db
 from trainers import spec
 
@@ -87,6 +87,7 @@ def _make_agent(asked: Asked, history: Sequence[simulate.Case]) -> Agent:
     governed = {
         "budget": Budget(share=asked.budget),
         "triggers": Triggers(new_labels=asked.retrain_every, new_labels_min=1),
+        "publisher": Publisher(kind="none"),
     }
     if asked.config is not None:
         settings = config.load(asked.config)

@@ -158,6 +158,7 @@ class Replay:
         done = folder / "window.json"
         if done.exists():
             kept = json.loads(done.read_text())
+            self._learn_at_random(number, cases, kept["labels"], kept["trained"])
             return Window(kept["right"], kept["labels"])
         now = cases[-1].occurred_at
         answers = self._answer(folder, cases)
@@ -167,9 +168,9 @@ class Replay:
         self._settle(now)
         right = {name: [given[case.claim_id]["decision"] == case.answer for case in cases] for name, given in answers.items()}
         window = Window(right, self._count_labels() - before)
-        if self.plan.with_baselines:
-            self._learn_at_random(number, cases, window.labels)
-        artifacts.write_atomically(done, json.dumps({"right": right, "labels": window.labels}).encode())
+        trained = self._find_trained()
+        self._learn_at_random(number, cases, window.labels, trained)
+        artifacts.write_atomically(done, json.dumps({"right": right, "labels": window.labels, "trained": trained}).encode())
         return window
 
     def _answer(self, folder: Path, cases: Sequence[Case]) -> dict[str, dict[str, Any]]:
@@ -268,15 +269,19 @@ class Replay:
         with db.reading(self.engine) as connection:
             return labels.count_given(connection, self.plan.agent.name)
 
-    def _learn_at_random(self, number: int, cases: Sequence[Case], count: int) -> None:
-        """Let the random baseline draw as many labels, and train whenever the loop trained."""
-        self.random.draw(number, [self._to_row(case) for case in cases], count)
+    def _find_trained(self) -> dict[str, str]:
+        """The versions that were trained since the last window, with their runs."""
         with db.reading(self.engine) as connection:
             versions = registry.list_all(connection, self.plan.agent.name)
-        for row in versions:
-            if row["run"] is not None and row["name"] not in self.matched:
-                self.matched.add(row["name"])
-                self.random.learn(row["name"], self.plan.settings.storage.runs / row["run"])
+        return {row["name"]: row["run"] for row in versions if row["run"] is not None and row["name"] not in self.matched}
+
+    def _learn_at_random(self, number: int, cases: Sequence[Case], count: int, trained: Mapping[str, str]) -> None:
+        """Let the random baseline draw as many labels, and train whenever the loop trained."""
+        self.matched |= trained.keys()
+        if self.plan.with_baselines:
+            self.random.draw(number, [self._to_row(case) for case in cases], count)
+            for name, run in trained.items():
+                self.random.learn(name, self.plan.settings.storage.runs / run)
 
     def _to_row(self, case: Case) -> snapshots.Row:
         name = self.plan.agent.name

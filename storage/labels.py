@@ -177,7 +177,7 @@ def count_given(connection: Connection, agent: str) -> int:
 
 def list_labelled(connection: Connection, agent: str) -> list[str]:
     """The claims that people answered."""
-    return list(connection.execute(select(Label.claim_id.distinct()).where(Label.agent == agent, Label.kind != "import")).scalars())
+    return list(connection.execute(select(Label.claim_id).where(Label.agent == agent, Label.kind != "import").distinct()).scalars())
 
 
 def count_by_attributes(connection: Connection, agent: str, names: Sequence[str]) -> dict[str, int]:

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 from sqlalchemy import Engine
 
 from consumers import handlers
-from daemon import config, launch, policies
+from daemon import config, launch, policies, training
 from daemon.agents import Agent, Budget, PromptFile, Publisher, Triggers
 from daemon.pipeline import Pipeline
-from storage import db, reviews
+from storage import artifacts, db, reviews
 from tests.event_fixtures import ANN, envelope, handle, make_history, make_prediction, send
 from trainers import spec
 
@@ -113,8 +113,6 @@ class ScriptedLauncher:
 
 
 def write_adapter(asked: spec.Spec, folder: Path) -> dict[str, Any]:
-    from storage import artifacts
-
     place = folder / "adapters" / "candidate"
     place.mkdir(parents=True)
     (place / "adapter_model.safetensors").write_text(asked.run_id)
@@ -126,15 +124,20 @@ def write_adapter(asked: spec.Spec, folder: Path) -> dict[str, Any]:
 
 
 def write_scores(asked: spec.Spec, folder: Path, models: dict[str, Answer]) -> None:
-    rows = []
-    for model in (*([asked.candidate] if asked.candidate else []), *asked.others):
-        answer = models.get(model.name, always("APPROVED"))
-        for score_set in asked.score_sets:
-            for row in pq.read_table(score_set.path).to_pylist():
-                rows.append(make_score(score_set.name, model.name, row["row_id"], answer(row["row_id"], orjson.loads(row["input"]))))
+    models_asked = [*([asked.candidate] if asked.candidate else []), *asked.others]
+    rows = [
+        make_score(
+            one.name, model.name, row["row_id"], models.get(model.name, always("APPROVED"))(row["row_id"], orjson.loads(row["input"]))
+        )
+        for model in models_asked
+        for one in asked.score_sets
+        for row in pq.read_table(one.path).to_pylist()
+    ]
     columns = {name: [row[name] for row in rows] for name in ("set", "row_id", "model", "decision", "confidence", "probabilities")}
     types = {"confidence": pa.float64(), "probabilities": pa.list_(pa.float64())}
-    pq.write_table(pa.table({name: pa.array(column, types.get(name, pa.string())) for name, column in columns.items()}), folder / "scores.parquet")
+    pq.write_table(
+        pa.table({name: pa.array(column, types.get(name, pa.string())) for name, column in columns.items()}), folder / "scores.parquet"
+    )
 
 
 def make_score(score_set: str, model: str, row_id: str, decision: str) -> dict[str, Any]:
@@ -157,7 +160,7 @@ class World:
     settings: config.Settings
     launcher: Any
     now: datetime
-    truth: Answer = always("APPROVED")
+    truth: Answer = field(default_factory=lambda: always("APPROVED"))
     claims: int = 0
 
     def __post_init__(self) -> None:
@@ -215,7 +218,5 @@ class World:
         return len(labels)
 
     def ask_for_run(self, **overrides: Any) -> str:
-        from daemon import training
-
         with db.writing(self.engine) as connection:
             return training.queue(connection, self.agent, "manual", "a test", "ops", overrides, self.now)

@@ -217,7 +217,8 @@ def test_what_does_not_route_leaves_the_policy_as_it_is(write):
 
 
 def test_the_routers_defaults_are_the_configurations(write):
-    assert config.load(write(""), {}).agents["adjudication"].routing_policy == routing.RoutingPolicy()
+    agent = config.load(write(""), {}).agents["adjudication"]
+    assert agent.routing_policy == routing.RoutingPolicy(labels=agent.labels)
 
 
 def test_the_defaults_of_gate_and_watch_are_the_configurations(write):

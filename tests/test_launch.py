@@ -84,7 +84,14 @@ def test_an_attempt_that_nobody_began_is_not_working(run_dir: Path) -> None:
 
 
 def test_a_trainer_gets_no_secret_and_no_setting_of_ours() -> None:
-    environ = {"PATH": "/bin", "RATCHET_DATABASE__URL": "x", "HF_TOKEN": "x", "OMP_NUM_THREADS": "2", "CUDA_API_KEY": "x", "MY_PASSWORD": "x"}
+    environ = {
+        "PATH": "/bin",
+        "RATCHET_DATABASE__URL": "x",
+        "HF_TOKEN": "x",
+        "OMP_NUM_THREADS": "2",
+        "CUDA_API_KEY": "x",
+        "MY_PASSWORD": "x",
+    }
     kept = launch.clean_environment(environ)
     assert kept.keys() == {"PATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM", "PYTHONUNBUFFERED"}
 

@@ -16,6 +16,7 @@ from sqlalchemy import Connection, Engine
 from daemon import deployments, launch, run_folders, training
 from daemon.agents import Exam, PromptFile, Triggers
 from storage import alarms, db, exams, ledger, registry, reviews, runs, scores
+from tests import model_fixtures
 from tests.pipeline_fixtures import ScriptedLauncher, World, always, make_base, make_settings
 from trainers import spec
 
@@ -515,8 +516,6 @@ def test_a_daemon_killed_during_a_verdict_promotes_once(
 
 
 def test_the_real_trainer_takes_the_loop_from_history_to_a_verdict(engine: Engine, now: Any, tmp_path: Path) -> None:
-    from tests import model_fixtures  # it imports torch
-
     base = model_fixtures.tiny_base(tmp_path / "base")
     options = spec.Options(learning_rate=1e-2, epochs=2, batch_rows=16)
     settings = make_settings(tmp_path, base, training=options, exam=Exam(max_asked=40))

@@ -5,6 +5,7 @@ import re
 from datetime import timedelta
 
 import pytest
+from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -79,7 +80,8 @@ class Browser:
         return self.driver.find_element(By.CSS_SELECTOR, selector)
 
     def wait_for(self, heading):
-        WebDriverWait(self.driver, 5).until(lambda driver: heading in driver.find_element(By.TAG_NAME, "main").text)
+        waiting = WebDriverWait(self.driver, 10, ignored_exceptions=[StaleElementReferenceException, NoSuchElementException])
+        waiting.until(lambda driver: heading in driver.find_element(By.TAG_NAME, "main").text)
 
     def log_in(self, name="ann"):
         self.go("/login")

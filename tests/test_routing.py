@@ -223,6 +223,15 @@ def test_a_must_review_rule_matches_what_it_says(rule, is_match):
     assert rule.matches(prediction) is is_match
 
 
+def test_a_decision_that_is_no_label_always_goes_to_an_expert():
+    policy = replace(routing.RoutingPolicy(labels=("APPROVED", "DENIED")), must_review=())
+    for decision, is_forced in (("APPROVED", False), ("approved", True), (None, True)):
+        prediction = routing.Prediction("adjudication", "c1", decision, 0.99)
+        decided = routing.route(prediction, policy, routing.BudgetState())
+        assert (routing.MUST_REVIEW in decided.reasons) is is_forced
+        assert (decided.inclusion_probability == 1.0) is is_forced
+
+
 def test_exploration_asks_for_slices_that_are_hardly_labelled():
     policy = RoutingPolicy(budget_share=0.1, explore_share=0.3, slice_by=("kind",))
     labels = {"kind=old": 1000}

@@ -15,6 +15,7 @@ from sqlalchemy import Engine
 from daemon import launch, scheduler, training
 from daemon.pipeline import Pipeline
 from storage import db, registry, runs
+from tests import model_fixtures
 from tests.pipeline_fixtures import ScriptedLauncher, World, make_base, make_settings
 from trainers import spec
 
@@ -58,8 +59,6 @@ def test_only_one_of_two_daemons_leads_and_the_other_takes_over(engine: Engine, 
 
 
 def test_the_real_trainer_is_run_as_a_process_of_its_own(engine: Engine, tmp_path: Path) -> None:
-    from tests import model_fixtures  # it imports torch
-
     options = spec.Options(epochs=1, batch_rows=16)
     settings = make_settings(tmp_path, model_fixtures.tiny_base(tmp_path / "base"), training=options)
     world = World(engine, settings, launch.Processes(settings.training.python), clock())
@@ -78,7 +77,7 @@ def test_at_the_end_the_trainer_is_stopped_and_its_run_queued_again(engine: Engi
     run = world.ask_for_run()
     asyncio.run(run_until(world.pipeline, lambda: state_of(engine, run) == "running"))
     assert state_of(engine, run) == "queued"
-    assert [at_once for _, _, at_once in launcher.stopped][0] is False
+    assert next(at_once for _, _, at_once in launcher.stopped) is False
     with db.reading(engine) as connection:
         assert runs.read(connection, run)["failures"] == 0
     launcher.script = []

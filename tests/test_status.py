@@ -159,7 +159,7 @@ def test_readiness_is_the_database_s(site):
 def test_metrics_count_requests_by_template_and_tell_how_things_stand(busy):
     metrics = Metrics(busy.engine, busy.settings.agents, busy.clock, {"handled": 4, "dead": 1})
     app = web.create_app(busy.engine, busy.settings, {"adjudication": busy.agent}, busy.clock, lambda: None, metrics)
-    get(app, busy, "/v1/events/01KJPY44E0SJ0B0HPRJC1B9XZN", "node")
+    get(app, busy, "/v1/events/01KJPY44E0SJ0B0HPRJC1B9XZZ", "node")
     get(app, busy, "/SECRET")
     answer = get(app, busy, "/metrics")
     found = read_metrics(answer)

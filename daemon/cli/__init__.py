@@ -23,9 +23,11 @@ from daemon.cli import (
     labels,
     ledger,
     model,
+    runs,
     simulate,
     status,
     tokens,
+    train,
     up,
     versions,
     why,
@@ -67,6 +69,8 @@ app.add_typer(db.app, name="db")
 app.command("import")(importing.import_history)
 app.add_typer(datasets.app, name="datasets")
 app.add_typer(labels.app, name="labels")
+app.command("train")(train.train)
+app.add_typer(runs.app, name="runs")
 app.add_typer(versions.app, name="versions")
 app.command("promote")(versions.promote)
 app.command("rollback")(versions.rollback)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any
@@ -147,9 +148,10 @@ async def _take(request: Request, site: Site, caller: tokens.Principal, kind: st
         raise problems.RequestRefusedError(400, "body", f"{len(body)} bytes", f"{error}{hint}") from error
     except intake.TooManyError as error:
         raise problems.RequestRefusedError(413, "body", str(error), f"send at most {intake.MAX_ITEMS} events at once") from error
-    for result in results:
-        site.metrics.events.labels(kind, result.outcome).inc()
-    if any(result.outcome == "stored" for result in results):
+    outcomes = Counter(result.outcome for result in results)
+    for outcome, count in outcomes.items():
+        site.metrics.events.labels(kind, outcome).inc(count)
+    if outcomes["stored"]:
         site.on_stored()
     return _answer_one(results[0]) if form == "single" else _answer_many(results)
 

@@ -1,0 +1,64 @@
+"""`ratchet train` and `ratchet runs`: asked for, looked at, followed and cancelled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from storage import runs
+from tests.cli_fixtures import ask, home, opened, run
+
+__all__ = ("ask", "home", "opened", "run")
+
+
+def test_a_run_is_asked_for_with_its_reason_and_options(ask: Any) -> None:
+    queued = ask("train", "--reason", "after the audit", "--set", "epochs=2", "--set", "warm_start=never")
+    [listed] = ask("runs", "list")
+    assert (listed["id"], listed["state"], listed["trigger"]) == (queued["run"], "queued", "manual")
+    shown = ask("runs", "show")
+    assert shown["reason"] == "after the audit"
+    assert shown["options"]["overrides"] == {"epochs": 2, "warm_start": "never"}
+
+
+def test_a_second_run_and_a_wrong_option_are_refused(run: Any, ask: Any) -> None:
+    assert "there is no training option 'epoch'" in run("train", "--reason", "x", "--set", "epoch=2")[2]
+    assert "has no value" in run("train", "--reason", "x", "--set", "epochs")[2]
+    queued = ask("train", "--reason", "x")
+    status, _, err = run("train", "--reason", "again")
+    assert status == 1
+    assert f"ratchet runs cancel {queued['run']}" in err
+
+
+def test_a_run_is_cancelled_once(run: Any, ask: Any) -> None:
+    assert "there is no run yet" in run("runs", "show")[2]
+    ask("train", "--reason", "x")
+    assert run("runs", "cancel", "--reason", "a mistake")[0] == 0
+    assert "a mistake" in ask("runs", "show")["error"]
+    status, _, err = run("runs", "cancel")
+    assert status == 1
+    assert "is cancelled: only a run that goes on" in err
+
+
+def test_what_the_trainer_wrote_is_printed_attempt_by_attempt(run: Any, ask: Any, opened: Any, tmp_path: Path) -> None:
+    queued = ask("train", "--reason", "x")
+    with opened.writing() as connection:
+        runs.lease(connection, runs.read(connection, queued["run"]), "cpu", 1, str(tmp_path / "run"))
+    for attempt in (2, 10, 1):
+        folder = tmp_path / "run" / "attempts" / str(attempt)
+        folder.mkdir(parents=True)
+        (folder / "log.txt").write_text(f"attempt {attempt} speaks\n")
+    out = run("runs", "logs")[1]
+    assert [line for line in out.splitlines() if "speaks" in line] == [f"attempt {number} speaks" for number in (1, 2, 10)]
+
+
+def test_following_ends_with_the_run(run: Any, ask: Any, opened: Any) -> None:
+    queued = ask("train", "--reason", "x")
+    with opened.writing() as connection:
+        runs.lease(connection, runs.read(connection, queued["run"]), "cpu", 1, "/nowhere")
+        leased = runs.read(connection, queued["run"])
+        runs.begin(connection, leased, leased["created_at"])
+        runs.beat(connection, leased, {"phase": "training", "step": 1, "steps": 2, "loss": 0.5, "eta_seconds": 3.0}, leased["created_at"])
+        runs.give_up(connection, runs.read(connection, queued["run"]), "failed", "refused: no rows", leased["created_at"])
+    status, out, _ = run("runs", "follow")
+    assert status == 1
+    assert out.strip().endswith("is failed: refused: no rows")

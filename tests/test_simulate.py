@@ -1,0 +1,197 @@
+"""A replay sees an answer only when the loop asked for it, and goes on where it was interrupted."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+import torch
+from sqlalchemy import select
+
+from daemon import report, simulate
+from daemon.agents import Agent, Budget, PromptFile, Publisher, Triggers
+from daemon.config import Database, Settings, Storage, Training
+from storage import db
+from storage.tables import DatasetVersion, Prediction, Version
+from tests.model_fixtures import tiny_base
+from trainers import bases, spec, train
+from trainers.stopping import Stop
+
+START = datetime(2020, 1, 1, tzinfo=UTC)
+WINDOW = 40
+
+
+class InProcess:
+    """A launcher that trains in this process: the start of a Python with torch takes longer than these runs."""
+
+    def __init__(self) -> None:
+        self._held = bases.Bases()
+        self._status: dict[Path, int] = {}
+
+    def start(self, run_dir: Path, attempt: int) -> None:
+        self._status[run_dir / str(attempt)] = train.run(run_dir, attempt, self._held, Stop())[0]
+
+    def poll(self, run_dir: Path, attempt: int) -> int | None:
+        return self._status.get(run_dir / str(attempt))
+
+    def stop(self, run_dir: Path, attempt: int, *, at_once: bool = False) -> None:
+        pass
+
+    def is_working(self, run_dir: Path, attempt: int) -> bool:
+        return False
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_base(tmp_path_factory.mktemp("base") / "base")
+
+
+def make_cases(count: int, start: int) -> list[simulate.Case]:
+    generator = random.Random(start)
+    return [
+        simulate.Case(
+            f"c{number}",
+            f"g{number}",
+            START + timedelta(hours=number),
+            {"diagnosis": generator.choice(["back pain", "asthma", "cancer"]), "treatment": generator.choice(["drug", "surgery"])},
+            {"plan": generator.choice(["hmo", "ppo"])},
+            generator.choice(["APPROVED", "DENIED"]),
+        )
+        for number in range(start, start + count)
+    ]
+
+
+def make_plan(
+    out: Path, base: Path, stream: list[simulate.Case], on_progress: Callable[[int, int], None] = lambda _n, _of: None
+) -> simulate.Plan:
+    agent = Agent(
+        name="replay",
+        labels=("APPROVED", "DENIED"),
+        approved="APPROVED",
+        denied="DENIED",
+        prompt=PromptFile(text="{{ input.diagnosis }} {{ input.treatment }}: "),
+        base_model=base,
+        budget=Budget(share=0.3),
+        triggers=Triggers(new_labels=12, new_labels_min=1),
+        training=spec.Options(learning_rate=5e-3, epochs=1, batch_rows=16, max_tokens=512, max_row_tokens=128),
+        publisher=Publisher(kind="none"),
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    settings = Settings(
+        home=out,
+        database=Database(url=f"sqlite:///{out}/ratchet.db"),
+        storage=Storage(snapshots=out / "snapshots", adapters=out / "adapters", runs=out / "runs"),
+        training=Training(devices=("cpu",), threads=1, backoff_seconds=0),
+        agents={"replay": agent},
+    )
+    return simulate.Plan(make_cases(80, 0), stream, settings, agent, 1, True, out, on_progress)
+
+
+def replay(plan: simulate.Plan) -> dict[str, Any]:
+    engine = db.open_engine(plan.settings.database.url)
+    db.upgrade(engine)
+    try:
+        return simulate.Replay(plan, engine, InProcess(), lambda _stage: None).run()
+    finally:
+        engine.dispose()
+
+
+def look(plan: simulate.Plan) -> dict[str, list[Any]]:
+    """Every decision, dataset and version of a replay."""
+    engine = db.open_engine(plan.settings.database.url)
+    with db.reading(engine) as connection:
+        found = {
+            "decisions": connection.execute(
+                select(Prediction.claim_id, Prediction.decision, Prediction.reasons, Prediction.inclusion_probability).order_by(
+                    Prediction.id
+                )
+            ).all(),
+            "datasets": connection.execute(select(DatasetVersion.number, DatasetVersion.root)).all(),
+            "versions": connection.execute(select(Version.name, Version.adapter_digest, Version.verdict)).all(),
+        }
+    engine.dispose()
+    return {name: [tuple(row) for row in rows] for name, rows in found.items()}
+
+
+def test_an_answer_that_was_never_asked_for_changes_nothing(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulate, "WINDOW", WINDOW)
+    stream = make_cases(4 * WINDOW, 80)
+    first = make_plan(tmp_path / "first", base, stream)
+    told = replay(first)
+    engine = db.open_engine(first.settings.database.url)
+    with db.reading(engine) as connection:
+        asked = set(simulate.labels.list_labelled(connection, "replay"))
+    engine.dispose()
+    hidden = [case.claim_id for case in stream if case.claim_id not in asked]
+    answers = {case.claim_id: case.answer for case in stream}
+    flipped = {claim: "DENIED" if answers[claim] == "APPROVED" else "APPROVED" for claim in hidden}
+    second = make_plan(tmp_path / "second", base, [replace(case, answer=flipped.get(case.claim_id, case.answer)) for case in stream])
+    replay(second)
+    assert hidden
+    assert told["labels_used"] == len(asked)
+    assert len(look(first)["versions"]) > 2, "the replay is to train at least once beside v1.0"
+    assert look(first) == look(second)
+    assert {"accuracy", "frozen_accuracy", "ungated_accuracy", "random_accuracy", "gain_over_frozen", "alarms", "verdicts"} <= told.keys()
+
+
+def test_a_replay_that_was_interrupted_goes_on_to_the_same_end(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulate, "WINDOW", WINDOW)
+    stream = make_cases(3 * WINDOW, 80)
+    whole = make_plan(tmp_path / "whole", base, stream)
+    expected = replay(whole)
+
+    def pull_the_plug(number: int, _of: int) -> None:
+        if number == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        replay(make_plan(tmp_path / "cut", base, stream, pull_the_plug))
+    cut = make_plan(tmp_path / "cut", base, stream)
+    resumed = replay(cut)
+    assert look(cut) == look(whole)
+    assert {**resumed, "seconds": 0} == {**expected, "seconds": 0}
+    report.write_page(tmp_path / "report.html", resumed)
+    assert "<polyline" in (tmp_path / "report.html").read_text()
+
+
+def test_a_line_that_is_wrong_is_named(tmp_path: Path) -> None:
+    good = {"claim_id": "c1", "occurred_at": "2020-01-01T00:00:00+00:00", "input": {"a": 1}, "answer": "APPROVED"}
+    path = tmp_path / "history.jsonl"
+    path.write_bytes(b"\n".join(orjson.dumps(row) for row in (good, {**good, "occurred_at": "2020-01-01"})))
+    with pytest.raises(simulate.SimulationError, match="line 2: occurred_at has no time zone"):
+        simulate.read_cases(path)
+
+
+def test_a_stream_must_follow_on_its_history_with_known_answers_and_new_claims(tmp_path: Path, base: Path) -> None:
+    history, stream = make_cases(5, 0), make_cases(5, 5)
+    agent = make_plan(tmp_path, base, stream).agent
+    simulate.check_cases(history, stream, agent)
+    with pytest.raises(simulate.SimulationError, match="before the history ends"):
+        simulate.check_cases(stream, history, agent)
+    with pytest.raises(simulate.SimulationError, match="'c4' is there 2 times"):
+        simulate.check_cases(history, [replace(stream[0], claim_id="c4")], agent)
+    with pytest.raises(simulate.SimulationError, match="'MAYBE' is not one of"):
+        simulate.check_cases(history, [replace(stream[0], answer="MAYBE")], agent)
+
+
+def test_the_gain_is_paired_and_its_interval_holds_the_estimate() -> None:
+    generator = random.Random(3)
+    theirs = [[generator.random() < 0.6 for _ in range(250)] for _ in range(12)]
+    ours = [[right or generator.random() < 0.1 for right in window] for window in theirs]
+    gain = report.bootstrap_gain(ours, theirs, 1)
+    assert gain.low < gain.estimate < gain.high
+    assert gain.estimate == pytest.approx(simulate.mean_of(ours) - simulate.mean_of(theirs))
+    same = report.bootstrap_gain(theirs, theirs, 1)
+    assert json.loads(json.dumps(same.to_json())) == {"estimate": 0.0, "low": 0.0, "high": 0.0}

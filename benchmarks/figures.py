@@ -33,7 +33,7 @@ class Figure:
         return (self.at_least is None or judged >= self.at_least) and (self.at_most is None or judged <= self.at_most)
 
     def to_json(self) -> dict[str, Any]:
-        unit = "" if self.ratio is None else " ×"
+        unit = "" if self.ratio is None else " ×"  # noqa: RUF001
         goals = [f"≥ {self.at_least:g}{unit}"] if self.at_least is not None else []
         goals += [f"≤ {self.at_most:g}{unit}"] if self.at_most is not None else []
         rounded = {"value": _round(self.value), "baseline": _round(self.baseline), "ratio": _round(self.ratio)}

@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from rich.console import Console
 
-import datasets
 from benchmarks.figures import Figure, finish
 from daemon import imr
 from storage import artifacts, snapshots

@@ -213,14 +213,14 @@ def plan_training(machinery: Machinery, run: RowMapping, agent: Agent, made: Mak
         others=(run_folders.describe_model(champion),) if champion["base_digest"] == made.base_digest else (),
         score_sets=tuple(score_sets),
         options=options,
-        seed=run["options"]["overrides"].get(SEED, _draw_seed(run["id"])),
+        seed=run["options"]["overrides"].get(SEED, _draw_seed(run["id"], machinery.settings.training.seed)),
         device=run["device"],
         threads=machinery.settings.training.threads,
     )
 
 
-def _draw_seed(run: str) -> int:
-    return int.from_bytes(hashlib.sha256(run.encode()).digest()[:4]) >> 1
+def _draw_seed(run: str, seed: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{run}".encode()).digest()[:4]) >> 1
 
 
 def _find_beginning(connection: Connection, agent: str, made: Makeup, warm_start: str) -> RowMapping | None:

@@ -15,7 +15,7 @@ from tests.event_fixtures import ANN, handle, make_agent, make_label, make_predi
 def scored(engine: Engine, now: datetime) -> Engine:
     """Six claims; v1.1 and v1.0 differ on the even ones, and two came a day later."""
     for number in range(6):
-        at = now + timedelta(days=number // 4)
+        at = now + timedelta(days=number // 4, seconds=number)
         send(engine, [make_prediction(number, at, confidence=0.99)], at)
     handle(engine, make_agent(audit_share=1.0), now)
     with db.writing(engine) as connection:
@@ -33,7 +33,7 @@ def test_only_differing_claims_are_read_and_a_watch_sees_what_came_since(scored:
         found = scores.read_differing(connection, "adjudication", "v1.1", "v1.0")
         assert [(one.claim_id, one.candidate, one.champion) for one in found] == [(f"c{n}", "DENIED", "APPROVED") for n in (0, 2, 4)]
         assert all("audit" in one.reasons for one in found)
-        since = ids.after(now)
+        since = ids.after(now + timedelta(hours=1))
         assert [one.claim_id for one in scores.read_differing(connection, "adjudication", "v1.1", "v1.0", since)] == ["c4"]
         assert scores.count_common(connection, "adjudication", "v1.1", "v1.0") == 6
         assert scores.count_common(connection, "adjudication", "v1.1", "v1.0", since) == 2

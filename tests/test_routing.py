@@ -224,7 +224,7 @@ def test_a_must_review_rule_matches_what_it_says(rule, is_match):
 
 
 def test_a_decision_that_is_no_label_always_goes_to_an_expert():
-    policy = replace(routing.RoutingPolicy(labels=("APPROVED", "DENIED")), must_review=())
+    policy = routing.RoutingPolicy(must_review=(), labels=("APPROVED", "DENIED"))
     for decision, is_forced in (("APPROVED", False), ("approved", True), (None, True)):
         prediction = routing.Prediction("adjudication", "c1", decision, 0.99)
         decided = routing.route(prediction, policy, routing.BudgetState())

@@ -23,7 +23,9 @@ def init(folder: Folder) -> None:
     target = folder / config.FILE
     if target.exists():
         raise AlreadyThereError(f"{target} is there already and stays as it is: edit it, or name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        folder.chmod(0o700)  # claims will lie here
     _write_template(folder / "prompts" / "adjudication.j2")
     # The configuration gets its name last, so that an init that failed can be tried again.
     partial = _write_template(folder / f".{config.FILE}.partial")

@@ -58,6 +58,7 @@ class Intake:
     def __init__(self, engine: Engine, labels_of: Mapping[str, Sequence[str]], clock: Callable[[], datetime]) -> None:
         self._engine, self._labels_of, self._clock = engine, labels_of, clock
         self._waiting: deque[Arrival] = deque()
+        self._is_called = False
         self._thread = ThreadPoolExecutor(1, "intake")
 
     async def take(self, arrival: Arrival) -> list[delivery.Delivered]:
@@ -66,7 +67,9 @@ class Intake:
         Raises `schemas.MalformedError` and `TooManyError`, and what the database raised.
         """
         self._waiting.append(arrival)
-        self._thread.submit(self._store_waiting)
+        if not self._is_called:
+            self._is_called = True
+            self._thread.submit(self._store_waiting)
         return await arrival.done
 
     def close(self) -> None:
@@ -74,22 +77,21 @@ class Intake:
         self._thread.shutdown()
 
     def _store_waiting(self) -> None:
-        """Store all that waits; nothing is left to do when an earlier call has stored it."""
-        group = self._gather()
+        # Whoever comes from here on calls again, so nobody is forgotten; what came before is in the queue.
+        self._is_called = False
+        while self._waiting:
+            self._store_group(self._gather())
+
+    def _store_group(self, group: Sequence[tuple[Arrival, list[Item]]]) -> None:
         try:
             self._store(group)
         except Exception as error:  # noqa: BLE001  it goes to whoever waits; one request's fault must not be another's
-            if len(group) == 1:
-                group[0][0].settle(error)
+            if len(group) > 1 and not isinstance(error, db.UNAVAILABLE):
+                for one in group:
+                    self._store_group([one])
                 return
-            for one in group:
-                self._store_alone(one)
-
-    def _store_alone(self, one: tuple[Arrival, list[Item]]) -> None:
-        try:
-            self._store([one])
-        except Exception as error:  # noqa: BLE001  as above
-            one[0].settle(error)
+            for arrival, _ in group:
+                arrival.settle(error)
 
     def _gather(self) -> list[tuple[Arrival, list[Item]]]:
         group: list[tuple[Arrival, list[Item]]] = []

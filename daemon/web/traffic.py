@@ -81,4 +81,4 @@ def name_route(scope: Scope) -> str:
     route: Any = scope.get("route")
     if route is not None:
         return str(route.path)
-    return "/static" if scope["path"].startswith("/static/") else "unknown"
+    return next((known for known in ("/static", "/openapi.json") if scope["path"].startswith(known)), "unknown")

@@ -252,12 +252,13 @@ def follow_all(machinery: Machinery, now: datetime) -> None:
 
 def take_over(machinery: Machinery, run: RowMapping, now: datetime) -> None:
     """Find out what became of a run whose daemon ended while it was being started."""
-    if machinery.launcher.poll(Path(run["folder"]), run["attempt"]) is None:
-        with db.writing(machinery.engine) as connection:
-            runs.begin(connection, run, now)
-        log.info("run_taken_over", run=run["id"], agent=run["agent"], attempt=run["attempt"])
-    else:
+    folder, attempt = Path(run["folder"]), run["attempt"]
+    if machinery.launcher.poll(folder, attempt) == launch.UNSEEN and run_folders.read_result(folder, attempt) is None:
         retry(machinery, run, "the daemon ended while it was being started", now)
+        return
+    with db.writing(machinery.engine) as connection:
+        runs.begin(connection, run, now)
+    log.info("run_taken_over", run=run["id"], agent=run["agent"], attempt=attempt)
 
 
 def follow(machinery: Machinery, run: RowMapping, now: datetime) -> None:

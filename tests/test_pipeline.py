@@ -15,12 +15,20 @@ from sqlalchemy import Connection, Engine
 
 from daemon import deployments, launch, run_folders, training
 from daemon.agents import Exam, PromptFile, Triggers
-from storage import alarms, db, exams, ledger, registry, reviews, runs, scores
+from storage import alarms, db, exams, leases, ledger, registry, reviews, runs, scores
 from tests import model_fixtures
 from tests.pipeline_fixtures import ScriptedLauncher, World, always, make_base, make_settings
 from trainers import spec
 
 AGENT = "adjudication"
+
+
+class KilledError(BaseException):
+    """A SIGKILL, as far as a test can tell."""
+
+
+def kill(*_: Any) -> None:
+    raise KilledError
 
 
 def knows(claim_id: str, fields: dict[str, Any]) -> str:
@@ -345,6 +353,70 @@ def test_a_cancelled_run_is_stopped_and_frees_its_device(served: World) -> None:
     assert read_run(served, other)["state"] == "done"
 
 
+def test_a_run_that_was_launched_but_not_noted_is_taken_over(served: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    served.launcher.script = ["hangs"]
+    run = served.ask_for_run()
+    monkeypatch.setattr(runs, "begin", kill)
+    with pytest.raises(KilledError):
+        served.tick()
+    monkeypatch.undo()
+    served.restart()
+    served.tick()
+    row = read_run(served, run)
+    assert (row["state"], row["attempt"]) == ("running", 1)
+    served.launcher.finish(Path(row["folder"]), 1)
+    served.settle()
+    assert read_run(served, run)["state"] == "done"
+
+
+def test_a_run_whose_device_was_taken_publishes_nothing(served: World) -> None:
+    served.launcher.script = ["hangs"]
+    run = served.ask_for_run()
+    served.tick()
+    folder = Path(read_run(served, run)["folder"])
+    served.now += timedelta(hours=1)
+    with db.writing(served.engine) as connection:
+        assert leases.acquire(connection, "device:cpu", "another", served.now, timedelta(minutes=5))
+    served.launcher.finish(folder, 1)
+    served.tick()
+    assert (read_run(served, run)["state"], verdict_names(served)) == ("queued", ["v0", "v1.0"])
+    served.tick(minutes=6)
+    assert (read_run(served, run)["state"], read_run(served, run)["attempt"]) == ("done", 2)
+
+
+def test_a_waiting_candidate_is_examined_against_whoever_is_champion_now(served: World) -> None:
+    served.import_history(400)
+    sit_exam(served, knows)
+    served.launcher.models["candidate"] = always("DENIED")
+    served.ask_for_run()
+    served.settle()
+    assert (open_exam(served)["candidate"], open_exam(served)["champion"]) == ("v1.2", "v1.1")
+    with db.writing(served.engine) as connection:
+        deployments.rollback(connection, AGENT, "ops", "to be sure", served.now)
+    served.launcher.models["v1.2"] = always("DENIED")
+    served.settle()
+    exam = open_exam(served)
+    assert (exam["candidate"], exam["champion"]) == ("v1.2", "v1.0")
+    assert exam["report"]["pool"] > 0
+    assert open_exam(served, "watch") is None
+
+
+def test_a_new_base_is_compared_with_the_old_one_by_a_run_of_its_own(served: World, tmp_path: Path) -> None:
+    served.import_history(400)
+    other = make_base(tmp_path / "other")
+    (other / "config.json").write_text('{"other": true}')
+    served.settings = make_settings(served.settings.home, other)
+    served.restart()
+    served.launcher.models["candidate"] = served.launcher.models["v2.0"] = knows
+    served.settle()
+    asked = served.launcher.started[-2:]
+    assert [(one.kind, [model.name for model in one.others]) for one in asked] == [("train", []), ("score", ["v1.0"])]
+    assert asked[0].base.digest != asked[1].base.digest
+    report = open_exam(served)["report"]
+    assert report["pool"] > 0
+    assert report["gold"]["rows"] > 10
+
+
 def test_two_agents_share_one_device_in_turn(served: World) -> None:
     second = served.agent.model_copy(update={"name": "scribe"})
     agents = {AGENT: served.agent, "scribe": second}
@@ -401,23 +473,20 @@ def test_changed_inputs_raise_one_alarm_and_start_a_training(served: World) -> N
     assert "bring no confidence" in found["confidence"]
 
 
-class KilledError(BaseException):
-    """A SIGKILL, as far as a test can tell."""
-
-
 @contextmanager
-def kill_at(monkeypatch: pytest.MonkeyPatch, number: int) -> Iterator[None]:
-    """Die at the N-th transaction that writes: right before its commit when N is odd, right after it when N is even."""
+def kill_at(monkeypatch: pytest.MonkeyPatch, number: int, *, is_committed: bool) -> Iterator[None]:
+    """Die at the N-th transaction that changes anything, right before or right after its commit."""
     real, seen = db.writing, 0
-    is_committed = number % 2 == 0
 
     @contextmanager
     def writing(engine: Engine) -> Iterator[Connection]:
         nonlocal seen
-        seen += 1
-        is_last = seen == number
         with real(engine) as connection:
+            driver: Any = connection.connection.driver_connection
+            before = driver.total_changes
             yield connection
+            seen += driver.total_changes > before
+            is_last = seen == number and driver.total_changes > before
             if is_last and not is_committed:
                 raise KilledError
         if is_last:
@@ -445,8 +514,9 @@ def restore_home(world: World, kept: Path) -> None:
     shutil.copytree(kept, world.settings.home)
 
 
+@pytest.mark.parametrize("is_committed", [False, True])
 def test_a_daemon_killed_at_any_transaction_goes_on_at_the_next_tick(
-    served: World, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+    served: World, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, is_committed: bool
 ) -> None:
     kept = tmp_path_factory.mktemp("kept") / "home"
     served.launcher.models["candidate"] = served.launcher.models["v1.1"] = knows
@@ -457,10 +527,10 @@ def test_a_daemon_killed_at_any_transaction_goes_on_at_the_next_tick(
         served.now = began
         served.restart()
         try:
-            with kill_at(monkeypatch, number):
+            with kill_at(monkeypatch, number, is_committed=is_committed):
                 served.tick()
         except IndexError:
-            assert number > 15
+            assert number > 4
             return
         served.restart()
         for _ in range(3):
@@ -483,8 +553,9 @@ def assert_whole(world: World) -> None:
         assert [alarm["kind"] for alarm in alarms.list_open(connection)] == []
 
 
+@pytest.mark.parametrize("is_committed", [False, True])
 def test_a_daemon_killed_during_a_verdict_promotes_once(
-    served: World, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+    served: World, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, is_committed: bool
 ) -> None:
     served.launcher.models["candidate"] = served.launcher.models["v1.1"] = knows
     served.ask_for_run()
@@ -499,7 +570,7 @@ def test_a_daemon_killed_during_a_verdict_promotes_once(
         served.now = began
         served.restart()
         try:
-            with kill_at(monkeypatch, number):
+            with kill_at(monkeypatch, number, is_committed=is_committed):
                 served.tick()
         except IndexError:
             return

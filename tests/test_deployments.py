@@ -253,7 +253,9 @@ def test_a_killed_process_of_this_machine_holds_up_nobody(site):
     assert site.last()["state"] == "confirmed"
 
 
-@pytest.mark.parametrize("holder", [f"other-machine {os.getpid()} p n", f"{socket.gethostname()} {os.getppid()} p n"])
+@pytest.mark.parametrize(
+    "holder", [f"other-machine {os.getpid()} p n", f"{socket.gethostname()} {os.getppid()} p n"], ids=["another machine", "a living parent"]
+)
 def test_a_process_that_may_live_is_waited_for_until_its_lease_ends(site, holder):
     with db.writing(site.engine) as connection:
         leases.acquire(connection, f"deploy:{AGENT}", holder, site.now, timedelta(seconds=100))

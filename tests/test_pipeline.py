@@ -40,6 +40,10 @@ def is_wrong(claim_id: str, fields: dict[str, Any]) -> str:
     return "DENIED" if knows(claim_id, fields) == "APPROVED" else "APPROVED"
 
 
+def is_stricter(claim_id: str, fields: dict[str, Any]) -> str:
+    return "DENIED" if fields["treatment"] in ("t0", "t1") else "APPROVED"
+
+
 @pytest.fixture
 def world(engine: Engine, now: Any, tmp_path: Path) -> World:
     """A loop around a launcher that plays the trainer; nothing is in it yet."""
@@ -387,13 +391,12 @@ def test_a_run_whose_device_was_taken_publishes_nothing(served: World) -> None:
 def test_a_waiting_candidate_is_examined_against_whoever_is_champion_now(served: World) -> None:
     served.import_history(400)
     sit_exam(served, knows)
-    served.launcher.models["candidate"] = always("DENIED")
+    served.launcher.models["candidate"] = served.launcher.models["v1.2"] = is_stricter
     served.ask_for_run()
     served.settle()
     assert (open_exam(served)["candidate"], open_exam(served)["champion"]) == ("v1.2", "v1.1")
     with db.writing(served.engine) as connection:
         deployments.rollback(connection, AGENT, "ops", "to be sure", served.now)
-    served.launcher.models["v1.2"] = always("DENIED")
     served.settle()
     exam = open_exam(served)
     assert (exam["candidate"], exam["champion"]) == ("v1.2", "v1.0")

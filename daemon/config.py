@@ -80,7 +80,7 @@ class Training(Section):
     seed: int = Field(default=0, ge=0, description="Mixed with a run's id into the run's own seed.")
     attempts: int = Field(default=3, ge=1, description="Attempts without a newer checkpoint before a run is parked.")
     backoff_seconds: float = Field(default=60, ge=0, description="Wait before the second attempt; doubled for each one after it.")
-    heartbeat_seconds: float = Field(default=60, ge=1, description="A trainer that is silent for longer is taken for dead.")
+    heartbeat_seconds: float = Field(default=300, ge=1, description="A trainer that is silent for longer is taken for dead.")
 
 
 class Storage(Section):

@@ -254,7 +254,7 @@ def take_over(machinery: Machinery, run: RowMapping, now: datetime) -> None:
     """Find out what became of a run whose daemon ended while it was being started."""
     folder, attempt = Path(run["folder"]), run["attempt"]
     if machinery.launcher.poll(folder, attempt) == launch.UNSEEN and run_folders.read_result(folder, attempt) is None:
-        retry(machinery, run, "the daemon ended while it was being started", now)
+        retry(machinery, run, "it was not started: preparing it failed, or the daemon ended meanwhile", now)
         return
     with db.writing(machinery.engine) as connection:
         runs.begin(connection, run, now)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, create_engine, inspect, select
 
 from storage import alarms, db, leases, policies, tokens
 from storage.tables import Installation, Table
@@ -112,3 +112,12 @@ def test_an_alarm_of_a_kind_is_open_once(engine: Engine, now: datetime) -> None:
         assert alarms.clear(connection, "adjudication", "drift", now)
         assert alarms.list_open(connection) == []
         assert len(alarms.list_since(connection, "adjudication", now)) == 1
+
+
+def test_the_migrations_make_the_same_checks_as_the_schema(engine: Engine) -> None:
+    fresh = create_engine("sqlite://")
+    Table.metadata.create_all(fresh)
+    for name in Table.metadata.tables:
+        ours, theirs = ({check["name"]: check["sqltext"] for check in inspect(one).get_check_constraints(name)} for one in (engine, fresh))
+        assert ours == theirs, name
+    fresh.dispose()

@@ -31,7 +31,7 @@ from trainers.spec import Base, LoraOptions, Model, Options, Prompt, Spec, write
 from trainers.stopping import Stop
 
 LABELS = ("APPROVED", "DENIED")
-PROMPT = "{% for name, value in input.items() %}{{ name }}: {{ value }}\n{% endfor %}decision: "
+PROMPT = "{% for name, value in input.items() %}{{ name }}: {{ value }}\n{% endfor %}decision:\n"
 EPOCHS, BATCH, ACCUMULATION, LEARNING_RATE = 3, 4, 4, 2e-4
 console = Console(stderr=True)
 

@@ -76,7 +76,9 @@ class Training(Section):
     python: str = Field(
         default_factory=lambda: sys.executable, min_length=1, description="The interpreter for the trainers; this one by default."
     )
-    threads: int = Field(default=0, ge=0, description="CPU threads of a trainer; 0 leaves torch's default.")
+    threads: int = Field(
+        default=1, ge=0, description="CPU threads of a trainer; 0 leaves torch's default, which is slow where other work runs beside it."
+    )
     seed: int = Field(default=0, ge=0, description="Mixed with a run's id into the run's own seed.")
     attempts: int = Field(default=3, ge=1, description="Attempts without a newer checkpoint before a run is parked.")
     backoff_seconds: float = Field(default=60, ge=0, description="Wait before the second attempt; doubled for each one after it.")

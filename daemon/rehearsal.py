@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from daemon.agents import Agent, Budget, Exam, PromptFile, Publisher, Triggers
 from storage import artifacts, datasets, db
 from trainers import spec
 
-PROMPT = "{% for name, value in input.items() %}{{ name }}: {{ value }}\n{% endfor %}decision: "
+PROMPT = "{% for name, value in input.items() %}{{ name }}: {{ value }}\n{% endfor %}decision:\n"
+LABEL_LINES = 0.02
+"""So many lines with nothing but a label stand among the texts, as a share of them: that makes each label one token of the vocabulary."""
 TINY_OPTIONS = {"learning_rate": 2e-3, "epochs": 3, "batch_rows": 32}
 
 
@@ -144,9 +147,19 @@ def _make_tiny(asked: Asked, agent: Agent, history: Sequence[simulate.Case]) -> 
     if agent.base_model.exists():
         return
     texts = asked.out / "texts.jsonl"
-    learned = (case for case in history if datasets.choose_split(agent.name, case.group, began_as_history=True) != "gold")
-    texts.write_bytes(b"".join(orjson.dumps({"text": agent.prompt.render(case.input)}) + b"\n" for case in learned))
+    write_texts(texts, agent, history)
     command = [sys.executable, "-m", "trainers.tiny", "--texts", str(texts), "--out", str(agent.base_model), "--seed", str(asked.seed)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  our own interpreter and module
     if done.returncode:
         raise simulate.SimulationError(f"the small base can't be made: {done.stderr.strip()}")
+
+
+def write_texts(path: Path, agent: Agent, history: Iterable[simulate.Case]) -> None:
+    """Write what a small base is made from: the prompts without answers and without the groups that are gold, and the labels' names."""
+    texts = [
+        agent.prompt.render(case.input)
+        for case in history
+        if datasets.choose_split(agent.name, case.group, began_as_history=True) != "gold"
+    ]
+    texts += [f"{label}\n" for label in agent.labels for _ in range(math.ceil(LABEL_LINES * len(texts)))]
+    path.write_bytes(b"".join(orjson.dumps({"text": text}) + b"\n" for text in texts))

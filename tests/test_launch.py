@@ -93,7 +93,7 @@ def test_a_trainer_gets_no_secret_and_no_setting_of_ours() -> None:
         "MY_PASSWORD": "x",
     }
     kept = launch.clean_environment(environ)
-    assert kept.keys() == {"PATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM", "PYTHONUNBUFFERED"}
+    assert kept.keys() == {"PATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM", "PYTHONUNBUFFERED", "OMP_WAIT_POLICY"}
 
 
 def test_a_resident_worker_does_one_run_after_the_other_and_is_replaced_when_it_dies(run_dir: Path) -> None:

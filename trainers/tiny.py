@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from storage import artifacts
 from trainers import bases, data, train
@@ -23,6 +23,9 @@ from trainers.spec import EXIT_DONE, EXIT_REFUSED, Base, Options, Spec, SpecRefu
 from trainers.stopping import Stop
 
 VOCABULARY = 2048
+# A word keeps its punctuation and the space or line break before it, so `\nage_range:` is one token: two fifths of the tokens that
+# GPT-2's rule makes of a claim, at the same accuracy. Whole lines would be fewer still but don't carry over to new combinations.
+WORD = r"\s?\S+|\s"
 START, END, PADDING = "<s>", "</s>", "<pad>"
 SHAPE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}
 CONTEXT = 2048
@@ -37,7 +40,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--epochs", type=float, default=OPTIONS.epochs)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; more help on idle cores only (default: 1)")
     arguments = parser.parse_args()
     stop = Stop()
     stop.listen()
@@ -113,7 +116,8 @@ def start_from_nothing(texts: Path, folder: Path, seed: int) -> None:
 def train_tokenizer(texts: Iterable[str]) -> transformers.PreTrainedTokenizerFast:
     """A byte-level BPE vocabulary: every text can be written in it, whatever its script."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.Split(Regex(WORD), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,

@@ -3,11 +3,12 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OUT ?= replay-out
 WORKERS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup setup-dev test lint lock demo bench docs clean
+.PHONY: setup setup-dev test lint lock replay bench docs clean
 
 setup: $(VENV)/.demo
 setup-dev: $(VENV)/.dev
@@ -39,6 +40,13 @@ lint: setup-dev
 test: lint
 	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --cov --cov-report term
 
+# The loop on real decisions, replayed on a simulated clock: history to 2005, then the claims of 2006 and 2007.
+replay: setup
+	mkdir -p $(OUT)
+	$(BIN)/python -m daemon.imr --years 2001-2005 $(OUT)/history.jsonl
+	$(BIN)/python -m daemon.imr --years 2006-2007 $(OUT)/stream.jsonl
+	$(BIN)/ratchet simulate --history $(OUT)/history.jsonl --stream $(OUT)/stream.jsonl --out $(OUT) --baselines
+
 docs: setup-dev
 	$(BIN)/python scripts/write_docs.py
 
@@ -49,7 +57,11 @@ lock: $(BIN)/uv
 	$(BIN)/uv pip compile pyproject.toml --extra train -c requirements-dev.txt --universal --generate-hashes \
 	    --python-version 3.11 --no-emit-index-url --quiet $(LOCKFLAGS) -o requirements.txt
 
-# Measure one thing against a baseline in the same run: make bench NAME=exam
+# Measure one thing against a baseline in the same run: make bench NAME=exam. Its closing line is kept, docs/benchmarks.md is made of it.
 bench: setup-dev
 	@test -n "$(NAME)" || { echo "say which: make bench NAME=$$(ls benchmarks | sed -n 's/\.py$$//p' | grep -v -e __init__ -e figures | paste -sd'|')"; exit 2; }
-	RATCHET_TEST_DATA="$${RATCHET_TEST_DATA:-}" $(BIN)/python -m benchmarks.$(NAME) $(ARGS)
+	mkdir -p benchmarks/results
+	set -o pipefail; $(BIN)/python -m benchmarks.$(NAME) $(ARGS) | tee benchmarks/results/.$(NAME).partial
+	tail -n 1 benchmarks/results/.$(NAME).partial > benchmarks/results/$(NAME).json
+	rm benchmarks/results/.$(NAME).partial
+	$(BIN)/python scripts/write_benchmarks.py

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 
@@ -21,8 +20,7 @@ ROLES_BY_KIND: Mapping[str, tuple[str, ...]] = {
 """Who may give which kind of label."""
 
 
-@dataclass(frozen=True, slots=True)
-class Delivered:
+class Delivered(NamedTuple):
     """What became of one item: `ulid` and `outcome` when it was stored now or before, else the refusal."""
 
     ulid: str | None

@@ -5,18 +5,19 @@ from __future__ import annotations
 import functools
 import hmac
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import alembic.command
 import alembic.config
 import alembic.runtime.migration
 import alembic.script
 import orjson
-from sqlalchemy import Connection, Dialect, Engine, create_engine, event, insert, make_url, select
+from sqlalchemy import ColumnElement, Connection, Dialect, Engine, create_engine, event, func, insert, make_url, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -47,7 +48,7 @@ def open_engine(url: str) -> Engine:
         json_deserializer=orjson.loads,
         pool_pre_ping=not is_sqlite,
         hide_parameters=True,  # an error's text is logged, and parameters are claims
-        **({"connect_args": {"timeout": BUSY_SECONDS}} if is_sqlite else {}),
+        **({"connect_args": {"timeout": BUSY_SECONDS}, "execution_options": {"turn": threading.Lock()}} if is_sqlite else {}),
     )
     if is_sqlite:
         event.listen(engine, "connect", _prepare_sqlite)
@@ -77,8 +78,21 @@ def _begin_sqlite(connection: Connection) -> None:
 @contextmanager
 def writing(engine: Engine) -> Iterator[Connection]:
     """One transaction that may write: all of it is committed, or none."""
-    with engine.connect().execution_options(writes=True) as connection, connection.begin():
+    with _taking_turns(engine), engine.connect().execution_options(writes=True) as connection, connection.begin():
         yield connection
+
+
+@contextmanager
+def _taking_turns(engine: Engine) -> Iterator[None]:
+    """Let one thread write at a time: who waits for SQLite's own lock sleeps up to 100 ms at once, however soon it is free."""
+    turn = engine.get_execution_options().get("turn")
+    # After the time-out SQLite's own lock decides, and says what is wrong.
+    is_ours = turn is not None and turn.acquire(timeout=BUSY_SECONDS)
+    try:
+        yield
+    finally:
+        if turn is not None and is_ours:
+            turn.release()
 
 
 @contextmanager
@@ -101,12 +115,30 @@ def insert_many(connection: Connection, table: type[Table], rows: Sequence[Mappi
     """
     if not rows:
         return 0
+    names = [column.name for column in table.__table__.columns]
+    return insert_columns(connection, table, {name: [row.get(name) for row in rows] for name in names})
+
+
+def insert_columns(connection: Connection, table: type[Table], values: Mapping[str, Sequence[Any]]) -> int:
+    """`insert_many` for rows that are at hand by column: at least one row, every column equally long."""
     sql, columns = _prepare_insert(connection.dialect, table)
-    converted = [_convert([row.get(name) for row in rows], convert) for name, convert in columns]
+    absent = [None] * len(next(iter(values.values())))
+    converted = [_convert(values.get(name, absent), convert) for name, convert in columns]
     return connection.exec_driver_sql(sql, list(zip(*converted, strict=True))).rowcount
 
 
-def _convert(values: list[Any], convert: Callable[[Any], Any] | None) -> list[Any]:
+def is_one_of(connection: Connection, column: Any, values: Iterable[str]) -> ColumnElement[bool]:
+    """A condition that holds where `column` is one of many values.
+
+    SQLite gets them as one JSON text: hundreds of parameters cost more time to write down and to parse than to look up.
+    """
+    if connection.dialect.name != "sqlite":
+        return cast("ColumnElement[bool]", column.in_(list(values)))
+    listed = func.json_each(orjson.dumps(list(values)).decode()).table_valued("value")
+    return cast("ColumnElement[bool]", column.in_(select(listed.c.value)))
+
+
+def _convert(values: Sequence[Any], convert: Callable[[Any], Any] | None) -> Sequence[Any]:
     """One column as the driver takes it; a value that stands in every row, such as the time of the batch, is converted once."""
     if convert is None:
         return values

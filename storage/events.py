@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import orjson
 from sqlalchemy import Connection, func, select, tuple_, update
@@ -20,8 +19,7 @@ from storage.tables import Event
 Outcome = Literal["stored", "duplicate", "conflict"]
 
 
-@dataclass(frozen=True, slots=True)
-class Incoming:
+class Incoming(NamedTuple):
     """An event before it is stored; `data` is JSON text and `digest` the SHA-256 over its canonical form."""
 
     source: str
@@ -35,16 +33,14 @@ class Incoming:
     state: str = "received"
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
+class Receipt(NamedTuple):
     """What became of an appended event; a `conflict` names the event that was stored before it."""
 
     ulid: str
     outcome: Outcome
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(NamedTuple):
     """An event as it lies in the log."""
 
     ulid: str
@@ -61,7 +57,7 @@ class Stored:
     handled_at: datetime | None
 
 
-COLUMNS = tuple(getattr(Event, name) for name in Stored.__dataclass_fields__)
+COLUMNS = tuple(getattr(Event, name) for name in Stored._fields)
 
 
 def append(connection: Connection, incoming: Sequence[Incoming], now: datetime) -> list[Receipt]:
@@ -69,24 +65,9 @@ def append(connection: Connection, incoming: Sequence[Incoming], now: datetime) 
     if not incoming:
         return []
     ulids = [ids.make_ulid(now, one.source, one.event_id) for one in incoming]
-    rows = [
-        {
-            "ulid": ulid,
-            "source": one.source,
-            "event_id": one.event_id,
-            "type": one.type,
-            "subject": one.subject,
-            "time": one.time,
-            "received_at": now,
-            "principal": one.principal,
-            "data": one.data,
-            "digest": one.digest,
-            "state": one.state,
-        }
-        for ulid, one in zip(ulids, incoming, strict=True)
-    ]
-    stored = db.insert_many(connection, Event, rows)
-    if stored == len(rows):
+    columns = dict(zip(Incoming._fields, zip(*incoming, strict=True), strict=True))
+    stored = db.insert_columns(connection, Event, {"ulid": ulids, "received_at": [now] * len(ulids), **columns})
+    if stored == len(ulids):
         return [Receipt(ulid, "stored") for ulid in ulids]
     identities = [(one.source, one.event_id) for one in incoming]
     found = select(Event.source, Event.event_id, Event.ulid, Event.digest).where(tuple_(Event.source, Event.event_id).in_(identities))
@@ -105,19 +86,21 @@ def read_received(connection: Connection, limit: int) -> list[Stored]:
     query = select(*COLUMNS).where(Event.state == "received").order_by(Event.ulid).limit(limit)
     if connection.dialect.name == "postgresql":
         query = query.with_for_update(skip_locked=True)
-    return [Stored(*row) for row in connection.execute(query)]
+    return [Stored._make(row) for row in connection.execute(query)]
 
 
 def read_waiting(connection: Connection, subjects: Iterable[str]) -> list[Stored]:
     """Labels that came before their prediction, for claims that are known now, in order of arrival."""
-    query = select(*COLUMNS).where(Event.state == "waiting", Event.subject.in_(list(subjects))).order_by(Event.ulid)
-    return [Stored(*row) for row in connection.execute(query)]
+    if connection.execute(select(Event.ulid).where(Event.state == "waiting").limit(1)).first() is None:
+        return []
+    query = select(*COLUMNS).where(Event.state == "waiting", db.is_one_of(connection, Event.subject, subjects)).order_by(Event.ulid)
+    return [Stored._make(row) for row in connection.execute(query)]
 
 
 def read_overdue(connection: Connection, now: datetime, patience: timedelta) -> list[Stored]:
     """Events that have waited for their claim longer than `patience`."""
     query = select(*COLUMNS).where(Event.state == "waiting", Event.received_at < now - patience)
-    return [Stored(*row) for row in connection.execute(query)]
+    return [Stored._make(row) for row in connection.execute(query)]
 
 
 def read(connection: Connection, ulid: str) -> Stored | None:
@@ -128,15 +111,15 @@ def read(connection: Connection, ulid: str) -> Stored | None:
 
 def read_unhandled(connection: Connection, ulids: Iterable[str]) -> list[Stored]:
     """Those of these events that nobody has handled yet, in order of arrival."""
-    query = select(*COLUMNS).where(Event.state == "received", Event.ulid.in_(list(ulids))).order_by(Event.ulid)
-    return [Stored(*row) for row in connection.execute(query)]
+    query = select(*COLUMNS).where(Event.state == "received", db.is_one_of(connection, Event.ulid, ulids)).order_by(Event.ulid)
+    return [Stored._make(row) for row in connection.execute(query)]
 
 
 def mark(connection: Connection, ulids: Sequence[str], state: str, now: datetime, reason: str | None = None) -> None:
     """Say what became of events."""
     if ulids:
         values: dict[str, Any] = {"state": state, "reason": reason, "handled_at": now}
-        connection.execute(update(Event).where(Event.ulid.in_(ulids)).values(values))
+        connection.execute(update(Event).where(db.is_one_of(connection, Event.ulid, ulids)).values(values))
 
 
 def count_by_state(connection: Connection) -> dict[str, int]:

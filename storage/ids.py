@@ -17,11 +17,13 @@ def make_ulid(at: datetime, *about: str) -> str:
     Source of the format: github.com/ulid/spec.
     """
     bits = int.from_bytes(hashlib.sha256("\0".join(about).encode()).digest()[:10])
-    return _encode_time(int(at.timestamp() * 1000)) + _encode(bits, 80)
-
-
-def _encode(bits: int, width: int) -> str:
-    return "".join([_PAIRS[bits >> shift & 1023] for shift in range(width - 10, -1, -10)])
+    first, second = bits >> 40, bits & 0xFFFFFFFFFF
+    pairs = _PAIRS  # written out, for this runs for every event
+    return (
+        f"{_encode_time(int(at.timestamp() * 1000))}"
+        f"{pairs[first >> 30]}{pairs[first >> 20 & 1023]}{pairs[first >> 10 & 1023]}{pairs[first & 1023]}"
+        f"{pairs[second >> 30]}{pairs[second >> 20 & 1023]}{pairs[second >> 10 & 1023]}{pairs[second & 1023]}"
+    )
 
 
 def after(at: datetime) -> str:
@@ -31,4 +33,4 @@ def after(at: datetime) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _encode_time(milliseconds: int) -> str:
-    return _encode(milliseconds, 50)
+    return "".join([_PAIRS[milliseconds >> shift & 1023] for shift in range(40, -1, -10)])

@@ -24,7 +24,9 @@ def read(connection: Connection, prediction: str) -> RowMapping | None:
 
 def find_known(connection: Connection, agent: str, prediction_ids: Sequence[str]) -> dict[str, str]:
     """Our keys of the predictions of an agent that are stored already, by the producer's prediction id."""
-    query = select(Prediction.prediction_id, Prediction.id).where(Prediction.agent == agent, Prediction.prediction_id.in_(prediction_ids))
+    query = select(Prediction.prediction_id, Prediction.id).where(
+        Prediction.agent == agent, db.is_one_of(connection, Prediction.prediction_id, prediction_ids)
+    )
     return {row.prediction_id: row.id for row in connection.execute(query)}
 
 
@@ -108,4 +110,4 @@ def of_claim(connection: Connection, claim_id: str, agent: str | None = None) ->
 def read_inputs(connection: Connection, predictions: Iterable[str]) -> dict[str, RowMapping]:
     """Input, attributes and group of predictions, by our own key."""
     columns = select(Prediction.id, Prediction.input, Prediction.attributes, Prediction.group_key, Prediction.claim_id)
-    return {row["id"]: row for row in connection.execute(columns.where(Prediction.id.in_(list(predictions)))).mappings()}
+    return {row["id"]: row for row in connection.execute(columns.where(db.is_one_of(connection, Prediction.id, predictions))).mappings()}

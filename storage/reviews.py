@@ -43,7 +43,9 @@ def open_new(connection: Connection, rows: Sequence[Mapping[str, Any]], now: dat
     ]
     db.insert_many(connection, Review, prepared)
     steps = [{"review": row["id"], "at": now, "actor": actor, "action": "opened", "note": ", ".join(row["reasons"])} for row in prepared]
-    present = set(connection.execute(select(Review.id).where(Review.id.in_([row["id"] for row in prepared]))).scalars())
+    present = set(
+        connection.execute(select(Review.id).where(db.is_one_of(connection, Review.id, [row["id"] for row in prepared]))).scalars()
+    )
     connection.execute(insert(ReviewStep), [step for step in steps if step["review"] in present])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import datetime, timedelta
 
 import pytest
@@ -37,7 +36,7 @@ def test_the_same_identity_with_other_content_is_a_conflict_and_the_first_stays(
 
 def test_one_batch_may_hold_the_same_event_twice(engine: Engine, now: datetime) -> None:
     with db.writing(engine) as connection:
-        receipts = events.append(connection, [make("e1", now), make("e1", now), replace(make("e1", now), digest="other")], now)
+        receipts = events.append(connection, [make("e1", now), make("e1", now), make("e1", now)._replace(digest="other")], now)
         received = events.read_received(connection, 10)
     assert [one.outcome for one in receipts] == ["stored", "stored", "conflict"]
     assert len(received) == 1

@@ -7,9 +7,6 @@ is. State is in the rows: a process may die at any line, and the next call goes 
 from __future__ import annotations
 
 import contextlib
-import os
-import secrets
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timedelta
@@ -17,6 +14,7 @@ from datetime import datetime, timedelta
 import structlog
 from sqlalchemy import Connection, Engine, RowMapping
 
+from daemon import holders
 from daemon.agents import Agent
 from daemon.serving import publisher
 from storage import alarms, db, leases, registry
@@ -26,8 +24,6 @@ PROMOTION_REVERTED = "promotion_reverted"
 NOT_SERVED = "champion_not_served"
 OPEN = ("requested", "unconfirmed")
 POLL_SECONDS = 0.1
-PROCESS = secrets.token_hex(8)
-"""This process, told from an earlier one that had its number: in a container that is the rule."""
 
 log = structlog.get_logger()
 
@@ -231,37 +227,16 @@ def await_settled(
 @contextlib.contextmanager
 def _lease(engine: Engine, agent: Agent, now: datetime) -> Iterator[bool]:
     """Whether this call is the one that speaks to the agent's server; another may be at it in the daemon or on a command line."""
-    name = f"deploy:{agent.name}"
-    holder = f"{socket.gethostname()} {os.getpid()} {PROCESS} {secrets.token_hex(8)}"
+    name, holder = f"deploy:{agent.name}", holders.make_name()
     term = timedelta(seconds=3 * agent.publisher.timeout_seconds + 60)
     with db.writing(engine) as connection:
-        fence = leases.acquire(connection, name, holder, now, term)
-        other = leases.holder_of(connection, name, now)
-        if fence is None and other is not None and _is_dead(other):
-            leases.release(connection, name, other)
-            fence = leases.acquire(connection, name, holder, now, term)
+        fence = holders.acquire(connection, name, holder, now, term)
     try:
         yield fence is not None
     finally:
         if fence is not None:
             with db.writing(engine) as connection:
                 leases.release(connection, name, holder)
-
-
-def _is_dead(holder: str) -> bool:
-    """Whether the holder was a process of this machine that is gone: a rollback must not wait for the lease of a killed daemon."""
-    host, number, process, _ = holder.split(" ")
-    if host != socket.gethostname():
-        return False
-    if int(number) == os.getpid():
-        return process != PROCESS
-    try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
 
 
 def _log_change(event: str, deployment: RowMapping, state: str, detail: str) -> None:

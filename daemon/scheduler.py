@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import secrets
-import socket
 from collections.abc import Callable
 from datetime import datetime, timedelta
 
@@ -13,7 +10,7 @@ import structlog
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from sqlalchemy import Engine
 
-from daemon import deployments, training
+from daemon import deployments, holders, training
 from daemon.pipeline import Pipeline
 from storage import db, leases
 
@@ -31,13 +28,13 @@ class Leader:
     def __init__(self, engine: Engine, clock: Callable[[], datetime]) -> None:
         self._engine = engine
         self._clock = clock
-        self._holder = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(4)}"
+        self._holder = holders.make_name()
         self.is_leading = False
 
     def renew(self) -> bool:
         """Take the lease or hold it for longer; returns whether this process leads."""
         with db.writing(self._engine) as connection:
-            fence = leases.acquire(connection, LEASE, self._holder, self._clock(), TERM)
+            fence = holders.acquire(connection, LEASE, self._holder, self._clock(), TERM)
         if (fence is not None) != self.is_leading:
             self.is_leading = fence is not None
             log.info("leading_began" if self.is_leading else "leading_ended", holder=self._holder)

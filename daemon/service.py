@@ -78,6 +78,7 @@ def start(settings: Settings, roles: Sequence[str]) -> int:
     engine = db.open_engine(settings.database.url)
     try:
         db.check(engine)
+        check_bind(settings, engine)
         with db.writing(engine) as connection:
             agents = policies.record(connection, settings.agents, utc_now())
         log.info("starting", roles=list(roles), pid=os.getpid(), agents=list(agents))
@@ -104,12 +105,14 @@ async def _run(service: Service, roles: Sequence[str]) -> int:
     ended, late = await asyncio.wait(tasks, timeout=STOP_SECONDS)
     for task in late:
         log.error("role_did_not_stop", role=task.get_name())
-        task.cancel()
     died = [task for task in ended if task.exception() is not None]
     for task in died:
         log.error("role_died", role=task.get_name(), exc_info=task.exception())
     status = int(bool(died or late))
     log.info("stopped", exit_status=status)
+    if late:
+        # asyncio would wait for their threads, however long those take. Nothing is lost: it is as if we had been killed.
+        os._exit(status)
     return status
 
 
@@ -125,7 +128,6 @@ async def consume(service: Service) -> None:
 
 async def web(service: Service) -> None:
     """Serve the API and the pages."""
-    check_bind(service.settings, service.engine)
     site = app.create_app(service.engine, service.settings, service.agents, utc_now, service.wake.set, service.metrics)
     await serve(site, service.settings.server.host, service.settings.server.port, "web", service.stop)
 

@@ -435,4 +435,7 @@ def stop_all(machinery: Machinery, clock: Callable[[], datetime], seconds: float
         while time.monotonic() < patience and machinery.launcher.poll(folder, attempt) is None:
             time.sleep(POLL_SECONDS)
         machinery.launcher.stop(folder, attempt, at_once=True)
+        # One that had not come to listening for signals, or whose end only an earlier daemon would have seen, did not fail either.
+        if run_folders.read_result(folder, attempt) is None:
+            requeue(machinery, run, "stopped as asked")
     follow_all(machinery, clock())

@@ -303,7 +303,7 @@ def test_a_silent_trainer_is_taken_for_dead_and_what_it_publishes_later_is_not_r
     served.launcher.script = ["hangs", "hangs"]
     run = served.ask_for_run()
     served.tick()
-    served.tick(seconds=61)
+    served.tick(minutes=6)
     row = read_run(served, run)
     assert (row["state"], row["failures"]) == ("queued", 1)
     assert (Path(row["folder"]), 1, True) in served.launcher.stopped

@@ -30,4 +30,5 @@ def configure(level: str, style: str) -> None:
     formatter = structlog.stdlib.ProcessorFormatter(processor=renderer, foreign_pre_chain=shared)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)
+    logging.getLogger("apscheduler").setLevel(logging.ERROR)  # a tick that takes longer than a second is no news
     logging.basicConfig(level=max(LEVELS[level], logging.WARNING), handlers=[handler], force=True)

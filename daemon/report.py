@@ -45,9 +45,8 @@ def write_page(path: Path, report: Mapping[str, Any]) -> None:
     page = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template("report.html")
     names = {"served": "accuracy_by_window", **{name: f"{name}_by_window" for name in ("frozen", "ungated", "random")}}
     lines = {name: report[key] for name, key in names.items() if report.get(key)}
-    path.write_text(
-        page.render(report=report, plot=plot_accuracy(lines, report["verdicts"]), colours=COLOURS, lines=lines), encoding="utf-8"
-    )
+    plot = plot_accuracy(lines, report.get("marks", report["verdicts"]))
+    path.write_text(page.render(report=report, plot=plot, colours=COLOURS, lines=lines), encoding="utf-8")
 
 
 def plot_accuracy(lines: Mapping[str, Sequence[float]], verdicts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

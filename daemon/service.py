@@ -100,6 +100,7 @@ async def _run(service: Service, roles: Sequence[str]) -> int:
     stopper = asyncio.create_task(service.stop.wait())
     await asyncio.wait({*tasks, stopper}, return_when=asyncio.FIRST_COMPLETED)
     stopper.cancel()
+    was_asked = service.stop.is_set()
     service.stop.set()
     notify("STOPPING=1")
     ended, late = await asyncio.wait(tasks, timeout=STOP_SECONDS)
@@ -108,7 +109,7 @@ async def _run(service: Service, roles: Sequence[str]) -> int:
     died = [task for task in ended if task.exception() is not None]
     for task in died:
         log.error("role_died", role=task.get_name(), exc_info=task.exception())
-    status = int(bool(died or late))
+    status = int(bool(died or late or not was_asked))
     log.info("stopped", exit_status=status)
     if late:
         # asyncio would wait for their threads, however long those take. Nothing is lost: it is as if we had been killed.

@@ -44,8 +44,9 @@ share = 0.3
 
 [agents.{agent}.training]
 learning_rate = 2e-3
-epochs = 3
-batch_rows = 32
+epochs = 4
+batch_rows = 16
+new_weight = 10
 
 [agents.{agent}.watch]
 max_asked = 120

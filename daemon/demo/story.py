@@ -21,7 +21,8 @@ from storage import db, exams, registry
 
 RETRAIN_CLAIMS, VERDICT_CLAIMS, GAIN_CLAIMS, HARM_CLAIMS = 1200, 1000, 200, 1000
 FIRST, BETTER, SPOILED = "v1.0", "v1.1", "v1.2"
-SPOILED_OPTIONS = {"warm_start": "champion", "epochs": 2, "replay_rows": 4000, "new_weight": 0.2}
+FIRST_EPOCHS = 6
+SPOILED_OPTIONS = {"warm_start": "champion", "epochs": 3, "new_weight": 0.2}
 FORCED_REASON = "The archive is the larger sample."
 
 
@@ -98,7 +99,9 @@ def connect(made: Home, engine: Engine, screen: Screen, stack: contextlib.ExitSt
 def train_first(made: Home, loop: Loop, seed: int) -> None:
     """The first version: trained by the daemon on the history, published to the node."""
     loop.screen.begin_chapter("2. The first version")
-    servers.run("train", "--reason", "the first version", "--set", f"seed={seed}", "--config", made.config)
+    servers.run(
+        "train", "--reason", "the first version", "--set", f"epochs={FIRST_EPOCHS}", "--set", f"seed={seed}", "--config", made.config
+    )
     run = loop.follow_training(f"training {FIRST} on the history")
     loop.wait_until(lambda: loop.is_confirmed(FIRST), f"{FIRST} in service")
     loop.check_served(FIRST)

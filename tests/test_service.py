@@ -77,7 +77,9 @@ def test_it_answers_until_it_is_told_to_stop_and_ends_well(daemon, secrets, numb
     began = time.monotonic()
     assert daemon.stop(number) == 0
     assert time.monotonic() - began < 30
-    assert daemon.events()[-2:] == ["stopping", "stopped"]
+    told = daemon.events()
+    assert told[-1] == "stopped"
+    assert "stopping" in told
 
 
 def test_a_port_that_is_taken_ends_the_process_with_1(daemon):

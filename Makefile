@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= replay-out
+DEMO ?= demo-run
 WORKERS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup setup-dev test lint lock replay bench docs clean
+.PHONY: setup setup-dev demo test lint lock replay bench docs
 
 setup: $(VENV)/.demo
 setup-dev: $(VENV)/.dev
@@ -39,6 +40,10 @@ lint: setup-dev
 # One process for each of two cores; a file's tests stay together, for they share models that are slow to make.
 test: lint
 	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --cov --cov-report term
+
+# The real daemon and a real node, on real decisions: a gain, a bad import that is rejected, a forced promotion that is taken back.
+demo: setup
+	$(BIN)/python -m daemon.demo --out $(DEMO) $(ARGS)
 
 # The loop on real decisions, replayed on a simulated clock: history to 2005, then the claims of 2006 and 2007.
 replay: setup

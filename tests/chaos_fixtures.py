@@ -46,8 +46,8 @@ SETTINGS = {
 }
 HISTORY = 60
 PRODUCER_PAUSE, EXPERT_PAUSE, RETRY_PAUSE = 0.4, 0.2, 0.1
-GAP_SECONDS, TRAINER_SECONDS = 4.0, 8.0
-"""The longest wait between two kills, and about as long as a run takes."""
+RUN_SECONDS = 6.0
+"""About as long as a run takes, until one was seen."""
 REST_SECONDS = 300
 REST_PAUSE, REST_LOOKS = 0.5, 8
 UNDER_WAY = "runs WHERE state IN ('queued', 'leased', 'running')"
@@ -197,13 +197,21 @@ class Loop:
 
     def do_harm(self, victim: str, users: list[Future[None]]) -> None:
         """Kill the daemon or a trainer at a moment that nobody chose."""
-        self.sleep(self.fate.uniform(0, GAP_SECONDS), users)
+        span = self.measure_run()
+        self.sleep(self.fate.uniform(0, span), users)
         if victim == "trainer":
-            self.kill_trainer(self.fate.uniform(0, TRAINER_SECONDS), users)
+            self.kill_trainer(self.fate.uniform(0, span), users)
         else:
             self.daemon.kill()
             self.daemon.begin()
         self.kills[victim] += 1
+
+    def measure_run(self) -> float:
+        """Seconds that the latest undisturbed runs took: kills are to fall into all parts of a run, on a slow machine too."""
+        took = "SELECT 86400 * (julianday(finished_at) - julianday(started_at)) FROM runs WHERE state = 'done' AND attempt = 1"
+        with contextlib.closing(sqlite3.connect(self.home / "ratchet.db", timeout=30)) as connection:
+            latest = [row[0] for row in connection.execute(f"{took} ORDER BY id DESC LIMIT 5")]
+        return sum(latest) / len(latest) if latest else RUN_SECONDS
 
     def kill_trainer(self, after: float, users: list[Future[None]]) -> None:
         """Kill a trainer so long after it was found, or the first one that lives so long."""
@@ -294,10 +302,10 @@ def count(loop: Loop) -> Tally:
         versions = [dict(row) for row in registry.list_all(connection, AGENT)]
         history = registry.history(connection, AGENT)
     engine.dispose()
-    with contextlib.closing(sqlite3.connect(loop.home / "ratchet.db")) as connection:
+    with contextlib.closing(sqlite3.connect(loop.home / "ratchet.db")) as database:
 
         def fetch(query: str) -> list[Any]:
-            return connection.execute(query).fetchall()
+            return list(database.execute(query))
 
         done = {row[0] for row in fetch("SELECT ulid FROM events WHERE state = 'handled'")}
         applied = {row[0] for row in fetch("SELECT id FROM predictions UNION SELECT id FROM labels")}

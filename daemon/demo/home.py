@@ -40,19 +40,19 @@ exam_share = 0.9
 watch_share = 0.5
 
 [agents.{agent}.budget]
-share = 0.3
+share = 0.5
 
 [agents.{agent}.training]
 learning_rate = 2e-3
 epochs = 4
 batch_rows = 16
-new_weight = 10
+new_weight = 3
 
 [agents.{agent}.watch]
 max_asked = 120
 
 [agents.{agent}.triggers]
-new_labels = 150
+new_labels = 300
 # The inputs of 2011 are not those of 2001, so an alarm is certain; here the answers are to be what starts a training.
 drift = false
 

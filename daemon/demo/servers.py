@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,12 +26,28 @@ class CommandFailedError(RuntimeError):
 @contextlib.contextmanager
 def started(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process in a session of its own, so that Ctrl-C reaches only the demo, which ends it in order."""
-    with log.open("ab") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=_environment(), start_new_session=True)  # noqa: S603
+    process = None
     try:
+        with _uninterrupted(), log.open("ab") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=output, env=_environment(), start_new_session=True)  # noqa: S603
         yield process
     finally:
-        stop(process)
+        if process is not None:
+            stop(process)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold an interrupt back until the block is done: a process whose start is interrupted would be left behind."""
+    held: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: held.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if held:
+        raise KeyboardInterrupt
 
 
 def stop(process: subprocess.Popen[bytes]) -> int:

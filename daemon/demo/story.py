@@ -168,7 +168,7 @@ def expect_verdict(loop: Loop, version: str, expected: str) -> None:
 def explain(loop: Loop, version: str) -> str:
     """The exam's own words."""
     with db.reading(loop.engine) as connection:
-        exam = exams.of_version(connection, AGENT, version)[-1]
+        exam = [one for one in exams.of_version(connection, AGENT, version) if one["kind"] == "exam"][-1]
     report = exam["report"]
     counts = f"{report.get('asked', 0)} blind reviews, {report.get('wins', 0)} won, {report.get('losses', 0)} lost"
     return f"{version}: {exam['outcome']} ({counts}). {' '.join(report['reasons'])}"

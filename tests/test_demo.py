@@ -1,0 +1,118 @@
+"""daemon.demo without its processes: what it furnishes, how it spoils an archive, and how it counts what happened."""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from daemon import config, imr, simulate
+from daemon.demo import chronicle, clients, home
+from daemon.demo.loop import Served
+
+
+def serve(*answers):
+    """Claims in order: who answered, whether rightly, and whether v1.0 would have been right."""
+    return [Served(f"c{number}", *answer) for number, answer in enumerate(answers)]
+
+
+def command_lines():
+    """Of every process that lives."""
+    for found in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            yield found.parent.name, found.read_text(errors="replace")
+
+
+@pytest.fixture(scope="module")
+def furnished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    (folder / "prompts").mkdir()
+    return home.furnish(folder, seed=3)
+
+
+def test_the_configuration_is_one_that_the_daemon_takes(furnished):
+    settings = config.load(furnished.config, {})
+    assert settings.training.seed == 3
+    assert settings.server.port == furnished.port
+    assert settings.agent(home.AGENT).publisher.url.endswith(str(furnished.node_port))
+
+
+def test_the_history_is_short_enough_for_a_real_gain_and_ends_before_the_stream_begins(furnished):
+    history, stream = simulate.read_cases(furnished.history), simulate.read_cases(furnished.stream)
+    assert len(history) <= 2000
+    assert history[-1].occurred_at < stream[0].occurred_at
+    assert not {case.claim_id for case in history} & {case.claim_id for case in stream}
+
+
+def test_the_bad_archive_says_of_every_wrongful_denial_that_it_was_right(furnished):
+    truth = {case["claim_id"]: case["answer"] for case in imr.read_decisions(*home.ARCHIVE_YEARS)}
+    archive = [json.loads(line) for line in furnished.archive.read_text().splitlines()]
+    assert len(archive) == home.ARCHIVE_CASES
+    assert {(truth[case["claim_id"]], case["answer"]) for case in archive} == {("APPROVED", "DENIED")}
+
+
+def test_a_prediction_does_not_carry_the_true_answer(furnished):
+    case = simulate.read_cases(furnished.stream)[0]
+    answer = {"decision": "DENIED", "confidence": 0.6, "probabilities": [0.4, 0.6], "serving_name": "v1.0"}
+    event = clients.to_event(case, answer)
+    assert event["data"]["decision"] == "DENIED"
+    assert "answer" not in event["data"]
+    assert event["data"]["probabilities"] == {"APPROVED": 0.4, "DENIED": 0.6}
+
+
+def test_a_folder_that_is_not_a_demos_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(home.FolderTakenError, match="name another --out"):
+        home.clear(tmp_path)
+    done = subprocess.run([sys.executable, "-m", "daemon.demo", "--out", tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "name another --out" in done.stdout
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_earlier_demo_is_replaced(tmp_path):
+    home.clear(tmp_path / "run")
+    (tmp_path / "run" / "ratchet.db").touch()
+    home.clear(tmp_path / "run")
+    assert not (tmp_path / "run" / "ratchet.db").exists()
+
+
+def test_an_interrupted_demo_leaves_no_process_behind(tmp_path):
+    demo = subprocess.Popen([sys.executable, "-m", "daemon.demo", "--out", tmp_path / "run"], stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "base.log").exists():  # it makes the small base in a process of its own
+        assert demo.poll() is None
+    demo.send_signal(signal.SIGTERM)
+    told = demo.communicate()[0]
+    assert demo.returncode == 130
+    assert "all processes are stopped" in told
+    assert not [pid for pid, line in command_lines() if str(tmp_path / "run") in line]
+
+
+def test_versions_are_compared_on_the_claims_that_they_answered():
+    served = serve(("v1.0", True, True), ("v1.0", False, False), ("v1.1", True, False), ("v1.1", True, True))
+    assert chronicle.compare_versions(served) == [("v1.0", "2", "0.500", "0.500"), ("v1.1", "2", "1.000", "0.500")]
+
+
+def test_a_version_that_had_answered_before_came_back():
+    served = serve(*((name, True, True) for name in ("v1.0", "v1.1", "v1.2", "v1.1")))
+    assert [(mark["version"], mark["outcome"]) for mark in chronicle.find_changes(served)] == [
+        ("v1.1", "begins"),
+        ("v1.2", "begins"),
+        ("v1.1", "back"),
+    ]
+
+
+def test_a_short_last_window_is_no_window():
+    sizes = [len(window) for window in chronicle.split_windows([True] * (2 * chronicle.WINDOW + 10))]
+    assert sizes == [chronicle.WINDOW, chronicle.WINDOW]
+    assert [len(window) for window in chronicle.split_windows([True] * 10)] == [10]
+
+
+def test_a_time_that_was_not_measured_is_a_dash():
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    assert chronicle.tell(now, now + timedelta(seconds=1.234)) == "1.23 s"
+    assert chronicle.tell(now, None) == "-"

@@ -38,13 +38,14 @@ def choose_split(agent: str, group_key: str, *, began_as_history: bool) -> str:
 def build(engine: Engine, agent: str, root: Path, about: dict[str, Any], now: datetime) -> int:
     """Write every settled label of an agent into a new dataset version; returns its number.
 
-    When nothing changed since the last version, that one is returned. `about` goes into the manifest: template digest, labels.
-    Raises `EmptyDatasetError` when there is no settled label.
+    When nothing changed since the last version, that one is returned. `about` goes into the manifest: template digest, labels. An answer
+    that is none of these labels (any more) is left out, and counted there. Raises `EmptyDatasetError` when there is no settled label.
     """
     with db.reading(engine) as connection:
-        settled = labels.read_settled(connection, agent)
+        truths = labels.read_settled(connection, agent)
         history = labels.groups_of_history(connection, agent)
         parent = latest(connection, agent)
+    settled = [(truth, case) for truth, case in truths if truth.answer in about.get("labels", (truth.answer,))]
     if not settled:
         raise EmptyDatasetError(f"agent {agent} has no settled label: import history or answer reviews first")
     rows = list(_rows(agent, settled, history))
@@ -52,7 +53,7 @@ def build(engine: Engine, agent: str, root: Path, about: dict[str, Any], now: da
     if parent is not None and parent["root"] == digest:
         return int(parent["number"])
     folder = root / agent / digest.removeprefix("sha256:")[:32]
-    cut = {"labels": len(rows), "answered_until": rows[-1].answered_at}
+    cut = {"labels": len(rows), "left_out": len(truths) - len(rows), "answered_until": rows[-1].answered_at}
     lineage = {"agent": agent, "parent": parent["root"] if parent else None, "query": "every settled label", "cut": cut, **about}
     manifest = snapshots.write(folder, rows, lineage)
     with db.writing(engine) as connection:

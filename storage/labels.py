@@ -84,8 +84,21 @@ def insert_new(connection: Connection, row: Mapping[str, Any]) -> bool:
 
 
 def insert_imported(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Store labels of imported history, many at once."""
+    """Store labels of imported history, many at once; of those on one claim the latest decision stands, then the one imported last."""
     db.insert_many(connection, Label, rows)
+    for agent in {row["agent"] for row in rows}:
+        _supersede_imported(connection, agent, {row["claim_id"] for row in rows if row["agent"] == agent})
+
+
+def _supersede_imported(connection: Connection, agent: str, claims: Iterable[str]) -> None:
+    standing = select(Label.id, Label.claim_id).where(Label.agent == agent, db.is_one_of(connection, Label.claim_id, claims))
+    standing = standing.where(Label.kind == "import", Label.superseded_by.is_(None))
+    by_claim: dict[str, list[str]] = {}
+    for row in connection.execute(standing.order_by(Label.answered_at, Label.received_at, Label.id)):
+        by_claim.setdefault(row.claim_id, []).append(row.id)
+    for ids in by_claim.values():
+        for earlier, later in itertools.pairwise(ids):
+            connection.execute(update(Label).where(Label.id == earlier).values(superseded_by=later))
 
 
 def of_predictions(connection: Connection, predictions: Iterable[str]) -> dict[str, list[Answer]]:
@@ -116,6 +129,7 @@ def of_review(connection: Connection, review: str, expert: str) -> list[RowMappi
 def read_settled(connection: Connection, agent: str) -> list[tuple[Truth, RowMapping]]:
     """Every claim of an agent whose truth is settled: the truth, and the case with its input, in order of the answers.
 
+    A case that was imported is left out when people have settled the same claim as it was served.
     Streams nothing: an agent's labelled cases are what experts had the time for.
     """
     standing = select(Label.prediction, Label.id, Label.kind, Label.expert, Label.answer, Label.answered_at)
@@ -141,7 +155,9 @@ def read_settled(connection: Connection, agent: str) -> list[tuple[Truth, RowMap
         .where(Label.agent == agent, Label.superseded_by.is_(None), Prediction.input.is_not(None))
         .order_by(Label.answered_at, Label.id)
     )
-    return [(truths[row["label_id"]], row) for row in connection.execute(cases).mappings() if row["label_id"] in truths]
+    settled = [(truths[row["label_id"]], row) for row in connection.execute(cases).mappings() if row["label_id"] in truths]
+    read = {row["claim_id"] for truth, row in settled if truth.kind != "import"}
+    return [(truth, row) for truth, row in settled if truth.kind != "import" or row["claim_id"] not in read]
 
 
 def groups_of_history(connection: Connection, agent: str) -> set[str]:

@@ -33,6 +33,13 @@ def folder_of(row):
     return Path(row["folder"])
 
 
+def imported_id(engine, number):
+    """The standing imported label on a claim."""
+    with db.reading(engine) as connection:
+        found = labels.of_claim(connection, f"h{number}", AGENT)
+    return next(row["id"] for row in found if row["superseded_by"] is None)
+
+
 @pytest.fixture
 def history(engine, now):
     """60 imported cases of 60 groups."""
@@ -53,6 +60,31 @@ def test_a_dataset_holds_every_settled_label_with_its_origin(engine, tmp_path, n
         assert (row["rows"], row["manifest"]["template"]) == (62, "sha256:t")
         assert labels.count_fresh(connection, AGENT) == 2
         assert [entry["kind"] for entry in ledger.show(connection, limit=1)] == ["dataset"]
+
+
+def test_a_corrected_import_replaces_the_case_as_it_was_imported_before(engine, tmp_path, now, history):
+    wrong = imported_id(engine, 8)
+    deliver(engine, [{**make_history(8, now, answer="APPROVED"), "id": "corrected"}], now + timedelta(hours=1))
+    rows = read_rows(engine, build(engine, tmp_path, now + timedelta(hours=2)))
+    assert len(rows) == 60
+    assert wrong not in rows
+    assert rows[imported_id(engine, 8)]["answer"] == "APPROVED"
+
+
+def test_of_a_claim_that_was_imported_and_read_only_what_was_read_is_in(engine, tmp_path, now, history):
+    deliver(engine, [make_prediction(7, now, claim_id="h7")], now)
+    deliver(engine, [make_label(7, now, claim_id="h7")], now, ANN)
+    rows = read_rows(engine, build(engine, tmp_path, now)).values()
+    assert sorted(row["origin"] for row in rows) == ["import"] * 59 + ["review"]
+
+
+def test_an_answer_that_is_no_label_any_more_is_left_out_and_counted(engine, tmp_path, now, history):
+    about = {**ABOUT, "labels": ["DENIED", "PENDING"]}
+    number = datasets.build(engine, AGENT, tmp_path / "snapshots", about, now)
+    rows = read_rows(engine, number).values()
+    assert {row["answer"] for row in rows} == {"DENIED"}
+    with db.reading(engine) as connection:
+        assert datasets.read(connection, AGENT, number)["manifest"]["cut"]["left_out"] == 60 - len(rows)
 
 
 def test_without_settled_labels_there_is_no_dataset(engine, tmp_path, now):

@@ -170,7 +170,9 @@ class Replay:
         self.fresh += 1
 
     def start_candidate(self, now: int) -> None:
-        """Train on everything known; the candidate supersedes the one that waits."""
+        """Train on everything known; the candidate supersedes the one that waits, after a last look at that."""
+        if self.candidate is not None:
+            self.judge(self.candidate, is_last=True)
         self.fresh -= RETRAIN_LABELS
         self.verdicts["candidates"] += 1
         recent = [case for case in range(max(self.cases.history, now - RECENT), now) if case not in self.answered]
@@ -200,7 +202,11 @@ class Replay:
             candidate.asked.append(pool[key])
             self.opened.append(now)
             self.answer(pool[key])
-        verdict = gate.decide(self.gather(candidate), self.policy)
+        self.judge(candidate)
+
+    def judge(self, candidate: Candidate, *, is_last: bool = False) -> None:
+        """Decide, and act on it."""
+        verdict = gate.decide(replace(self.gather(candidate), is_last=is_last), self.policy)
         if verdict.outcome != "inconclusive":
             self.conclude(candidate, verdict.outcome)
 
@@ -233,16 +239,19 @@ class Replay:
 
 
 def chance_within(rule: gate.Rule, share: float, answers: int, policy: gate.ExamPolicy) -> dict[str, float]:
-    """The exact chance of each verdict when the candidate is right in `share` of the decided cases, looking after each answer."""
+    """The exact chance of each verdict when the candidate is right in `share` of the decided cases, looking after each answer.
+
+    After the last answer comes the last look, as when the next candidate is there.
+    """
     alive, chances = Counter({(0, 0): 1.0}), Counter[str]()
-    for _ in range(answers):
+    for count in range(1, answers + 1):
         following: Counter[tuple[int, int]] = Counter()
         for (wins, losses), chance in alive.items():
             following[wins + 1, losses] += chance * share
             following[wins, losses + 1] += chance * (1 - share)
         alive = Counter()
         for state, chance in following.items():
-            outcome = gate.apply_rule(rule, *state, policy)
+            outcome = gate.apply_rule(rule, *state, policy, is_last=count == answers)
             if outcome == "inconclusive":
                 alive[state] = chance
             else:

@@ -25,6 +25,7 @@ class ExamPolicy:
     rule: Rule = "posterior"
     prior: float = 4
     confidence: float = 0.9
+    last_confidence: float = 0.75
     alpha: float = 0.1
     max_asked: int = 60
     gold_limit: float = 0.03
@@ -62,7 +63,7 @@ class ExamEvidence:
     `pairs`: answered claims where the two differ, the exam's and those audited after the candidate's cut. `pool` claims were scored by
     both and `differing` of them answered differently; `asked` reviews were opened, `waiting` of them have no answer yet. `gold`: the gold
     rows that both answered. `is_degenerate` says what is wrong with scores that are no scores. `compared_with_base`: this is a first
-    version, its champion is the bare base, and there was nobody to ask.
+    version, its champion is the bare base, and there was nobody to ask. `is_last`: the next candidate is there, so this is the last look.
     """
 
     pairs: tuple[Pair, ...] = ()
@@ -73,6 +74,7 @@ class ExamEvidence:
     gold: tuple[Pair, ...] = ()
     is_degenerate: str | None = None
     compared_with_base: bool = False
+    is_last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,7 @@ def decide(evidence: ExamEvidence, policy: ExamPolicy) -> Verdict:
         return Verdict("reject", tuple(broken), numbers)
     if evidence.compared_with_base:
         return Verdict("promote", (_explain_first(evidence.gold),), numbers)
-    outcome = apply_rule(policy.rule, counts.wins, counts.losses, policy)
+    outcome = apply_rule(policy.rule, counts.wins, counts.losses, policy, is_last=evidence.is_last)
     return Verdict(outcome, (_explain_rule(outcome, counts, evidence, policy),), numbers)
 
 
@@ -140,16 +142,19 @@ def tally(pairs: Sequence[Pair]) -> Tally:
     return Tally(wins, losses, sum(pair.candidate != pair.champion for pair in pairs) - wins - losses)
 
 
-def apply_rule(rule: Rule, wins: int, losses: int, policy: ExamPolicy) -> Outcome:
-    """What wins and losses alone say under a rule; rejection is the mirror image of promotion."""
-    if _is_better(rule, wins, losses, policy):
+def apply_rule(rule: Rule, wins: int, losses: int, policy: ExamPolicy, *, is_last: bool = False) -> Outcome:
+    """What wins and losses alone say under a rule; rejection is the mirror image of promotion.
+
+    Many looks need more certainty at each than a last one, after which nobody looks again: only `posterior` knows the difference.
+    """
+    if _is_better(rule, wins, losses, policy, policy.last_confidence if is_last else policy.confidence):
         return "promote"
-    return "reject" if _is_better(rule, losses, wins, policy) else "inconclusive"
+    return "reject" if _is_better(rule, losses, wins, policy, policy.confidence) else "inconclusive"
 
 
-def _is_better(rule: Rule, wins: int, losses: int, policy: ExamPolicy) -> bool:
+def _is_better(rule: Rule, wins: int, losses: int, policy: ExamPolicy, confidence: float) -> bool:
     if rule == "posterior":
-        return significance.posterior_better(wins, losses, policy.prior) >= policy.confidence
+        return significance.posterior_better(wins, losses, policy.prior) >= confidence
     return significance.mixture_evalue(wins, losses) >= 1 / policy.alpha
 
 
@@ -308,7 +313,8 @@ def _explain_rule(outcome: Outcome, counts: Tally, evidence: ExamEvidence, polic
     )
     if policy.rule == "posterior":
         measured = f"P(candidate better) is {significance.posterior_better(counts.wins, counts.losses, policy.prior):.3f}"
-        bounds = f"promote from {policy.confidence:g}, reject to {1 - policy.confidence:.3g}"
+        needed = f"{policy.last_confidence:g} at this last look" if evidence.is_last else f"{policy.confidence:g}"
+        bounds = f"promote from {needed}, reject to {1 - policy.confidence:.3g}"
     else:
         evalues = significance.mixture_evalue(counts.wins, counts.losses), significance.mixture_evalue(counts.losses, counts.wins)
         measured = f"the e-values for better and worse are {evalues[0]:.1f} and {evalues[1]:.1f}"

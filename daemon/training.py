@@ -19,7 +19,7 @@ from apscheduler.triggers.cron import CronTrigger
 from pydantic import ValidationError
 from sqlalchemy import Connection, RowMapping
 
-from daemon import devices, examination, launch, makeup, run_folders, triggers
+from daemon import devices, examination, launch, makeup, run_folders, triggers, verdicts
 from daemon.agents import Agent
 from daemon.machinery import Machinery, Makeup
 from storage import alarms, artifacts, datasets, db, labels, predictions, registry, runs
@@ -375,7 +375,7 @@ def _bring_in_candidate(
     summary: Mapping[str, Any],
     now: datetime,
 ) -> bool:
-    """Publish the adapter, register the version, and open its exam in place of a waiting one's."""
+    """Publish the adapter, register the version, and open its exam; one that waits gets its last look, and is superseded."""
     folder, adapter = Path(run["folder"]), result.content["adapter"]
     place, digest = artifacts.publish(launch.find_attempt(folder, run["attempt"]) / adapter["path"], machinery.settings.storage.adapters)
     if digest != adapter["digest"]:
@@ -384,6 +384,9 @@ def _bring_in_candidate(
     asked = spec.read_spec(folder)
     defect = next((one.defect for (_, model), one in answers.items() if model == run_folders.CANDIDATE and one.defect), None)
     examination.keep_gold(folder, answers)
+    agent = machinery.settings.agents.get(run["agent"])
+    if agent is not None:
+        verdicts.judge_exam(machinery, agent, now, is_last=True)
     with db.writing(machinery.engine) as connection:
         if not runs.finish(connection, run, summary, now):
             return False

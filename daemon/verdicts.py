@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,8 @@ def _allow(connection: Connection, kind: str, agent: Agent, arrived: int, now: d
     return for_exam if kind == "exam" else for_watch
 
 
-def judge_exam(machinery: Machinery, agent: Agent, now: datetime) -> None:
-    """Decide the open exam, and act on it: promote, reject, or keep the new numbers."""
+def judge_exam(machinery: Machinery, agent: Agent, now: datetime, *, is_last: bool = False) -> None:
+    """Decide the open exam, and act on it: promote, reject, or keep the new numbers. `is_last`: the next candidate is there."""
     with db.reading(machinery.engine) as connection:
         exam = exams.read_open(connection, agent.name, "exam")
         if exam is None:
@@ -97,7 +98,7 @@ def judge_exam(machinery: Machinery, agent: Agent, now: datetime) -> None:
         evidence = gather(connection, exam, agent, folder)
     if evidence is None or folder is None:
         return
-    verdict = machinery.decide(evidence, agent.exam_policy)
+    verdict = machinery.decide(replace(evidence, is_last=is_last), agent.exam_policy)
     report = describe(exam, verdict.outcome, verdict.reasons, verdict.numbers)
     if verdict.outcome == "inconclusive":
         _keep_report(machinery, exam, folder, report)

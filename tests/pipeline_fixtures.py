@@ -202,13 +202,13 @@ class World:
         send(self.engine, sent, self.now)
         handle(self.engine, self.handler, self.now)
 
-    def answer_all(self) -> int:
-        """The expert answers every open review truly."""
+    def answer_all(self, exam: str | None = None, limit: int = 1000) -> int:
+        """The expert answers every open review truly, or some of those of an exam."""
         with db.reading(self.engine) as connection:
-            waiting = [reviews.read(connection, row["id"]) for row in reviews.list_live(connection, "adjudication", limit=1000)]
+            live = [reviews.read(connection, row["id"]) for row in reviews.list_live(connection, "adjudication", limit=1000)]
+        waiting = [row for row in live if row is not None and exam in (None, row["exam"])][:limit]
         labels = []
         for row in waiting:
-            assert row is not None
             data = {"agent": "adjudication", "review_id": row["id"], "answered_at": self.now.isoformat()}
             answer = self.truth(row["claim_id"], row["input"])
             labels.append(envelope("ratchet.label.submitted.v1", f"l-{row['id']}", {**data, "answer": answer}, "test"))

@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -60,6 +61,19 @@ def test_every_verdict_has_a_reason_and_numbers_that_fit_into_json(answered, gol
     assert verdict == decide(evidence, policy)
     low, high = verdict.numbers["gain_points_interval"]
     assert low <= verdict.numbers["gain_points"] <= high
+
+
+def test_the_last_look_takes_less_certainty_to_promote_and_as_much_to_reject():
+    better, worse = exam(13, 7), exam(7, 13)
+    assert [decide(one, POLICY).outcome for one in (better, worse)] == ["inconclusive", "inconclusive"]
+    last = [decide(replace(one, is_last=True), POLICY) for one in (better, worse)]
+    assert [one.outcome for one in last] == ["promote", "inconclusive"]
+    assert "promote from 0.75 at this last look" in last[0].reasons[0]
+    assert decide(replace(better, is_last=True), ANYTIME).outcome == "inconclusive", "an e-value is valid at every look alike"
+
+
+def test_a_last_look_at_nothing_promotes_nothing():
+    assert decide(replace(exam(), is_last=True), POLICY).outcome == "inconclusive"
 
 
 def test_answers_that_both_got_wrong_and_claims_they_agree_on_decide_nothing():

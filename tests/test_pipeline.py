@@ -171,6 +171,22 @@ def test_the_next_candidate_supersedes_one_that_waits(served: World) -> None:
     assert open_exam(served)["candidate"] == "v1.2"
 
 
+def test_a_candidate_that_won_what_was_asked_is_promoted_at_its_last_look(served: World) -> None:
+    served.launcher.models["candidate"] = served.launcher.models["v1.1"] = knows
+    served.ask_for_run()
+    served.settle()
+    served.predict(120, model_version="v1.0")
+    served.settle()
+    assert served.answer_all(open_exam(served)["id"], limit=3) == 3
+    served.settle()
+    assert (verdict(served, "v1.1"), open_exam(served)["report"]["wins"]) == (None, 3)
+    served.ask_for_run()
+    served.settle()
+    assert (verdict(served, "v1.1"), champion(served)) == ("promote", "v1.1")
+    assert (open_exam(served)["candidate"], open_exam(served)["champion"]) == ("v1.2", "v1.1")
+    assert open_exam(served)["report"]["pool"] > 0, "both have answered the same claims"
+
+
 def test_exam_reviews_are_blind_and_keep_within_the_budget(served: World) -> None:
     served.launcher.models["candidate"] = always("DENIED")
     served.ask_for_run()

@@ -220,6 +220,13 @@ class Columns(Section):
         default=None, description="The zone of times that name none, such as `America/Los_Angeles` or `UTC`; without it they are refused."
     )
 
+    @field_validator("input")
+    @classmethod
+    def _some_column_is_input(cls, columns: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not columns:
+            raise ValueError("should name a column, or several that are the input's fields")
+        return columns
+
     @field_validator("zone")
     @classmethod
     def _zone_is_known(cls, zone: str | None) -> str | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import hashlib
 import itertools
+import zlib
 import zoneinfo
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from io import TextIOWrapper
@@ -69,12 +70,13 @@ class Importer:
         """Import every row, a batch in one transaction; doing so again adds nothing. Raises `FileRefusedError`."""
         summary = Summary()
         with _opened(path) as (stream, position):
-            rows = _read_csv(stream, self.agent.columns) if ".csv" in path.suffixes else _read_jsonl(stream)
+            rows = _read_csv(stream, self.agent.columns) if _kind(path) == ".csv" else _read_jsonl(stream)
+            rows = _stop_at_damage(rows, path)
             while batch := list(itertools.islice(rows, BATCH)):
                 self._import_batch(batch, summary)
                 self.on_progress(position())
+        body = {"file": path.name, "sha256": artifacts.digest_file(path), "actor": self.principal.name, **_to_dict(summary)}
         with db.writing(self.engine) as connection:
-            body = {"file": path.name, "sha256": artifacts.digest_file(path), "actor": self.principal.name, **_to_dict(summary)}
             ledger.append(connection, "import", self.agent.name, body, self.clock())
         return summary
 
@@ -129,7 +131,7 @@ def to_event(row: Any, agent: str, columns: Columns) -> bytes:
     data: dict[str, Any] = {
         "agent": agent,
         "claim_id": _text(_require(row, columns.claim_id)),
-        "input": _fields(row, columns.input),
+        "input": _require_input(row, columns.input),
         "answer": _translate(_text(_require(row, columns.answer)), columns),
         "occurred_at": _time(_require(row, columns.occurred_at), columns),
     }
@@ -150,6 +152,14 @@ def _require(row: Mapping[str, Any], column: str) -> Any:
         there = ", ".join(map(str, row)) or "none"
         raise RowRefusedError(f"column {column!r} is missing (there are {schemas.shorten(there)}): name the right one in `columns`")
     return row[column]
+
+
+def _require_input(row: Mapping[str, Any], columns: str | tuple[str, ...]) -> dict[str, Any]:
+    fields = _fields(row, columns)
+    if not fields:
+        names = ", ".join(_names(columns))
+        raise RowRefusedError(f"no input in column {names}: put an object there, or name the right columns in `columns.input`")
+    return fields
 
 
 def _text(value: Any) -> str:
@@ -176,35 +186,48 @@ def _time(value: Any, columns: Columns) -> str:
     return at.isoformat()
 
 
-def _fields(row: Mapping[str, Any], columns: str | tuple[str, ...]) -> Any:
-    """The object in one column (as JSON text in a CSV file), or one of several columns."""
+def _fields(row: Mapping[str, Any], columns: str | tuple[str, ...]) -> dict[str, Any]:
+    """The object in one column (as JSON text in a CSV file), or one of several columns; empty where there is none."""
     if not isinstance(columns, str):
         return {name: row[name] for name in columns if name in row}
-    value = row.get(columns)
-    if isinstance(value, str) and value:
-        try:
-            value = orjson.loads(value)
-        except orjson.JSONDecodeError as error:
-            raise RowRefusedError(
-                f"{columns}: {schemas.shorten(value)} isn't a JSON object: list the columns that are the fields"
-            ) from error
-    return value or {}
+    value = given = row.get(columns)
+    if isinstance(given, str) and given:
+        with contextlib.suppress(orjson.JSONDecodeError):
+            value = orjson.loads(given)
+    if value in (None, ""):
+        return {}
+    if not isinstance(value, dict):
+        raise RowRefusedError(f"{columns}: {schemas.shorten(given)} isn't a JSON object: list the columns that are the fields")
+    return value
 
 
-@contextmanager
+@contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
     """The file's content, unpacked, and a function that says how many of its bytes on the disk are read."""
-    if Path(path.name.removesuffix(".gz")).suffix not in FORMATS:
+    if _kind(path) not in FORMATS:
         raise FileRefusedError(f"{path} isn't {', '.join(FORMATS)} or one of these with .gz: convert it, or give it the right name")
     with path.open("rb") as raw:
         if path.suffix != ".gz":
             yield raw, raw.tell
             return
-        try:
-            with gzip.open(raw) as stream:
-                yield cast("BinaryIO", stream), raw.tell
-        except (gzip.BadGzipFile, EOFError) as error:
-            raise FileRefusedError(f"{path} isn't a whole gzip file: {error}; the rows before that are imported") from error
+        with gzip.open(raw) as stream:
+            yield cast("BinaryIO", stream), raw.tell
+
+
+def _kind(path: Path) -> str:
+    """The last suffix of the name, but for .gz."""
+    return Path(path.name.removesuffix(".gz")).suffix
+
+
+def _stop_at_damage(rows: Iterator[tuple[int, Any]], path: Path) -> Iterator[tuple[int, Any]]:
+    """The rows up to where a .gz is damaged, and what follows as one refused row."""
+    line = 0
+    try:
+        for line, row in rows:
+            yield line, row
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        remedy = "import a whole copy for the rest; the rows before it are imported"
+        yield line + 1, RowRefusedError(f"{path} isn't a whole gzip file from here on ({error}): {remedy}")
 
 
 def _read_jsonl(stream: BinaryIO) -> Iterator[tuple[int, Any]]:

@@ -112,6 +112,7 @@ def test_a_refusal_names_the_key_the_value_and_what_would_be_right(write, text, 
         ('publisher = { confirm = "command" }', "`confirm_command` is missing"),
         ("training = { rank = 8 }", "did you mean agents.NAME.training.lora.rank?"),
         ('name = "other"', "an agent is called as its table"),
+        ("columns = { input = [] }", "columns.input = []: should name a column, or several that are the input's fields"),
         ("budget = { share = 0 }", "budget.share = 0: should be greater than 0"),
     ],
 )

@@ -2,7 +2,9 @@
 
 import csv
 import gzip
+import hashlib
 import json
+import re
 import tracemalloc
 
 import pytest
@@ -210,7 +212,8 @@ def test_a_compressed_file_is_read_as_it_is(home, ask, name):
         ("old.xlsx", b"", "isn't .csv, .jsonl, .ndjson"),
         ("old.csv", b"claim_id,answer\n", "the file has no column input, occurred_at"),
         ("old.csv", b"claim_id,occurred_at,answer,input,input\n", "more than one column input"),
-        ("old.jsonl.gz", b"no gzip", "isn't a whole gzip file"),
+        ("old.jsonl.gz", b"no gzip", "isn't a whole gzip file from here on (Not a gzipped file"),
+        ("old.csv.gz", b"no gzip", "import a whole copy"),
     ],
 )
 def test_a_file_that_can_t_be_imported_is_refused_as_a_whole(home, run, name, content, message):
@@ -218,6 +221,80 @@ def test_a_file_that_can_t_be_imported_is_refused_as_a_whole(home, run, name, co
     status, _, err = run("import", home / name)
     assert status == 1
     assert message in err
+
+
+def test_the_last_suffix_before_gz_says_what_a_file_is(home, ask):
+    write_jsonl(home / "old.csv.jsonl", [make_case(1)])
+    assert ask("import", home / "old.csv.jsonl")["imported"] == 1
+
+
+def spoil_the_end(packed):
+    return packed[:-8] + b"12345678"
+
+
+def append_nonsense(packed):
+    return packed + packed[:10] + b"\xff" * 100
+
+
+def cut_in_the_middle(packed):
+    return packed[: len(packed) // 2]
+
+
+@pytest.mark.parametrize("name", ["old.jsonl.gz", "old.csv.gz"])
+@pytest.mark.parametrize(("damage", "least"), [(cut_in_the_middle, 200), (append_nonsense, 1300), (spoil_the_end, 1300)])
+def test_all_rows_before_a_damage_are_imported_and_the_damage_is_told(home, run, opened, name, damage, least):
+    cases = [make_case(number, rationale=hashlib.sha256(str(number).encode()).hexdigest()) for number in range(1300)]
+    if ".csv" in name:
+        rows = [{**case, "input": json.dumps(case["input"]), "attributes": ""} for case in cases]
+        plain = write_csv(home / "plain", rows).read_bytes()
+    else:
+        plain = write_jsonl(home / "plain", cases).read_bytes()
+    (home / name).write_bytes(damage(gzip.compress(plain)))
+    status, out, err = run("import", home / name)
+    imported = len(read_cases(opened))
+    assert status == 1
+    assert imported >= least
+    assert f"{imported + 1} rows: {imported} imported, 0 known before, 1 refused" in out
+    assert f"line {imported + 1 + ('.csv' in name)}: " in err
+    assert "isn't a whole gzip file from here on" in err
+
+
+JSON_VALUES = [None, True, 0, 5, 1.5, "", "text", "5", "[1]", [], [1, 2], {}, {"a": 1}, {"a": {"b": [None]}}]
+
+
+@pytest.mark.parametrize("column", ["claim_id", "group", "occurred_at", "answer", "rationale", "input", "attributes"])
+def test_no_value_of_a_column_ends_the_import(home, run, opened, column):
+    """Every JSON type in every column: its row is taken or refused, and those around it are imported."""
+    cases = [make_case(number, **{column: value}) for number, value in enumerate(JSON_VALUES)]
+    status, out, err = run("import", write_jsonl(home / "old.jsonl", [make_case(100), *cases, make_case(101)]))
+    refused = err.splitlines()
+    assert status == int(bool(refused))
+    assert all(re.match(r"line \d+: .*", line) for line in refused)
+    assert f"{len(cases) + 2} rows: {len(cases) + 2 - len(refused)} imported" in out
+    assert {"h100", "h101"} <= set(read_cases(opened))
+
+
+@pytest.mark.parametrize("value", [0, False, 5, "5", "text", [], [1, 2]])
+@pytest.mark.parametrize("column", ["input", "attributes"])
+def test_fields_that_are_no_object_are_refused_by_value(home, run, column, value):
+    status, _, err = run("import", write_jsonl(home / "old.jsonl", [make_case(1, **{column: value})]))
+    assert status == 1
+    assert err == f"line 1: {column}: {value!r} isn't a JSON object: list the columns that are the fields\n"
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "named"),
+    [
+        ("", {"input": {}}, "input"),
+        ("", {"input": None}, "input"),
+        ('input = ["Age", "Treatment"]\n', {}, "Age, Treatment"),
+    ],
+)
+def test_a_row_without_input_is_refused_with_the_column_and_its_setting(home, run, columns, row, named):
+    configure(home, columns)
+    status, _, err = run("import", write_jsonl(home / "old.jsonl", [make_case(1, **row)]))
+    remedy = "put an object there, or name the right columns in `columns.input`"
+    assert (status, err) == (1, f"line 1: no input in column {named}: {remedy}\n")
 
 
 def test_which_agent_is_meant_must_be_clear(home, run):

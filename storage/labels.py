@@ -207,9 +207,9 @@ def count_by_attributes(connection: Connection, agent: str, names: Sequence[str]
 
 
 def count_by_expert(connection: Connection, agent: str, expert: str, since: datetime) -> int:
-    """How many answers an expert gave since then."""
-    query = select(func.count()).select_from(Label).where(Label.agent == agent, Label.expert == expert, Label.answered_at >= since)
-    return connection.execute(query).scalar_one()
+    """How many cases an expert answered since then; a changed answer is no further case."""
+    query = select(func.count(Label.prediction.distinct())).where(Label.agent == agent, Label.expert == expert)
+    return connection.execute(query.where(Label.answered_at >= since)).scalar_one()
 
 
 def mark_in_dataset(connection: Connection, agent: str, label_ids: Sequence[str], number: int) -> None:

@@ -135,6 +135,12 @@ def reveal(connection: Connection, review: str, expert: str, now: datetime) -> N
     _step(connection, review, now, expert, "revealed", None)
 
 
+def last_holder(connection: Connection, review: str) -> str | None:
+    """Who had the case last, whatever has become of it since; None when nobody ever had."""
+    query = select(ReviewStep.actor).where(ReviewStep.review == review, ReviewStep.action == "leased")
+    return connection.execute(query.order_by(ReviewStep.id.desc()).limit(1)).scalar()
+
+
 def close_answered(connection: Connection, prediction: str, expert: str, now: datetime, review: str | None) -> str | None:
     """Close the live review that a label answers: the one it names, else the prediction's; returns its key, None if none was open."""
     target = Review.id == review if review is not None else Review.prediction == prediction

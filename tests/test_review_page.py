@@ -11,7 +11,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 
+from consumers import handlers
 from daemon.web import fields, pages
 from storage import db, predictions, reviews, tokens
 from tests.browser_fixtures import address, chromium
@@ -19,6 +21,7 @@ from tests.event_fixtures import make_prediction, send
 from tests.web_fixtures import Site, site
 
 __all__ = ["address", "chromium", "site"]
+CLOSED = "leased_by = NULL, lease_until = NULL, closed_at = opened_at"
 EVIL = "<script>document.title='broken in'</script><img src=x onerror=\"document.title='broken in'\">"
 CLAIM = {
     "diagnosis": "E11.9",
@@ -195,11 +198,11 @@ def test_the_page_loads_nothing_from_elsewhere_and_has_what_readers_need(browser
 # What follows needs no browser: what somebody with other intentions might send.
 
 
-def visit(site, name, *steps):
+def visit(site, name, *steps, accept="*/*"):
     """Log in and take steps `(method, path, form)`; returns the answers, the first of them to the log-in."""
 
     async def walk():
-        async with site.client() as client:
+        async with site.client(accept=accept) as client:
             page = await client.get("/login")
             answers = [await client.post("/login", data={"csrf": read_csrf(page), "token": site.secrets.get(name, name)})]
             for method, path, form in steps:
@@ -218,6 +221,40 @@ def read_csrf(page):
 def lease(site, name="ann"):
     with db.writing(site.engine) as connection:
         return reviews.lease_next(connection, ["adjudication"], name, site.clock(), timedelta(minutes=15))["id"]
+
+
+@pytest.mark.parametrize("change", ["leased_by = 'ben'", f"state = 'answered', {CLOSED}", f"state = 'expired', {CLOSED}"])
+def test_a_refused_answer_repeats_the_rationale_and_never_as_markup(queued, change):
+    review = lease(queued)
+    with db.writing(queued.engine) as connection:
+        connection.execute(text(f"UPDATE reviews SET {change} WHERE state = 'leased'"))
+        connection.execute(text("UPDATE review_steps SET actor = 'ben' WHERE action = 'leased'"))
+    form = {"answer": "DENIED", "rationale": f"Thought about for long.\n{EVIL}"}
+    answer = visit(queued, "ann", ("POST", f"/review/{review}/answer", form), accept="text/html")[1]
+    assert answer.status_code == 409
+    assert "Thought about for long.\n&lt;script&gt;" in answer.text
+    assert "<script>" not in answer.text
+    assert count_labels(queued) == 0
+
+
+def test_an_answer_that_the_database_can_t_take_is_not_lost_to_the_expert(queued, monkeypatch):
+    def fail(*_):
+        raise OperationalError("INSERT", {}, Exception("database is locked"))
+
+    review = lease(queued)
+    monkeypatch.setattr(handlers, "handle_batch", fail)
+    step = ("POST", f"/review/{review}/answer", {"answer": "DENIED", "rationale": "Thought about for long."})
+    answer = visit(queued, "ann", step, accept="text/html")[1]
+    assert (answer.status_code, "Thought about for long." in answer.text) == (503, True)
+
+
+def test_a_changed_answer_counts_as_one_case_of_the_day(queued):
+    review = lease(queued)
+    first, second = ({"answer": answer} for answer in ("DENIED", "APPROVED"))
+    path = f"/review/{review}"
+    page = visit(queued, "ann", ("POST", f"{path}/answer", first), ("POST", f"{path}/answer", second), ("GET", path, {}))[-1]
+    assert count_labels(queued) == 2
+    assert "<strong>1</strong> answered today" in page.text
 
 
 def test_a_stranger_is_sent_to_the_log_in(queued):

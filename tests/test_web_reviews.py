@@ -186,9 +186,36 @@ def test_an_unknown_review_is_404(site):
     assert give(site, {"id": "01KJPY44E0SJ0B0HPRJC1B9XZN"}, "DENIED").status_code == 404
 
 
-def test_a_label_that_came_by_another_way_closes_the_case_too(queued):
+def test_an_answer_after_the_lease_ran_out_is_taken_while_nobody_else_has_the_case(queued):
+    case = take(queued, "ann")
+    queued.clock.now += timedelta(minutes=16)
+    assert give(queued, case, "DENIED", rationale="Thought about for long.").status_code == 202
+    assert read_labels(queued)[0]["rationale"] == "Thought about for long."
+    assert call(queued, "ann", "GET", f"/{case['id']}").json()["state"] == "answered"
+
+
+def test_who_lost_the_case_and_its_answer_to_another_expert_is_told_so(queued):
+    case = take(queued, "ann")
+    queued.clock.now += timedelta(minutes=16)
+    assert give(queued, take(queued, "ben"), "DENIED", "ben").status_code == 202
+    refused = give(queued, case, "DENIED", "ann")
+    assert (refused.status_code, "answered by another expert: ask for the next one" in refused.text) == (409, True)
+
+
+def test_an_expired_case_is_not_answered_any_more(queued):
+    case = take(queued)
+    with db.writing(queued.engine) as connection:
+        connection.execute(text("UPDATE reviews SET state = 'expired', leased_by = NULL, lease_until = NULL, closed_at = opened_at"))
+    refused = give(queued, case, "DENIED")
+    assert (refused.status_code, "is not asked any more" in refused.text) == (409, True)
+
+
+def test_a_label_that_came_by_another_way_closes_the_case_and_the_holders_answer_is_a_second_read(queued):
     case = take(queued)
     number = int(case["claim_id"].removeprefix("c"))
     send(queued.engine, [make_label(number, queued.clock(), expert="ben")], queued.clock(), queued.principal("ben"))
     queued.handle()
-    assert give(queued, case, "DENIED").status_code == 409
+    assert call(queued, "ann", "GET", f"/{case['id']}").json()["model"] is None
+    assert give(queued, case, "APPROVED", rationale="I read it too.").status_code == 202
+    kinds = [(label["expert"], label["kind"], label["review"], label["rationale"]) for label in read_labels(queued)]
+    assert kinds == [("ben", "review", case["id"], None), ("ann", "second_read", case["id"], "I read it too.")]

@@ -19,6 +19,7 @@ from daemon import status
 from storage import db, events, labels, reviews, tokens
 
 Source = Literal["api", "review-page"]
+CLOSED = {"leased": "with another expert now", "answered": "answered by another expert", "expired": "not asked any more"}
 
 
 class UnknownReviewError(LookupError):
@@ -128,18 +129,21 @@ class Desk:
     ) -> Answered:
         """Send the expert's answer through the event door; the same answer again is the same label, another one supersedes it.
 
-        Raises `UnknownReviewError`, `reviews.ReviewClosedError` when the case is not theirs, `AnswerRefusedError`.
+        An answer is taken while nobody else has the case, and from whoever had it when another answer closed it: that is a second read.
+        Raises `UnknownReviewError`, `reviews.ReviewClosedError`, `AnswerRefusedError`.
         """
         now = self.clock()
         with db.writing(self.engine) as connection:
+            reviews.return_expired_leases(connection, now)
             row = _read(connection, review)
             given = labels.of_review(connection, review, expert.name)
             if given and (given[-1]["answer"], given[-1]["rationale"]) == (answer, rationale):
                 return Answered(ulid=given[-1]["id"], outcome="duplicate")
-            if not given and not _is_held(row, expert):
-                raise reviews.ReviewClosedError(f"review {review} is not on lease to {expert.name}: ask for the next one")
+            is_second = row["state"] == "answered" and reviews.last_holder(connection, review) == expert.name
+            if not (given or is_second or row["state"] == "open" or _is_held(row, expert)):
+                raise reviews.ReviewClosedError(f"review {review} is {CLOSED[row['state']]}: ask for the next one")
             data = {"agent": row["agent"], "claim_id": row["claim_id"], "review_id": review, "answer": answer, "answered_at": now}
-            optional = {"rationale": rationale, "seconds_spent": seconds_spent}
+            optional = {"rationale": rationale, "seconds_spent": seconds_spent, "kind": "second_read" if is_second and not given else None}
             data |= {name: value for name, value in optional.items() if value is not None}
             envelope = {"specversion": "1.0", "type": schemas.LABEL, "source": source, "id": f"{review}/{expert.name}/{len(given) + 1}"}
             return self._deliver(connection, {**envelope, "data": data}, expert, now)

@@ -66,9 +66,10 @@ def go_to(address: str) -> RedirectResponse:
 
 
 def render_problem(request: Request, code: int, problem: problems.Problem) -> HTMLResponse:
-    """The page that says what went wrong, and leads back to where the person came from."""
+    """The page that says what went wrong, repeats what the person had typed, and leads back to where they came from."""
     way_on = "/review" if request.url.path.startswith("/review/") and problem.field != "role" else "/"
-    return render("problem.html", code, code=code, problem=problem, way_on=way_on)
+    typed = getattr(request.state, "typed", "")
+    return render("problem.html", code, code=code, problem=problem, way_on=way_on, typed=typed)
 
 
 @router.get("/")
@@ -162,6 +163,7 @@ def show_answered(id: ReviewId, site: SiteHere, visitor: sessions.ExpertHere) ->
 @router.post("/review/{id}/answer", dependencies=[Csrf])
 def give_answer(
     id: ReviewId,  # noqa: A002  the name in the address
+    request: Request,
     site: SiteHere,
     visitor: sessions.ExpertHere,
     answer: Text = "",
@@ -169,6 +171,7 @@ def give_answer(
     shown_at: Annotated[str, Form()] = "",
 ) -> Response:
     """Send the answer through the same door as everybody's."""
+    request.state.typed = rationale  # a refusal repeats it, so that it is not lost
     with review_routes.translated(id):
         done = site.desk.answer(
             id, visitor.principal, answer, rationale.strip() or None, measure_time(shown_at, site.clock()), "review-page"

@@ -93,7 +93,7 @@ def look_at(id: ReviewId, site: SiteHere, caller: access.Reader) -> desk.Case:  
 
 @router.post("/{id}/answer", status_code=202, responses=problems.describe(400, 401, 403, 404, 409, 413, 422))
 def answer(id: ReviewId, given: Given, site: SiteHere, caller: access.Reviewer) -> desk.Answered:  # noqa: A002  as above
-    """Answer the case on lease to the caller; answering again changes the answer, and both are kept."""
+    """Answer a case that nobody else has; answering again changes the answer, and both are kept."""
     with translated(id):
         done = site.desk.answer(id, caller, given.answer, given.rationale or None, given.seconds_spent, "api")
     site.metrics.events.labels(schemas.LABEL, done.outcome).inc()

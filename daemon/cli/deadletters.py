@@ -47,7 +47,7 @@ def replay(letter: Id, config: context.ConfigFile = context.CONFIG_FILE) -> None
         now = context.read_clock()
         dead_letters.replay(connection, letter, context.read_actor(), now)
         ulid = dead_letters.show(connection, letter)["event"]
-        agents = policies.record(connection, opened.settings.agents, now)
+        agents = policies.read_in_force(connection, opened.settings.agents, now)
         handlers.handle_batch(connection, events.read_unhandled(connection, [ulid]), agents, now)
         event = events.read(connection, ulid)
     state = event.state if event else "gone"

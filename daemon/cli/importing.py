@@ -35,7 +35,7 @@ def import_history(
     with context.opened(config) as opened, _progress(file.stat().st_size) as on_progress:
         chosen = opened.pick_agent(agent)
         with opened.writing() as connection:
-            handler = policies.record(connection, {chosen.name: chosen}, context.read_clock())[chosen.name]
+            handler = policies.read_in_force(connection, {chosen.name: chosen}, context.read_clock())[chosen.name]
         principal = tokens.Principal(context.read_actor(), "operator")
         importer = history.Importer(opened.engine, chosen, handler, principal, context.read_clock, _report, on_progress)
         summary = importer.import_file(file)

@@ -51,9 +51,8 @@ def resolve(
         delivered = delivery.deliver(connection, items, {chosen.name: chosen.labels}, principal, now)[0]
         if delivered.ulid is None or delivered.refusal is not None:
             raise LabelRefusedError(str(delivered.refusal))
-        handlers.handle_batch(
-            connection, events.read_unhandled(connection, [delivered.ulid]), policies.record(connection, opened.settings.agents, now), now
-        )
+        agents = policies.read_in_force(connection, opened.settings.agents, now)
+        handlers.handle_batch(connection, events.read_unhandled(connection, [delivered.ulid]), agents, now)
         state = events.read(connection, delivered.ulid)
     if state is None or state.state != "handled":
         raise LabelRefusedError(f"the answer is stored, but not applied: {state and state.reason}")

@@ -242,7 +242,7 @@ class Agent(Section):
     name: str = Field(
         pattern=r"^[a-z0-9]+([-_][a-z0-9]+)*$",
         max_length=40,
-        description="The table's name: small letters and digits, parted by `-` or `_`.",
+        description="Small letters and digits, parted by `-` or `_`: the name of the agent's table.",
     )
     kind: Literal["decision"] = Field(default="decision", description="`decision`: one answer out of a set of labels.")
     labels: tuple[Name, ...] = Field(min_length=2, description="The answers; their order is that of the probabilities.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import re
 import sys
 import tomllib
 import types
@@ -20,6 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from daemon.agents import Agent, HomePath, Section
+from storage import db
 from trainers import spec
 
 FILE = "ratchet.toml"
@@ -27,7 +27,6 @@ PREFIX = "RATCHET_"
 NO_SETTINGS = frozenset({"RATCHET_CONFIG", "RATCHET_TOKEN", "RATCHET_TEST_DATA"})
 AGENT_NAME = ("agents", "NAME", "name")
 """The one field that is no key: an agent is called as its table."""
-_PASSWORD = re.compile(r"(://[^:/@\s]*:)[^@/\s]+@")
 
 
 class ConfigRefusedError(ValueError):
@@ -39,6 +38,7 @@ def _place_database(url: str, info: ValidationInfo) -> str:
         name = url.removeprefix("sqlite:///")
         return url if not info.context or name == ":memory:" else f"sqlite:///{Path(info.context['home']) / name}"
     if url.startswith(("postgresql://", "postgresql+psycopg://")):
+        db.parse_url(url)
         return url.replace("postgresql://", "postgresql+psycopg://", 1)
     raise ValueError("should be sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME")
 
@@ -131,7 +131,7 @@ class Reading:
     def values(self) -> Iterator[Value]:
         """Every effective value, passwords masked."""
         for path, value in _leaves(self.settings.model_dump(mode="json", exclude={"agents": {"__all__": {"name"}}})):
-            yield Value(".".join(path), mask(value), self._source(path))
+            yield Value(".".join(path), db.mask_passwords(value) if isinstance(value, str) else value, self._source(path))
 
     def _source(self, path: tuple[str, ...]) -> str:
         prefixes = (path[:length] for length in range(len(path), 0, -1))
@@ -157,11 +157,6 @@ def read(path: Path, environ: Mapping[str, str] = os.environ) -> Reading:
         lines = [_sentence(detail, sources, path) for detail in error.errors(include_url=False)]
         raise ConfigRefusedError("\n".join(dict.fromkeys(lines))) from error
     return Reading(settings, sources)
-
-
-def mask(value: Any) -> Any:
-    """The value with the passwords of its URLs starred."""
-    return _PASSWORD.sub(r"\1***@", value) if isinstance(value, str) else value
 
 
 def describe(model: type[BaseModel] = Settings, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
@@ -219,16 +214,18 @@ def _overrides(raw: Mapping[str, Any], environ: Mapping[str, str]) -> Iterator[t
     for variable in sorted(environ.keys() - NO_SETTINGS):
         if variable.startswith(PREFIX):
             key = tuple(variable.removeprefix(PREFIX).lower().split("__"))
-            key = _name_agent(key, raw.get("agents", {}))
+            key = _name_agent(key, raw.get("agents", {}), variable)
             yield key, _value(key, environ[variable]), variable
 
 
-def _name_agent(key: tuple[str, ...], agents: Mapping[str, Any]) -> tuple[str, ...]:
+def _name_agent(key: tuple[str, ...], agents: Any, variable: str) -> tuple[str, ...]:
     """A shell knows no `-` in a variable's name, so `_` stands for it where an agent is named so."""
-    if key[0] != "agents" or len(key) == 1:
+    if key[0] != "agents" or len(key) == 1 or not isinstance(agents, dict):
         return key
     names = {name.replace("-", "_"): name for name in agents}
-    return ("agents", names.get(key[1], key[1]), *key[2:])
+    if key[1] not in names:
+        raise ConfigRefusedError(f"{variable}: there is no agent {key[1]!r}: the configuration has {', '.join(agents) or 'none'}")
+    return ("agents", names[key[1]], *key[2:])
 
 
 def _value(key: tuple[str, ...], text: str) -> Any:
@@ -275,7 +272,7 @@ def _sentence(detail: ErrorDetails, sources: Mapping[tuple[str, ...], str], path
 
 def _show(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
-    shown = str(mask(text))
+    shown = db.mask_passwords(text)
     return shown if len(shown) <= 120 else shown[:120] + "…"  # noqa: PLR2004
 
 
@@ -287,7 +284,7 @@ def _general(loc: tuple[str, ...]) -> tuple[str, ...]:
 
 def _describe(loc: tuple[str, ...]) -> str:
     """What a key holds, as the end of a sentence; for an entry of a list, what the list holds."""
-    fields = dict(describe())
+    fields = {**dict(describe()), AGENT_NAME: Agent.model_fields["name"]}
     field = next((fields[loc[:length]] for length in range(len(loc), 0, -1) if loc[:length] in fields), None)
     text = (field.description if field else None) or "described in docs/configuration.md"
     return text[0].lower() + text[1:].removesuffix(".")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hmac
+import re
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,14 +18,16 @@ import alembic.config
 import alembic.runtime.migration
 import alembic.script
 import orjson
-from sqlalchemy import ColumnElement, Connection, Dialect, Engine, create_engine, event, func, insert, make_url, select
+from sqlalchemy import URL, ColumnElement, Connection, Dialect, Engine, create_engine, event, func, insert, make_url, select
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from storage.tables import Installation, Table
 
 BUSY_SECONDS = 30
+MAX_PORT = 65535
+_PASSWORD = re.compile(r"""(://[^:/@\s]*:)\S+(?=@)|([?&][^=&\s]*passw[^=&\s]*=)[^&\s"']*""", re.IGNORECASE)
 UNAVAILABLE = (OperationalError, InterfaceError, PoolTimeoutError)
 """What is raised when the database can't be reached, is locked for too long, or its disk is full: trying again later may help."""
 
@@ -33,15 +36,38 @@ class SchemaOutdatedError(RuntimeError):
     """The database was made by another version of Ratchet."""
 
 
+class UrlRefusedError(ValueError):
+    """No database can be at this address."""
+
+
+def parse_url(url: str) -> URL:
+    """The address of a database. Raises `UrlRefusedError`."""
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError) as error:
+        raise UrlRefusedError("should be a URL whose port is a number: postgresql://USER:PASSWORD@HOST:5432/NAME") from error
+    if parsed.port is not None and not 0 < parsed.port <= MAX_PORT:
+        raise UrlRefusedError(f"port {parsed.port} should be between 1 and {MAX_PORT}")
+    return parsed
+
+
+def mask_passwords(text: str) -> str:
+    """The text with the passwords of the URLs in it starred: before the host, where they may hold `/` and `@`, and in the query.
+
+    No parser does it: what is refused for being no URL is shown too.
+    """
+    return _PASSWORD.sub(r"\1\2***", text)
+
+
 def open_engine(url: str) -> Engine:
     """Open the database at `url`; SQLite runs in WAL mode and syncs every commit to the disk.
 
-    Raises `ValueError` when the folder of an SQLite file is missing.
+    Raises `UrlRefusedError`, also when the folder of an SQLite file is missing.
     """
-    parsed = make_url(url)
+    parsed = parse_url(url)
     is_sqlite = parsed.get_backend_name() == "sqlite"
     if is_sqlite and parsed.database and not Path(parsed.database).parent.is_dir():
-        raise ValueError(f"the folder of {parsed.database} does not exist: create it, or run `ratchet init`")
+        raise UrlRefusedError(f"the folder of {parsed.database} does not exist: create it, or correct database.url")
     engine = create_engine(
         parsed,
         json_serializer=lambda value: orjson.dumps(value).decode(),

@@ -126,7 +126,38 @@ def test_every_mistake_is_named_at_once(write):
 
 
 def test_an_agents_name_is_a_slug(write):
-    assert "agents.Ärger/1.name" in refusal(write("", agent=AGENT.replace("adjudication", '"Ärger/1"')))
+    for name in ("Ärger/1", "A"):
+        sentence = f'agents.{name}.name = "{name}": should be small letters and digits, parted by `-` or `_`'
+        assert sentence in refusal(write("", agent=AGENT.replace("adjudication", f'"{name}"')))
+
+
+def test_a_variable_for_an_agent_that_is_not_there_is_named(write):
+    sentence = "RATCHET_AGENTS__X__THRESHOLD: there is no agent 'x': the configuration has adjudication"
+    assert refusal(write(""), {"RATCHET_AGENTS__X__THRESHOLD": "0.5"}) == sentence
+    assert "agents is a value, not a section" in refusal(write("agents = 3\n", agent=""), {"RATCHET_AGENTS__X__THRESHOLD": "0.5"})
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://u:hunter2@h/d", "postgresql+psycopg://u:***@h/d"),
+        ("postgresql://u:hun/ter2@h/d", "postgresql+psycopg://u:***@h/d"),
+        ("postgresql://u:hun@ter2@h/d", "postgresql+psycopg://u:***@h/d"),
+        ("postgresql://h/d?user=u&password=hunter2", "postgresql+psycopg://h/d?user=u&password=***"),
+        ("postgresql://h/d?sslPassword=hunter2&sslmode=require", "postgresql+psycopg://h/d?sslPassword=***&sslmode=require"),
+        ("postgresql://u@h:5433/d?sslmode=require", "postgresql+psycopg://u@h:5433/d?sslmode=require"),
+    ],
+)
+def test_no_password_is_shown_wherever_it_stands_in_a_url(write, url, shown):
+    reading = config.read(write(f'[database]\nurl = "{url}"\n'), {})
+    assert next(value.value for value in reading.values() if value.key == "database.url") == shown
+
+
+@pytest.mark.parametrize("port", ["", "abc", "5432x"])
+def test_a_database_whose_port_is_none_is_refused_and_its_password_not_shown(write, port):
+    message = refusal(write(f'[database]\nurl = "postgresql://u:hunter2@h:{port or 70000}/d"\n'))
+    assert f'database.url = "postgresql://u:***@h:{port or 70000}/d": ' in message
+    assert ("postgresql://USER:PASSWORD@HOST:5432/NAME" if port else "should be between 1 and 65535") in message
 
 
 def test_labels_that_differ_only_in_case_are_refused(write):

@@ -43,7 +43,7 @@ def test_a_database_without_schema_is_refused_with_the_remedy(tmp_path: Path) ->
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere"):
+    with pytest.raises(db.UrlRefusedError, match=r"nowhere/ratchet.db does not exist: create it, or correct database.url"):
         db.open_engine(f"sqlite:///{tmp_path}/nowhere/ratchet.db")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import ipaddress
 import os
@@ -27,12 +28,20 @@ from daemon.web.metrics import Metrics
 from storage import db, tokens
 
 STOP_SECONDS = 28
+REMEDIES = {
+    errno.EADDRINUSE: "stop what listens there, or set another port",
+    errno.EACCES: "set a port above 1023",
+}
 
 log = structlog.get_logger()
 
 
 class UnsafeBindError(ValueError):
     """The daemon would answer to a network without knowing anybody."""
+
+
+class AddressRefusedError(ValueError):
+    """The daemon can't listen where it is told to."""
 
 
 @dataclass
@@ -42,6 +51,7 @@ class Service:
     settings: Settings
     engine: Engine
     agents: Mapping[str, handlers.Agent]
+    listeners: Mapping[str, socket.socket]
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     counters: embedded.Counters = field(default_factory=embedded.Counters)
@@ -73,16 +83,34 @@ def check_bind(settings: Settings, engine: Engine) -> None:
             raise UnsafeBindError(f"server.host is {host}, and no token is defined: run `ratchet tokens add NAME --role operator` first")
 
 
+def listen(host: str, key: str, port: int) -> socket.socket:
+    """A socket that takes connections at the port that `key` names. Raises `AddressRefusedError`."""
+    try:
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
+    except (OSError, UnicodeError) as error:
+        if isinstance(error, OSError) and error.errno in REMEDIES:
+            problem = f"can't be listened on ({os.strerror(error.errno)})"
+            raise AddressRefusedError(f"server.{key} = {port} {problem}: {REMEDIES[error.errno]}") from error
+        raise AddressRefusedError(f"server.host = {host!r}: {error}: set it to an address of this machine, such as 127.0.0.1") from error
+    # asyncio does this only for sockets it made; without it each answer waits 40 ms for the client's delayed acknowledgement.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
+
+
 def start(settings: Settings, roles: Sequence[str]) -> int:
     """Run the daemon until it is told to stop; returns the exit status."""
     engine = db.open_engine(settings.database.url)
     try:
         db.check(engine)
         check_bind(settings, engine)
+        server = settings.server
+        listeners = {"operate": listen(server.host, "ops_port", server.ops_port)}
+        if "web" in roles:
+            listeners["web"] = listen(server.host, "port", server.port)
         with db.writing(engine) as connection:
             agents = policies.record(connection, settings.agents, utc_now())
         log.info("starting", roles=list(roles), pid=os.getpid(), agents=list(agents))
-        return asyncio.run(_run(Service(settings, engine, agents), roles))
+        return asyncio.run(_run(Service(settings, engine, agents, listeners), roles))
     finally:
         engine.dispose()
 
@@ -130,7 +158,7 @@ async def consume(service: Service) -> None:
 async def web(service: Service) -> None:
     """Serve the API and the pages."""
     site = app.create_app(service.engine, service.settings, service.agents, utc_now, service.wake.set, service.metrics)
-    await serve(site, service.settings.server.host, service.settings.server.port, "web", service.stop)
+    await serve(site, service.listeners["web"], "web", service.stop)
 
 
 async def schedule(service: Service) -> None:
@@ -142,23 +170,20 @@ async def schedule(service: Service) -> None:
 async def operate(service: Service) -> None:
     """Serve health and metrics on the ops port, whatever else this process does."""
     site = app.create_ops_app(service.engine, service.metrics)
-    await serve(site, service.settings.server.host, service.settings.server.ops_port, "operate", service.stop)
+    await serve(site, service.listeners["operate"], "operate", service.stop)
 
 
 ROLES: Mapping[str, Role] = {"consume": consume, "web": web, "schedule": schedule}
 
 
-async def serve(site: FastAPI, host: str, port: int, name: str, stop: asyncio.Event) -> None:
-    """Serve a site until `stop`; requests that were begun are finished. Raises `OSError` when the port is taken."""
-    listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
-    # asyncio does this only for sockets it made; without it each answer waits 40 ms for the client's delayed acknowledgement.
-    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+async def serve(site: FastAPI, listening: socket.socket, name: str, stop: asyncio.Event) -> None:
+    """Serve a site until `stop`; requests that were begun are finished."""
     config = uvicorn.Config(site, log_config=None, access_log=False, timeout_graceful_shutdown=10, server_header=False)
     server = uvicorn.Server(config)
     # Signals are the service's: uvicorn would take them from everything else in this process.
     server.capture_signals = contextlib.nullcontext  # type: ignore[assignment, method-assign]
-    url = f"http://{host}:{listening.getsockname()[1]}"
-    log.info("listening", role=name, url=url)
+    host, port = listening.getsockname()[:2]
+    log.info("listening", role=name, url=f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)

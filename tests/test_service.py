@@ -82,11 +82,24 @@ def test_it_answers_until_it_is_told_to_stop_and_ends_well(daemon, secrets, numb
     assert "stopping" in told
 
 
-def test_a_port_that_is_taken_ends_the_process_with_1(daemon):
+@pytest.mark.parametrize("key", ["port", "ops_port"])
+def test_a_port_that_is_taken_is_told_in_one_line(daemon, key):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        daemon.begin(RATCHET_SERVER__PORT=str(taken.getsockname()[1]))
+        port = taken.getsockname()[1]
+        daemon.begin(**{f"RATCHET_SERVER__{key.upper()}": str(port)})
         assert daemon.process.wait(60) == 1
-    assert next(line["role"] for line in daemon.lines() if line["event"] == "role_died") == "web"
+    assert daemon.log.read_text() == (
+        f"ratchet: server.{key} = {port} can't be listened on (Address already in use): stop what listens there, or set another port\n"
+    )
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1", "a" * 70])
+def test_a_host_that_is_not_this_machine_s_is_told_in_one_line(daemon, host):
+    daemon.begin(RATCHET_SERVER__HOST=host)
+    assert daemon.process.wait(60) == 1
+    [line] = daemon.log.read_text().splitlines()
+    assert line.startswith(f"ratchet: server.host = {host!r}: ")
+    assert line.endswith(": set it to an address of this machine, such as 127.0.0.1")
 
 
 def test_a_role_that_dies_while_it_works_ends_the_process_with_1(daemon, home):

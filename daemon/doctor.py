@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 
+from daemon import makeup
 from daemon.agents import Agent
 from daemon.config import Settings
 from storage import db, ledger, tokens
@@ -104,7 +105,7 @@ def _examine_base(agent: Agent) -> Finding:
         f"{agent.name}: base model",
         is_well=not missing,
         detail=f"{folder} lacks {', '.join(missing)}" if missing else f"{folder} is a checkpoint",
-        remedy="put a Hugging Face checkpoint with safetensors there, or make a small one: `ratchet model tiny`",
+        remedy=makeup.advise(folder),
     )
 
 

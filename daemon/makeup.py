@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from datetime import datetime
 from pathlib import Path
 
@@ -25,13 +26,19 @@ def ensure_bare(machinery: Machinery, agent: Agent, now: datetime) -> None:
     made = read(machinery, agent)
     with db.writing(machinery.engine) as connection:
         if made is None:
-            message = f"{agent.base_model} is no checkpoint: put one there, or make a small one with `ratchet model tiny`"
+            message = f"{agent.base_model} is no checkpoint: {advise(agent.base_model)}"
             if alarms.raise_alarm(connection, agent.name, ALARM, message, {}, now):
                 log.warning("base_missing", agent=agent.name, path=str(agent.base_model))
             return
         alarms.clear(connection, agent.name, ALARM, now)
         registry.register_bare(connection, agent.name, describe(made), now)
     machinery.memory.makeups[agent.name] = made
+
+
+def advise(folder: Path) -> str:
+    """What to do while no base lies in the folder."""
+    command = f"ratchet model tiny --texts FILE --out {shlex.quote(str(folder))}"
+    return f'put a Hugging Face checkpoint with safetensors there, or make a small one: `{command}`, FILE of lines {{"text": PROMPT}}'
 
 
 def read(machinery: Machinery, agent: Agent) -> Makeup | None:

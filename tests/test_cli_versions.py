@@ -114,6 +114,15 @@ def test_what_is_refused_is_one_sentence_and_exit_1(site, run):
         assert len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("command", ["versions list", "versions history", "datasets list", "datasets verify", "runs list", "alarms list"])
+def test_a_listing_of_an_agent_that_is_not_there_is_refused(site, run, command):
+    assert run(*command.split(), "--agent", "zz") == (1, "", f"ratchet: there is no agent 'zz': the configuration has {AGENT}\n")
+
+
+def test_conflicts_of_an_agent_that_is_not_there_are_refused(site, run):
+    assert run("labels", "conflicts", "-a", "zz")[2] == f"ratchet: there is no agent 'zz': the configuration has {AGENT}\n"
+
+
 def test_a_rollback_without_a_reason_is_called_wrongly(site, run):
     assert run("rollback")[0] == 2
 

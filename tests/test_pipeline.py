@@ -107,7 +107,7 @@ def test_nothing_is_started_without_a_base_and_the_alarm_says_what_to_do(world: 
     run = world.ask_for_run()
     world.settle()
     assert read_run(world, run)["state"] == "queued"
-    assert "ratchet model tiny" in open_alarms(world)["base"]
+    assert f"ratchet model tiny --texts FILE --out {world.agent.base_model}" in open_alarms(world)["base"]
     world.agent.base_model.mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (world.agent.base_model / name).write_text("{}")

@@ -1,12 +1,15 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 import transformers
 
+from daemon import cli
 from tests import training_fixtures as runs
 from tests.model_fixtures import PROMPT, claim
 from trainers import data, loop, packing, score, spec, stopping, tiny
@@ -92,6 +95,17 @@ def test_making_the_base_goes_on_where_it_was_stopped(texts, tmp_path):
 def test_a_folder_that_is_there_is_not_written_over(texts, tmp_path):
     with pytest.raises(spec.SpecRefusedError, match="exists"):
         make(texts, tmp_path)
+
+
+def test_the_command_looks_for_the_texts_before_it_loads_anything(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a trainer was started"))
+    assert cli.main(["model", "tiny", "--texts", "/nofile", "--out", str(tmp_path / "out")]) == 2
+    assert "'--texts': file '/nofile' does not exist" in capfd.readouterr().err
+
+
+def test_loading_the_trainers_says_nothing():
+    done = subprocess.run([sys.executable, "-c", "import trainers.tiny"], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_missing_texts_are_refused(tmp_path):

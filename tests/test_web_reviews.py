@@ -124,6 +124,18 @@ def test_an_answer_that_is_not_one_is_422(queued):
     assert read_labels(queued) == []
 
 
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [('{"answer": "DENIED"}', "text/plain"), ('{"answer": "DEN', "application/json"), ("[]", "application/json"), ("", "application/json")],
+)
+def test_a_body_that_is_no_json_object_is_told_what_to_send(queued, content, kind):
+    case = take(queued)
+    refused = call(queued, "ann", "POST", f"/{case['id']}/answer", content=content, headers={"Content-Type": kind})
+    assert refused.status_code == 422
+    assert refused.json()["error"]["field"] == "body"
+    assert refused.json()["error"]["remedy"] == "send one whole JSON object, with the header `Content-Type: application/json`"
+
+
 def test_a_skipped_case_goes_to_another_expert_with_its_reason(queued):
     case = take(queued, "ann")
     assert call(queued, "ann", "POST", f"/{case['id']}/skip", json={"reason": "I know the member"}).status_code == 204

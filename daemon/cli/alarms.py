@@ -22,7 +22,8 @@ def list_open(agent: context.AnyAgent = None, config: context.ConfigFile = conte
 
     with context.opened(config) as opened, opened.reading() as connection:
         shown = ("raised_at", "agent", "kind", "message")
-        rows = [{name: row[name] for name in (*shown, *(["detail"] if as_json else []))} for row in alarms.list_open(connection, agent)]
+        found = alarms.list_open(connection, opened.filter_agent(agent))
+    rows = [{name: row[name] for name in (*shown, *(["detail"] if as_json else []))} for row in found]
     context.print_rows(rows, as_json=as_json, nothing="No alarm is open.")
 
 

@@ -59,6 +59,10 @@ class Opened:
             raise AgentNotNamedError(f"say which agent with --agent: the configuration has {', '.join(self.settings.agents) or 'none'}")
         return self.settings.agent(name or next(iter(self.settings.agents)))
 
+    def filter_agent(self, name: str | None) -> str | None:
+        """The name as it was given, or None for all agents. Raises `ConfigRefusedError` unless there is such an agent."""
+        return None if name is None else self.settings.agent(name).name
+
 
 def read_clock() -> datetime:
     """The time by the clock of this machine."""

@@ -22,7 +22,7 @@ def list_all(agent: context.AnyAgent = None, config: context.ConfigFile = contex
     from storage import datasets  # noqa: PLC0415 — `ratchet --help` needs none of it
 
     with context.opened(config) as opened, opened.reading() as connection:
-        rows = datasets.list_all(connection, agent)
+        rows = datasets.list_all(connection, opened.filter_agent(agent))
     shown = ("agent", "number", "parent", "rows")
     counted = [{split: sum(answers.values()) for split, answers in row["manifest"]["splits"].items()} for row in rows]
     context.print_rows(
@@ -84,7 +84,7 @@ def verify(
         if number is not None:
             rows = [datasets.read(connection, opened.pick_agent(agent).name, number)]
         else:
-            rows = datasets.list_all(connection, agent)
+            rows = datasets.list_all(connection, opened.filter_agent(agent))
     results = [{"agent": row["agent"], "number": row["number"], "problems": _find_problems(row)} for row in rows]
     if as_json:
         context.print_json(results)

@@ -23,7 +23,7 @@ class LabelRefusedError(ValueError):
 def conflicts(agent: context.AnyAgent = None, config: context.ConfigFile = context.CONFIG_FILE, as_json: context.AsJson = False) -> None:
     """Print the cases whose experts disagree; they stay out of datasets until a third read or `resolve` settles them."""
     with context.opened(config) as opened, opened.reading() as connection:
-        rows = _list_conflicts(connection, agent)
+        rows = _list_conflicts(connection, opened.filter_agent(agent))
     context.print_rows(rows, as_json=as_json, nothing="Nobody disagrees.")
 
 

@@ -9,10 +9,15 @@ import typer
 
 app = typer.Typer(help="Make small base models.", no_args_is_help=True)
 
+Texts = Annotated[
+    Path,
+    typer.Option(exists=True, dir_okay=False, readable=True, help='JSON lines, each {"text": "…"}: prompts without answers.'),
+]
+
 
 @app.command()
 def tiny(
-    texts: Annotated[Path, typer.Option(help='JSON lines, each {"text": "…"}: prompts without answers.')],
+    texts: Texts,
     out: Annotated[Path, typer.Option(help="The checkpoint folder to write; it must not exist.")],
     seed: Annotated[int, typer.Option(help="Of the weights and the order of the texts.")] = 1,
 ) -> None:

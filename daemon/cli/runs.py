@@ -40,7 +40,7 @@ def list_all(
     from storage import runs  # noqa: PLC0415 — `ratchet --help` needs none of it
 
     with context.opened(config) as opened, opened.reading() as connection:
-        rows = runs.list_all(connection, agent, limit)
+        rows = runs.list_all(connection, opened.filter_agent(agent), limit)
     context.print_rows([{name: row[name] for name in LISTED} for row in rows], as_json=as_json)
 
 

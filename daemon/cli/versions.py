@@ -28,7 +28,7 @@ def list_all(agent: context.AnyAgent = None, config: context.ConfigFile = contex
     from storage import registry  # noqa: PLC0415 — `ratchet --help` needs none of it
 
     with context.opened(config) as opened, opened.reading() as connection:
-        versions = registry.list_all(connection, agent)
+        versions = registry.list_all(connection, opened.filter_agent(agent))
         champions = {name: registry.champion(connection, name) for name in {row["agent"] for row in versions}}
     rows = [
         {
@@ -73,7 +73,7 @@ def history(agent: context.AnyAgent = None, config: context.ConfigFile = context
 
     shown = ("requested_at", "agent", "kind", "version", "previous", "state", "is_forced", "actor", "reason", "confirmed_at", "detail")
     with context.opened(config) as opened, opened.reading() as connection:
-        rows = [{name: change[name] for name in shown} for change in registry.history(connection, agent)]
+        rows = [{name: change[name] for name in shown} for change in registry.history(connection, opened.filter_agent(agent))]
     context.print_rows(rows, as_json=as_json)
 
 

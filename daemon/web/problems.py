@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException as RoutingError
 from consumers import schemas
 
 JSON = "application/json"
+NO_OBJECT = "send one whole JSON object, with the header `Content-Type: application/json`"
 REMEDIES = {
     404: "nothing is here: /openapi.json lists what there is",
     405: "this address takes other methods: the header Allow names them",
@@ -53,6 +54,8 @@ def find_problem(error: Exception, request: Request) -> tuple[int, Problem]:
         return error.status_code, error.problem
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
+        if first["loc"] == ("body",) or first["type"] == "json_invalid":
+            return 422, Problem(field="body", value=schemas.shorten(error.body), remedy=NO_OBJECT)
         remedy = "this is no id: use the one that Ratchet gave" if first["loc"][0] == "path" else first["msg"]
         return 422, Problem(field=".".join(str(part) for part in first["loc"]), value=schemas.shorten(first.get("input")), remedy=remedy)
     if isinstance(error, RoutingError):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 
-from consumers import schemas
+from consumers import handlers, schemas
 from storage import events, tokens
 
 ROLES_BY_KIND: Mapping[str, tuple[str, ...]] = {
@@ -39,23 +39,55 @@ def deliver(
 
     Outcomes: stored, duplicate (the same event again), conflict (its identity was used for other content), refused, forbidden.
     """
+    return deliver_as(connection, items, labels_of, principal, now, "received")[0]
+
+
+def deliver_as(
+    connection: Connection,
+    items: Sequence[schemas.AnyEvent | schemas.Refusal],
+    labels_of: Mapping[str, Sequence[str]],
+    principal: tokens.Principal,
+    now: datetime,
+    state: events.State,
+) -> tuple[list[Delivered], list[handlers.Item]]:
+    """`deliver`, and the events that were stored as `handled`: they are the caller's to handle in this transaction."""
     results: list[Delivered | None] = []
-    incoming: list[events.Incoming] = []
+    good: list[events.Incoming] = []
+    contents: list[Any] = []
     for item in items:
-        refused = item if isinstance(item, schemas.Refusal) else schemas.check(item, labels_of)
-        if refused is not None:
-            results.append(Delivered(None, "refused", refused))
-            continue
-        event: Any = item
-        denied = _check_expert(event, principal) if event["type"] == schemas.LABEL else None
-        if denied is None:
-            try:
-                incoming.append(schemas.to_incoming(event, principal.name))
-            except schemas.UnstorableError as error:
-                denied = Delivered(None, "refused", schemas.Refusal("data", "a number", str(error)))
-        results.append(denied)
-    receipts = iter(events.append(connection, incoming, now))
-    return [result or _to_delivered(next(receipts)) for result in results]
+        prepared = _prepare(item, labels_of, principal)
+        if isinstance(prepared, Delivered):
+            results.append(prepared)
+        else:
+            results.append(None)
+            good.append(prepared)
+            contents.append(item["data"])  # type: ignore[index]
+    receipts = events.append(connection, good, now, state)
+    told = iter(receipts)
+    delivered = [result or _to_delivered(next(told)) for result in results]
+    if state == "received":
+        return delivered, []
+    new: dict[str, handlers.Item] = {}
+    for receipt, one, data in zip(receipts, good, contents, strict=True):
+        if receipt.outcome == "stored" and receipt.ulid not in new:
+            new[receipt.ulid] = events.to_stored(receipt.ulid, one, state, now), data
+    return delivered, list(new.values())
+
+
+def _prepare(
+    item: schemas.AnyEvent | schemas.Refusal, labels_of: Mapping[str, Sequence[str]], principal: tokens.Principal
+) -> events.Incoming | Delivered:
+    refused = item if isinstance(item, schemas.Refusal) else schemas.check(item, labels_of)
+    if refused is not None:
+        return Delivered(None, "refused", refused)
+    event: Any = item
+    denied = _check_expert(event, principal) if event["type"] == schemas.LABEL else None
+    if denied is not None:
+        return denied
+    try:
+        return schemas.to_incoming(event, principal.name)
+    except schemas.UnstorableError as error:
+        return Delivered(None, "refused", schemas.Refusal("data", "a number", str(error)))
 
 
 def _check_expert(event: Any, principal: tokens.Principal) -> Delivered | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +26,13 @@ class Counters:
     """What this consumer has done since it began; the daemon exports it."""
 
     by_state: Counter[str] = field(default_factory=Counter)
-    batches: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, outcome: Counter[str]) -> None:
+        """Count a batch that is committed, in whatever thread it was handled."""
+        with self.lock:
+            self.by_state += outcome
+        log.debug("batch_handled", **outcome)
 
 
 def handle_next(engine: Engine, agents: Mapping[str, handlers.Agent], now: datetime, limit: int = BATCH) -> Counter[str]:
@@ -53,9 +60,7 @@ async def run(
     while not stop.is_set():
         outcome = await asyncio.to_thread(handle_next, engine, agents, clock())
         if outcome:
-            counters.by_state += outcome
-            counters.batches += 1
-            log.debug("batch_handled", **outcome)
+            counters.add(outcome)
             continue
         wake.clear()
         waiting = [asyncio.create_task(wake.wait()), asyncio.create_task(stop.wait())]

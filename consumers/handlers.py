@@ -13,13 +13,20 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import orjson
+import structlog
 from sqlalchemy import Connection
 
 from consumers import routing, schemas
-from storage import dead_letters, events, exams, labels, ledger, predictions, reviews
+from storage import db, dead_letters, events, exams, labels, ledger, predictions, reviews
 
 PATIENCE = timedelta(days=30)
 NEVER_EXPIRE = {routing.AUDIT, routing.MUST_REVIEW, routing.EXAM, routing.WATCH}
+
+
+Item = tuple[events.Stored, Any]
+"""An event and its data, as parsed at the door or read from the log: a time in it is a `datetime` or its text."""
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +51,11 @@ def handle_batch(connection: Connection, batch: Sequence[events.Stored], agents:
     """
     try:
         with connection.begin_nested():
-            return _handle(connection, batch, agents, now)
-    except Exception:
+            return _handle(connection, [_read(event) for event in batch], agents, now)
+    except Exception as error:
         # Whatever one event does wrong must not hold up the others: find it, park it, go on. A database that is
         # gone fails again below, and then the whole transaction does.
-        if len(batch) == 1:
+        if len(batch) == 1 and isinstance(error, db.UNAVAILABLE):
             raise
     outcome: Counter[str] = Counter()
     for event in batch:
@@ -56,31 +63,53 @@ def handle_batch(connection: Connection, batch: Sequence[events.Stored], agents:
     return outcome
 
 
+def handle_new(connection: Connection, items: Sequence[Item], agents: Mapping[str, Agent], now: datetime) -> Counter[str]:
+    """Apply events that the caller's transaction stored as handled; returns how many ended in each state.
+
+    They are taken in the order in which the consumer would read them, so that both decide alike. When the batch fails it is left to
+    the consumer, which finds the event at fault; whoever sent it need not wait for that.
+    """
+    if not items:
+        return Counter()
+    try:
+        with connection.begin_nested():
+            return _handle(connection, sorted(items, key=_by_ulid), agents, now)
+    except Exception as error:  # noqa: BLE001  a database that is gone fails again in the next line
+        events.unhandle(connection, [event.ulid for event, _ in items])
+        log.warning("left_to_the_consumer", events=len(items), error=type(error).__name__)
+        return Counter()
+
+
 def _handle_alone(connection: Connection, event: events.Stored, agents: Mapping[str, Agent], now: datetime) -> Counter[str]:
     try:
         with connection.begin_nested():
-            return _handle(connection, [event], agents, now)
+            return _handle(connection, [_read(event)], agents, now)
     except Exception as error:  # noqa: BLE001  the reason is kept and shown; a lost connection fails again in park_event
         dead_letters.park_event(connection, event, f"{type(error).__name__} in the handler", now)
         return Counter(dead=1)
 
 
-def _handle(connection: Connection, batch: Sequence[events.Stored], agents: Mapping[str, Agent], now: datetime) -> Counter[str]:
+def _by_ulid(item: Item) -> str:
+    return item[0].ulid
+
+
+def _read(event: events.Stored) -> Item:
+    return event, None if event.data is None else orjson.loads(event.data)
+
+
+def _handle(connection: Connection, items: Sequence[Item], agents: Mapping[str, Agent], now: datetime) -> Counter[str]:
     outcome: Counter[str] = Counter()
-    by_type: dict[str, list[tuple[events.Stored, Any]]] = {}
-    for event in batch:
-        if event.data is None:
+    by_type: dict[str, list[Item]] = {}
+    for event, data in items:
+        if data is None:
             outcome += _park(connection, event, "its payload was erased", now)
+        elif data["agent"] not in agents:
+            outcome += _park(connection, event, f"agent {data['agent']!r} is not configured any more", now)
         else:
-            by_type.setdefault(event.type, []).append((event, orjson.loads(event.data)))
+            by_type.setdefault(event.type, []).append((event, data))
     for kind, handler in _HANDLERS.items():  # predictions before labels: then fewer labels have to wait
-        items = by_type.get(kind, [])
-        known = [(event, data) for event, data in items if data["agent"] in agents]
-        for event, data in items:
-            if data["agent"] not in agents:
-                outcome += _park(connection, event, f"agent {data['agent']!r} is not configured any more", now)
-        if known:
-            outcome += handler(connection, known, agents, now)
+        if kind in by_type:
+            outcome += handler(connection, by_type[kind], agents, now)
     return outcome
 
 
@@ -89,50 +118,58 @@ def _park(connection: Connection, event: events.Stored, reason: str, now: dateti
     return Counter(dead=1)
 
 
-def _handle_predictions(
-    connection: Connection, items: Sequence[tuple[events.Stored, Any]], agents: Mapping[str, Agent], now: datetime
-) -> Counter[str]:
+def _handle_predictions(connection: Connection, items: Sequence[Item], agents: Mapping[str, Agent], now: datetime) -> Counter[str]:
     outcome: Counter[str] = Counter()
-    rows: list[dict[str, Any]] = []
+    rows: list[predictions.New] = []
     for name in dict.fromkeys(data["agent"] for _, data in items):
         mine = [(event, data) for event, data in items if data["agent"] == name]
         outcome += _drop_repeated(connection, mine, now)
         rows += _route_all(connection, agents[name], mine, now)
+        outcome += _mark_handled(connection, mine, now)
     predictions.insert_new(connection, rows)
-    reviews.open_new(connection, [_to_review(row, agents[row["agent"]], now) for row in rows if row["reasons"]], now, "ratchet")
-    events.mark(connection, [row["id"] for row in rows], "handled", now)
-    outcome["handled"] += len(rows)
+    reviews.open_new(connection, [_to_review(row, agents[row.agent], now) for row in rows if row.reasons], now, "ratchet")
     return outcome + _apply_waiting(connection, rows, agents, now)
 
 
-def _drop_repeated(connection: Connection, items: list[tuple[events.Stored, Any]], now: datetime) -> Counter[str]:
+def _mark_handled(connection: Connection, items: Sequence[Item], now: datetime) -> Counter[str]:
+    """Events that this transaction stored as handled are so already."""
+    events.mark(connection, [event.ulid for event, _ in items if event.state != "handled"], "handled", now)
+    return Counter(handled=len(items))
+
+
+def _drop_repeated(connection: Connection, items: list[Item], now: datetime) -> Counter[str]:
     """Take out predictions that are stored already: the same again is done, other content under a used id is a conflict."""
     agent = items[0][1]["agent"]
-    stored = predictions.find_known(connection, agent, [data["prediction_id"] for _, data in items])
-    seen: dict[str, str] = dict(stored)
-    repeated = []
-    for position, (event, data) in enumerate(items):
-        known = seen.setdefault(data["prediction_id"], event.ulid)
-        if known != event.ulid:
-            repeated.append((position, known))
-    outcome: Counter[str] = Counter()
-    for position, known in reversed(repeated):
-        event, data = items.pop(position)
-        first = events.read(connection, known)
-        if first is not None and first.data is not None and orjson.loads(first.data) == data:
-            events.mark(connection, [event.ulid], "handled", now, f"repeats {known}")
-            outcome["handled"] += 1
+    known = predictions.find_known(connection, agent, [data["prediction_id"] for _, data in items])
+    new, repeated = [], []
+    for event, data in items:
+        if data["prediction_id"] in known:
+            repeated.append((event, data))
         else:
-            outcome += _park(connection, event, f"prediction id {data['prediction_id']!r} was used for another prediction ({known})", now)
+            known[data["prediction_id"]] = event.ulid
+            new.append((event, data))
+    items[:] = new
+    outcome: Counter[str] = Counter()
+    for event, data in repeated:
+        outcome += _settle_repeated(connection, event, data["prediction_id"], known[data["prediction_id"]], now)
     return outcome
 
 
-def _route_all(connection: Connection, agent: Agent, items: Sequence[tuple[events.Stored, Any]], now: datetime) -> list[dict[str, Any]]:
+def _settle_repeated(connection: Connection, event: events.Stored, prediction_id: str, known: str, now: datetime) -> Counter[str]:
+    first = events.read(connection, known)
+    if first is None or first.data is None or event.data is None or orjson.loads(first.data) != orjson.loads(event.data):
+        return _park(connection, event, f"prediction id {prediction_id!r} was used for another prediction ({known})", now)
+    events.mark(connection, [event.ulid], "handled", now, None if known == event.ulid else f"repeats {known}")
+    return Counter(handled=1)
+
+
+def _route_all(connection: Connection, agent: Agent, items: Sequence[Item], now: datetime) -> list[predictions.New]:
     policy = agent.policy
     day = now.replace(hour=0, minute=0, second=0, microsecond=0)
     counts_by_slice = labels.count_by_attributes(connection, agent.name, policy.slice_by) if policy.explore_share else {}
     window = read_window(connection, agent.name, policy, counts_by_slice)
     open_kinds = exams.open_kinds(connection, agent.name)
+    is_examining, is_watching = "exam" in open_kinds, "watch" in open_kinds
     opened_today = examined_today = 0
     if policy.budget_per_day is not None:
         opened_today, examined_today = reviews.count_opened(connection, agent.name, day)
@@ -144,8 +181,8 @@ def _route_all(connection: Connection, agent: Agent, items: Sequence[tuple[event
         state = window.state(
             opened_today=opened_today,
             examined_today=examined_today,
-            is_examining="exam" in open_kinds,
-            is_watching="watch" in open_kinds,
+            is_examining=is_examining,
+            is_watching=is_watching,
             slice_labels=counts_by_slice,
         )
         decision = routing.route(asked, policy, state)
@@ -158,55 +195,54 @@ def _route_all(connection: Connection, agent: Agent, items: Sequence[tuple[event
 def read_window(connection: Connection, agent: str, policy: routing.RoutingPolicy, slice_labels: Mapping[str, int]) -> routing.Window:
     """The agent's last predictions as the router saw them."""
     window = routing.Window(policy.window)
-    for confidence, reasons, attributes in predictions.read_routed(connection, agent, policy.window):
-        known = routing.rarity(attributes, policy, slice_labels) if policy.explore_share else 0.0
-        window.add(confidence, is_must_review=routing.MUST_REVIEW in reasons, rarity=known)
+    forced = f'"{routing.MUST_REVIEW}"'
+    if policy.explore_share:
+        for confidence, reasons, attributes in predictions.read_routed(connection, agent, policy.window):
+            window.add(confidence, is_must_review=forced in reasons, rarity=routing.rarity(attributes, policy, slice_labels))
+    else:
+        for confidence, reasons in predictions.read_confidences(connection, agent, policy.window):
+            window.add(confidence, is_must_review=forced in reasons)
     return window
 
 
-def _to_row(event: events.Stored, data: Any, agent: Agent, decision: routing.Decision, now: datetime) -> dict[str, Any]:
-    return {
-        "id": event.ulid,
-        "agent": agent.name,
-        "prediction_id": data["prediction_id"],
-        "claim_id": data["claim_id"],
-        "group_key": data.get("group") or data["claim_id"],
-        "origin": "served",
-        "input": data["input"],
-        "input_digest": _digest(data["input"]),
-        "attributes": data.get("attributes") or {},
-        "decision": data["decision"],
-        "confidence": data.get("confidence"),
-        "probabilities": data.get("probabilities"),
-        "model_version": data.get("model_version"),
-        "occurred_at": datetime.fromisoformat(data["occurred_at"]),
-        "received_at": now,
-        "policy_version": agent.policy_version,
-        "reasons": list(decision.reasons),
-        "priority": decision.priority,
-        "effective_threshold": decision.effective_threshold,
-        "inclusion_probability": decision.inclusion_probability,
-    }
+def _to_row(event: events.Stored, data: Any, agent: Agent, decision: routing.Decision, now: datetime) -> predictions.New:
+    return predictions.New(
+        event.ulid,
+        agent.name,
+        data["prediction_id"],
+        data["claim_id"],
+        data.get("group") or data["claim_id"],
+        "served",
+        data["input"],
+        _digest(data["input"]),
+        data.get("attributes") or {},
+        _read_time(data["occurred_at"]),
+        now,
+        data["decision"],
+        data.get("confidence"),
+        data.get("probabilities"),
+        data.get("model_version"),
+        agent.policy_version,
+        *decision,
+    )
 
 
-def _to_review(row: Mapping[str, Any], agent: Agent, now: datetime) -> dict[str, Any]:
-    expires_at = None if NEVER_EXPIRE & set(row["reasons"]) else now + timedelta(days=agent.review_days)
-    shared = {name: row[name] for name in ("agent", "claim_id", "reasons", "priority")}
-    return {**shared, "prediction": row["id"], "expires_at": expires_at}
+def _to_review(row: predictions.New, agent: Agent, now: datetime) -> dict[str, Any]:
+    expires_at = None if NEVER_EXPIRE.intersection(row.reasons) else now + timedelta(days=agent.review_days)
+    shared = {"agent": row.agent, "claim_id": row.claim_id, "reasons": row.reasons, "priority": row.priority}
+    return {**shared, "prediction": row.id, "expires_at": expires_at}
 
 
-def _apply_waiting(connection: Connection, rows: Sequence[Mapping[str, Any]], agents: Mapping[str, Agent], now: datetime) -> Counter[str]:
+def _apply_waiting(connection: Connection, rows: Sequence[predictions.New], agents: Mapping[str, Agent], now: datetime) -> Counter[str]:
     """Apply labels that came before these predictions."""
-    subjects = {f"{row['agent']}/{row[key]}" for row in rows for key in ("claim_id", "prediction_id")}
-    waiting = events.read_waiting(connection, subjects)
-    if not waiting:
+    if not events.has_waiting(connection):
         return Counter()
+    subjects = {f"{row.agent}/{key}" for row in rows for key in (row.claim_id, row.prediction_id)}
+    waiting = events.read_waiting(connection, subjects)
     return _handle_labels(connection, [(event, orjson.loads(event.data or "{}")) for event in waiting], agents, now)
 
 
-def _handle_labels(
-    connection: Connection, items: Sequence[tuple[events.Stored, Any]], agents: Mapping[str, Agent], now: datetime
-) -> Counter[str]:
+def _handle_labels(connection: Connection, items: Sequence[Item], agents: Mapping[str, Agent], now: datetime) -> Counter[str]:
     outcome: Counter[str] = Counter()
     for event, data in items:
         try:
@@ -218,7 +254,7 @@ def _handle_labels(
 
 
 def _apply_label(connection: Connection, event: events.Stored, data: Any, agent: Agent, now: datetime) -> str:
-    answered_at = datetime.fromisoformat(data["answered_at"])
+    answered_at = _read_time(data["answered_at"])
     target = _find_target(connection, data, answered_at)
     if target is None:
         events.mark(connection, [event.ulid], "waiting", now, "its claim is not known yet")
@@ -246,7 +282,7 @@ def _apply_label(connection: Connection, event: events.Stored, data: Any, agent:
         claim = ledger.hide(connection, agent.name, target["claim_id"])
         body = {"claim": claim, "label": event.ulid, "kind": kind, "expert": expert, "answer": data["answer"]}
         ledger.append(connection, "label", agent.name, body, now)
-    events.mark(connection, [event.ulid], "handled", now)
+    _mark_handled(connection, [(event, data)], now)
     return "handled"
 
 
@@ -272,34 +308,30 @@ def _check_label(data: Any, target: Any, expert: str, agent: Agent) -> None:
         raise RefusedError(f"answer {data['answer']!r} is not one of {', '.join(agent.labels)}")
 
 
-def _handle_history(
-    connection: Connection, items: Sequence[tuple[events.Stored, Any]], agents: Mapping[str, Agent], now: datetime
-) -> Counter[str]:
+def _handle_history(connection: Connection, items: Sequence[Item], agents: Mapping[str, Agent], now: datetime) -> Counter[str]:
     cases, answers = [], []
     for event, data in items:
-        occurred_at = datetime.fromisoformat(data["occurred_at"])
-        case_id = f"import:{data['claim_id']}:{event.event_id}"
-        shared = {"id": event.ulid, "agent": data["agent"], "claim_id": data["claim_id"], "received_at": now}
-        cases.append(
-            {
-                **shared,
-                "prediction_id": case_id,
-                "group_key": data.get("group") or data["claim_id"],
-                "origin": "import",
-                "input": data["input"],
-                "input_digest": _digest(data["input"]),
-                "attributes": data.get("attributes") or {},
-                "occurred_at": occurred_at,
-                "reasons": [],
-                "priority": 0.0,
-            }
+        occurred_at = _read_time(data["occurred_at"])
+        case = predictions.New(
+            event.ulid,
+            data["agent"],
+            f"import:{data['claim_id']}:{event.event_id}",
+            data["claim_id"],
+            data.get("group") or data["claim_id"],
+            "import",
+            data["input"],
+            _digest(data["input"]),
+            data.get("attributes") or {},
+            occurred_at,
+            now,
         )
-        label = {"prediction": event.ulid, "expert": event.source, "kind": "import", "answer": data["answer"]}
-        answers.append({**shared, **label, "rationale": data.get("rationale"), "answered_at": occurred_at})
+        cases.append(case)
+        label = {"prediction": event.ulid, "expert": event.source, "kind": "import", "answer": data["answer"], "answered_at": occurred_at}
+        shared = {"id": event.ulid, "agent": data["agent"], "claim_id": data["claim_id"], "received_at": now}
+        answers.append({**shared, **label, "rationale": data.get("rationale")})
     predictions.insert_new(connection, cases)
     labels.insert_imported(connection, answers)
-    events.mark(connection, [event.ulid for event, _ in items], "handled", now)
-    return Counter(handled=len(items)) + _apply_waiting(connection, cases, agents, now)
+    return _mark_handled(connection, items, now) + _apply_waiting(connection, cases, agents, now)
 
 
 def park_overdue(connection: Connection, now: datetime) -> int:
@@ -314,7 +346,11 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(orjson.dumps(value, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-_Handler = Callable[[Connection, Sequence[tuple[events.Stored, Any]], Mapping[str, Agent], datetime], Counter[str]]
+def _read_time(value: datetime | str) -> datetime:
+    return value if isinstance(value, datetime) else datetime.fromisoformat(value)
+
+
+_Handler = Callable[[Connection, Sequence[Item], Mapping[str, Agent], datetime], Counter[str]]
 _HANDLERS: dict[str, _Handler] = {
     schemas.PREDICTION: _handle_predictions,
     schemas.LABEL: _handle_labels,

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import functools
+import gc
 import ipaddress
 import os
 import signal
@@ -32,6 +33,7 @@ REMEDIES = {
     errno.EADDRINUSE: "stop what listens there, or set another port",
     errno.EACCES: "set a port above 1023",
 }
+COLLECT_AFTER = 20_000
 
 log = structlog.get_logger()
 
@@ -52,6 +54,7 @@ class Service:
     engine: Engine
     agents: Mapping[str, handlers.Agent]
     listeners: Mapping[str, socket.socket]
+    roles: Sequence[str]
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     counters: embedded.Counters = field(default_factory=embedded.Counters)
@@ -110,12 +113,20 @@ def start(settings: Settings, roles: Sequence[str]) -> int:
         with db.writing(engine) as connection:
             agents = policies.record(connection, settings.agents, utc_now())
         log.info("starting", roles=list(roles), pid=os.getpid(), agents=list(agents))
-        return asyncio.run(_run(Service(settings, engine, agents, listeners), roles))
+        calm_collector()
+        return asyncio.run(_run(Service(settings, engine, agents, listeners, roles)))
     finally:
         engine.dispose()
 
 
-async def _run(service: Service, roles: Sequence[str]) -> int:
+def calm_collector() -> None:
+    """Let the garbage collector pass over what was imported, and look less often: a batch of events is thousands of objects, no garbage."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(COLLECT_AFTER)
+
+
+async def _run(service: Service) -> int:
     """Run the roles until a signal or until one of them ends.
 
     A role that dies stops the process: the service manager starts it again with a clean memory.
@@ -123,7 +134,7 @@ async def _run(service: Service, roles: Sequence[str]) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _begin_stop, service, number.name)
-    works = {**{name: ROLES[name] for name in roles}, "operate": operate, "keep_alive": keep_alive}
+    works = {**{name: ROLES[name] for name in service.roles}, "operate": operate, "keep_alive": keep_alive}
     tasks = {asyncio.create_task(work(service), name=name) for name, work in works.items()}
     stopper = asyncio.create_task(service.stop.wait())
     await asyncio.wait({*tasks, stopper}, return_when=asyncio.FIRST_COMPLETED)
@@ -156,8 +167,9 @@ async def consume(service: Service) -> None:
 
 
 async def web(service: Service) -> None:
-    """Serve the API and the pages."""
-    site = app.create_app(service.engine, service.settings, service.agents, utc_now, service.wake.set, service.metrics)
+    """Serve the API and the pages; where this process consumes too, events are handled in the transaction that stores them."""
+    counters = service.counters if "consume" in service.roles else None
+    site = app.create_app(service.engine, service.settings, service.agents, utc_now, service.wake.set, service.metrics, counters)
     await serve(site, service.listeners["web"], "web", service.stop)
 
 

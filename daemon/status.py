@@ -35,11 +35,11 @@ def begin_day(now: datetime) -> datetime:
 
 def _describe_agent(connection: Connection, agent: Agent, now: datetime) -> dict[str, Any]:
     fresh = labels.count_fresh(connection, agent.name)
-    recent = predictions.read_routed(connection, agent.name, HEALTH_WINDOW)
+    recent = predictions.read_confidences(connection, agent.name, HEALTH_WINDOW)
     return {
         "champion": _describe_champion(connection, agent.name),
         "predictions_last_day": predictions.count_since(connection, agent.name, now - timedelta(days=1)),
-        "confidences": routing.confidence_health(confidence for confidence, _, _ in recent),
+        "confidences": routing.confidence_health(confidence for confidence, _ in recent),
         "reviews": reviews.count_live(connection, agent.name),
         "conflicts": len(labels.list_conflicts(connection, agent.name)),
         "labels": {"fresh": fresh, "until_run": max(agent.triggers.new_labels - fresh, 0)},

@@ -45,34 +45,39 @@ def build(engine: Engine, agent: str, root: Path, about: dict[str, Any], now: da
         truths = labels.read_settled(connection, agent)
         history = labels.groups_of_history(connection, agent)
         parent = latest(connection, agent)
-    settled = [(truth, case) for truth, case in truths if truth.answer in about.get("labels", (truth.answer,))]
+    settled = [one for one in truths if one.truth.answer in about.get("labels", (one.truth.answer,))]
     if not settled:
         raise EmptyDatasetError(f"agent {agent} has no settled label: import history or answer reviews first")
     rows = list(_rows(agent, settled, history))
     digest = snapshots.root_digest(row.digest for row in rows)
-    if parent is not None and parent["root"] == digest:
+    if parent is not None and _is_same(parent, digest, about):
         return int(parent["number"])
-    folder = root / agent / digest.removeprefix("sha256:")[:32]
     cut = {"labels": len(rows), "left_out": len(truths) - len(rows), "answered_until": rows[-1].answered_at}
     lineage = {"agent": agent, "parent": parent["root"] if parent else None, "query": "every settled label", "cut": cut, **about}
+    folder = root / agent / hashlib.sha256(orjson.dumps([digest, lineage], option=orjson.OPT_SORT_KEYS)).hexdigest()[:32]
     manifest = snapshots.write(folder, rows, lineage)
     with db.writing(engine) as connection:
         newest = latest(connection, agent)
-        if newest is not None and newest["root"] == digest:
+        if newest is not None and _is_same(newest, digest, about):
             return int(newest["number"])
         number = int(newest["number"]) + 1 if newest else 1
         row = {"agent": agent, "number": number, "root": digest, "folder": str(folder), "rows": len(rows), "manifest": manifest}
         parent_number = newest["number"] if newest else None
         connection.execute(insert(DatasetVersion).values(**row, parent=parent_number, created_at=now))
-        labels.mark_in_dataset(connection, agent, [row.label_id for row in rows], number)
+        labels.mark_in_dataset(connection, agent, [label for one in truths for label in one.labels], number)
         ledger.append(connection, "dataset", agent, {"number": number, "root": digest, "rows": len(rows)}, now)
     return number
 
 
-def _rows(agent: str, settled: Sequence[tuple[labels.Truth, RowMapping]], history: set[str]) -> Iterator[snapshots.Row]:
-    for truth, case in settled:
+def _is_same(version: RowMapping, root: str, about: dict[str, Any]) -> bool:
+    """Whether a version holds these rows, and says of them what is to be said."""
+    return bool(version["root"] == root and about.items() <= version["manifest"].items())
+
+
+def _rows(agent: str, settled: Sequence[labels.Settled], history: set[str]) -> Iterator[snapshots.Row]:
+    for truth, case, _ in settled:
         yield snapshots.Row(
-            row_id=hashlib.sha256(f"{agent}\0{case['prediction_id']}".encode()).hexdigest()[:32],
+            row_id=hashlib.sha256(f"{agent}\0{case['claim_id']}\0{case['input_digest']}".encode()).hexdigest()[:32],
             group_digest=hashlib.sha256(f"{agent}\0group\0{case['group_key']}".encode()).hexdigest()[:32],
             split=choose_split(agent, case["group_key"], began_as_history=case["group_key"] in history),
             origin=ORIGINS.get(truth.kind, "review"),

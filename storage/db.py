@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hmac
+import itertools
 import re
 import secrets
 import threading
@@ -18,7 +19,7 @@ import alembic.config
 import alembic.runtime.migration
 import alembic.script
 import orjson
-from sqlalchemy import URL, ColumnElement, Connection, Dialect, Engine, create_engine, event, func, insert, make_url, select
+from sqlalchemy import JSON, URL, ColumnElement, Connection, Dialect, Engine, create_engine, event, func, insert, make_url, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -27,6 +28,7 @@ from storage.tables import Installation, Table
 
 BUSY_SECONDS = 30
 MAX_PORT = 65535
+ROWS_AT_ONCE = 100
 _PASSWORD = re.compile(r"""(://[^:/@\s]*:)\S+(?=@)|([?&][^=&\s]*passw[^=&\s]*=)[^&\s"']*""", re.IGNORECASE)
 UNAVAILABLE = (OperationalError, InterfaceError, PoolTimeoutError)
 """What is raised when the database can't be reached, is locked for too long, or its disk is full: trying again later may help."""
@@ -91,6 +93,7 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
         f"busy_timeout={BUSY_SECONDS * 1000}",
         "cache_size=-32768",
         "wal_autocheckpoint=4000",
+        "temp_store=MEMORY",
     ):
         connection.execute(f"PRAGMA {pragma}")
 
@@ -137,20 +140,30 @@ def insert_or_skip(connection: Connection, table: type[Table]) -> Any:
 def insert_many(connection: Connection, table: type[Table], rows: Sequence[Mapping[str, Any]]) -> int:
     """Insert many rows at once and leave those alone that are there already; returns how many were new.
 
-    A column that a row does not name is NULL. Twice as fast as SQLAlchemy's own `executemany`, which builds a dictionary a row.
+    Every row names the same columns; the others are NULL.
     """
     if not rows:
         return 0
-    names = [column.name for column in table.__table__.columns]
-    return insert_columns(connection, table, {name: [row.get(name) for row in rows] for name in names})
+    return insert_columns(connection, table, {name: [row[name] for row in rows] for name in rows[0]})
 
 
 def insert_columns(connection: Connection, table: type[Table], values: Mapping[str, Sequence[Any]]) -> int:
-    """`insert_many` for rows that are at hand by column: at least one row, every column equally long."""
-    sql, columns = _prepare_insert(connection.dialect, table)
-    absent = [None] * len(next(iter(values.values())))
-    converted = [_convert(values.get(name, absent), convert) for name, convert in columns]
-    return connection.exec_driver_sql(sql, list(zip(*converted, strict=True))).rowcount
+    """`insert_many` for rows that are at hand by column: at least one row, every column equally long.
+
+    More than twice as fast as SQLAlchemy's own `executemany`, which builds a dictionary a row. SQLite gets many rows in one statement:
+    to run a statement costs it as much as a few columns.
+    """
+    names, dialect = tuple(values), connection.dialect
+    converted = [_convert(values[name], convert) for name, convert in _find_converters(dialect, table, names)]
+    rows = list(zip(*converted, strict=True))
+    stored = 0
+    while dialect.name == "sqlite" and len(rows) >= ROWS_AT_ONCE:
+        some, rows = rows[:ROWS_AT_ONCE], rows[ROWS_AT_ONCE:]
+        sql = _write_insert(dialect.name, table, names, ROWS_AT_ONCE)
+        stored += connection.exec_driver_sql(sql, tuple(itertools.chain.from_iterable(some))).rowcount
+    if rows:
+        stored += connection.exec_driver_sql(_write_insert(dialect.name, table, names, 1), rows).rowcount
+    return stored
 
 
 def is_one_of(connection: Connection, column: Any, values: Iterable[str]) -> ColumnElement[bool]:
@@ -175,12 +188,24 @@ def _convert(values: Sequence[Any], convert: Callable[[Any], Any] | None) -> Seq
 
 
 @functools.cache
-def _prepare_insert(dialect: Dialect, table: type[Table]) -> tuple[str, list[tuple[str, Any]]]:
-    columns = list(table.__table__.columns)
-    marks = ", ".join("?" if dialect.name == "sqlite" else "%s" for _ in columns)
-    names = ", ".join(column.name for column in columns)
-    sql = f"INSERT INTO {table.__tablename__} ({names}) VALUES ({marks}) ON CONFLICT DO NOTHING"  # noqa: S608  names of our schema
-    return sql, [(column.name, column.type.dialect_impl(dialect).bind_processor(dialect)) for column in columns]
+def _write_insert(dialect: str, table: type[Table], names: tuple[str, ...], rows: int) -> str:
+    row = f"({', '.join(['?' if dialect == 'sqlite' else '%s'] * len(names))})"
+    values = ", ".join([row] * rows)
+    return f"INSERT INTO {table.__tablename__} ({', '.join(names)}) VALUES {values} ON CONFLICT DO NOTHING"  # noqa: S608  names of our schema
+
+
+@functools.cache
+def _find_converters(dialect: Dialect, table: type[Table], names: tuple[str, ...]) -> list[tuple[str, Any]]:
+    types = [(name, table.__table__.columns[name].type) for name in names]
+    is_sqlite = dialect.name == "sqlite"
+    return [
+        (name, _to_json if is_sqlite and isinstance(type_, JSON) else type_.dialect_impl(dialect).bind_processor(dialect))
+        for name, type_ in types
+    ]
+
+
+def _to_json(value: Any) -> str | None:
+    return None if value is None else orjson.dumps(value).decode()
 
 
 def upgrade(engine: Engine) -> None:

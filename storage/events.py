@@ -17,6 +17,7 @@ from storage import db, ids
 from storage.tables import Event
 
 Outcome = Literal["stored", "duplicate", "conflict"]
+State = Literal["received", "handled", "unsent"]
 
 
 class Incoming(NamedTuple):
@@ -30,7 +31,6 @@ class Incoming(NamedTuple):
     data: str
     digest: str
     principal: str | None = None
-    state: str = "received"
 
 
 class Receipt(NamedTuple):
@@ -57,19 +57,21 @@ class Stored(NamedTuple):
     handled_at: datetime | None
 
 
+_ONE_WAITING = select(Event.__table__.c.ulid).where(Event.__table__.c.state == "waiting").limit(1)
 COLUMNS = tuple(getattr(Event, name) for name in Stored._fields)
 
 
-def append(connection: Connection, incoming: Sequence[Incoming], now: datetime) -> list[Receipt]:
-    """Store events in the caller's transaction, each identity `(source, event_id)` once."""
+def append(connection: Connection, incoming: Sequence[Incoming], now: datetime, state: State = "received") -> list[Receipt]:
+    """Store events in the caller's transaction, each identity `(source, event_id)` once; `handled` ones it handles before it ends."""
     if not incoming:
         return []
-    ulids = [ids.make_ulid(now, one.source, one.event_id) for one in incoming]
-    columns = dict(zip(Incoming._fields, zip(*incoming, strict=True), strict=True))
-    stored = db.insert_columns(connection, Event, {"ulid": ulids, "received_at": [now] * len(ulids), **columns})
-    if stored == len(ulids):
-        return [Receipt(ulid, "stored") for ulid in ulids]
     identities = [(one.source, one.event_id) for one in incoming]
+    ulids = ids.make_ulids(now, map("\0".join, identities))
+    columns = dict(zip(Incoming._fields, zip(*incoming, strict=True), strict=True))
+    shared = {"received_at": now, "state": state} | ({"handled_at": now} if state == "handled" else {})
+    same = {name: [value] * len(ulids) for name, value in shared.items()}
+    if db.insert_columns(connection, Event, {"ulid": ulids, **columns, **same}) == len(ulids):
+        return [Receipt(ulid, "stored") for ulid in ulids]
     found = select(Event.source, Event.event_id, Event.ulid, Event.digest).where(tuple_(Event.source, Event.event_id).in_(identities))
     known = {(row.source, row.event_id): (row.ulid, row.digest) for row in connection.execute(found)}
     return [_receipt(ulid, one, *known[one.source, one.event_id]) for ulid, one in zip(ulids, incoming, strict=True)]
@@ -81,6 +83,12 @@ def _receipt(ulid: str, one: Incoming, known_ulid: str, known_digest: str) -> Re
     return Receipt(known_ulid, "stored" if known_ulid == ulid else "duplicate")
 
 
+def to_stored(ulid: str, one: Incoming, state: State, now: datetime) -> Stored:
+    """An event that was appended just now, as it would be read back."""
+    at, handled_at = one.time, now if state == "handled" else None
+    return Stored(ulid, one.source, one.event_id, one.type, one.subject, at, now, one.principal, one.data, state, None, handled_at)
+
+
 def read_received(connection: Connection, limit: int) -> list[Stored]:
     """The oldest events that nobody has handled yet; on PostgreSQL other consumers skip them until the transaction ends."""
     query = select(*COLUMNS).where(Event.state == "received").order_by(Event.ulid).limit(limit)
@@ -89,10 +97,13 @@ def read_received(connection: Connection, limit: int) -> list[Stored]:
     return [Stored._make(row) for row in connection.execute(query)]
 
 
+def has_waiting(connection: Connection) -> bool:
+    """Whether any label waits for its prediction."""
+    return connection.execute(_ONE_WAITING).first() is not None
+
+
 def read_waiting(connection: Connection, subjects: Iterable[str]) -> list[Stored]:
     """Labels that came before their prediction, for claims that are known now, in order of arrival."""
-    if connection.execute(select(Event.ulid).where(Event.state == "waiting").limit(1)).first() is None:
-        return []
     query = select(*COLUMNS).where(Event.state == "waiting", db.is_one_of(connection, Event.subject, subjects)).order_by(Event.ulid)
     return [Stored._make(row) for row in connection.execute(query)]
 
@@ -113,6 +124,11 @@ def read_unhandled(connection: Connection, ulids: Iterable[str]) -> list[Stored]
     """Those of these events that nobody has handled yet, in order of arrival."""
     query = select(*COLUMNS).where(Event.state == "received", db.is_one_of(connection, Event.ulid, ulids)).order_by(Event.ulid)
     return [Stored._make(row) for row in connection.execute(query)]
+
+
+def unhandle(connection: Connection, ulids: Sequence[str]) -> None:
+    """Leave events to the consumer after all."""
+    connection.execute(update(Event).where(db.is_one_of(connection, Event.ulid, ulids)).values(state="received", handled_at=None))
 
 
 def mark(connection: Connection, ulids: Sequence[str], state: str, now: datetime, reason: str | None = None) -> None:
@@ -136,5 +152,5 @@ def oldest_received_at(connection: Connection) -> datetime | None:
 def emit(connection: Connection, type_: str, subject: str, key: str, data: Mapping[str, Any], now: datetime) -> None:
     """Put an event of our own into the outbox, in the transaction of what it tells about. `key` makes it one event."""
     content = orjson.dumps(dict(data), option=orjson.OPT_SORT_KEYS | orjson.OPT_UTC_Z)
-    one = Incoming("ratchet", f"{type_}/{key}", type_, subject, now, content.decode(), hashlib.sha256(content).hexdigest(), state="unsent")
-    append(connection, [one], now)
+    one = Incoming("ratchet", f"{type_}/{key}", type_, subject, now, content.decode(), hashlib.sha256(content).hexdigest())
+    append(connection, [one], now, "unsent")

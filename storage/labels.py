@@ -1,4 +1,4 @@
-"""Labels: every answer that was ever given, and which one is the truth about a claim.
+"""Labels: every answer that was ever given, and which one is the truth about a case: a claim with one input, however often predicted.
 
 Late truth beats adjudication beats reads; reads that agree count once; reads that disagree count for nothing until a third settles them.
 Imported history is the truth of a claim only while nobody has read it.
@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, RowMapping, case, func, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, case, func, select, update
+from sqlalchemy.orm import aliased
 
 from storage import db
 from storage.tables import Label, Prediction
@@ -24,7 +25,7 @@ RANKS = (("late_truth",), ("adjudication",), READS, ("import",))
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One standing answer on a prediction, as `settle` needs it."""
+    """One standing answer on a case, as `settle` needs it."""
 
     label_id: str
     kind: str
@@ -43,9 +44,11 @@ class Truth:
 
 
 def settle(answers: Sequence[Answer]) -> Truth | None:
-    """The truth about one prediction; None while there is no answer or the experts disagree."""
+    """The truth about one case; None while there is no answer or the experts disagree."""
     for kinds in RANKS:
         ranked = sorted((one for one in answers if one.kind in kinds), key=lambda one: (one.answered_at, one.label_id))
+        if kinds == READS:  # an expert who read the same case twice counts once, as they said last
+            ranked = sorted({one.expert: one for one in ranked}.values(), key=lambda one: (one.answered_at, one.label_id))
         if ranked:
             return _majority(ranked) if kinds == READS else Truth(ranked[-1].answer, ranked[-1].label_id, ranked[-1].kind)
     return None
@@ -102,13 +105,21 @@ def _supersede_imported(connection: Connection, agent: str, claims: Iterable[str
 
 
 def of_predictions(connection: Connection, predictions: Iterable[str]) -> dict[str, list[Answer]]:
-    """The standing answers on each prediction."""
-    query = select(Label.prediction, Label.id, Label.kind, Label.expert, Label.answer, Label.answered_at)
-    query = query.where(Label.prediction.in_(list(predictions)), Label.superseded_by.is_(None))
+    """The standing answers on the case of each prediction, whichever prediction of the same input they were given on."""
+    labelled = aliased(Prediction)
+    query = select(Prediction.id, Label.id, Label.kind, Label.expert, Label.answer, Label.answered_at)
+    query = query.join(labelled, (labelled.claim_id == Prediction.claim_id) & _is_same_case(labelled)).join(
+        Label, Label.prediction == labelled.id
+    )
+    query = query.where(db.is_one_of(connection, Prediction.id, predictions), Label.superseded_by.is_(None))
     found: dict[str, list[Answer]] = {}
     for row in connection.execute(query):
-        found.setdefault(row.prediction, []).append(Answer(*row[1:]))
+        found.setdefault(row[0], []).append(Answer(*row[1:]))
     return found
+
+
+def _is_same_case(other: type[Prediction]) -> ColumnElement[bool]:
+    return (other.agent == Prediction.agent) & (other.input_digest == Prediction.input_digest)
 
 
 def of_claim(connection: Connection, claim_id: str, agent: str | None = None) -> list[RowMapping]:
@@ -126,38 +137,51 @@ def of_review(connection: Connection, review: str, expert: str) -> list[RowMappi
     return list(connection.execute(query.order_by(Label.answered_at, Label.received_at, Label.id)).mappings())
 
 
-def read_settled(connection: Connection, agent: str) -> list[tuple[Truth, RowMapping]]:
-    """Every claim of an agent whose truth is settled: the truth, and the case with its input, in order of the answers.
+class Settled(NamedTuple):
+    """A case whose truth is settled: the row of the label that says so with the case's input, and all labels that stand on it."""
+
+    truth: Truth
+    case: RowMapping
+    labels: tuple[str, ...]
+
+
+def read_settled(connection: Connection, agent: str) -> list[Settled]:
+    """Every case of an agent whose truth is settled, in order of the answers.
 
     A case that was imported is left out when people have settled the same claim as it was served.
     Streams nothing: an agent's labelled cases are what experts had the time for.
     """
-    standing = select(Label.prediction, Label.id, Label.kind, Label.expert, Label.answer, Label.answered_at)
-    standing = standing.where(Label.agent == agent, Label.superseded_by.is_(None))
-    by_prediction: dict[str, list[Answer]] = {}
-    for row in connection.execute(standing):
-        by_prediction.setdefault(row.prediction, []).append(Answer(*row[1:]))
-    truths = {truth.label_id: truth for answers in by_prediction.values() if (truth := settle(answers))}
+    columns = (Label.id.label("label_id"), Label.kind, Label.expert, Label.answer, Label.answered_at, Label.rationale, Label.received_at)
     cases = (
         select(
-            Label.id.label("label_id"),
-            Label.answered_at,
-            Label.rationale,
-            Label.received_at,
+            *columns,
             Prediction.id.label("prediction"),
             Prediction.prediction_id,
             Prediction.claim_id,
             Prediction.group_key,
             Prediction.input,
+            Prediction.input_digest,
             Prediction.attributes,
         )
         .join(Prediction, Prediction.id == Label.prediction)
         .where(Label.agent == agent, Label.superseded_by.is_(None), Prediction.input.is_not(None))
         .order_by(Label.answered_at, Label.id)
     )
-    settled = [(truths[row["label_id"]], row) for row in connection.execute(cases).mappings() if row["label_id"] in truths]
-    read = {row["claim_id"] for truth, row in settled if truth.kind != "import"}
-    return [(truth, row) for truth, row in settled if truth.kind != "import" or row["claim_id"] not in read]
+    by_case: dict[tuple[str, str], dict[str, RowMapping]] = {}
+    for row in connection.execute(cases).mappings():
+        by_case.setdefault((row["claim_id"], row["input_digest"]), {})[row["label_id"]] = row
+    settled = [
+        Settled(truth, rows[truth.label_id], tuple(rows))
+        for rows in by_case.values()
+        if (truth := settle(list(map(_to_answer, rows.values()))))
+    ]
+    read = {one.case["claim_id"] for one in settled if one.truth.kind != "import"}
+    kept = [one for one in settled if one.truth.kind != "import" or one.case["claim_id"] not in read]
+    return sorted(kept, key=lambda one: (one.case["answered_at"], one.case["label_id"]))
+
+
+def _to_answer(row: RowMapping) -> Answer:
+    return Answer(row["label_id"], row["kind"], row["expert"], row["answer"], row["answered_at"])
 
 
 def groups_of_history(connection: Connection, agent: str) -> set[str]:
@@ -169,21 +193,24 @@ def groups_of_history(connection: Connection, agent: str) -> set[str]:
 
 
 def list_conflicts(connection: Connection, agent: str | None = None) -> list[tuple[str, list[Answer]]]:
-    """Predictions on which experts disagree, with their answers."""
-    disputed = select(Label.prediction).where(Label.superseded_by.is_(None), Label.kind.in_(READS))
+    """Cases on which experts disagree, each by its first prediction that was read, with the answers."""
+    read = select(func.min(Prediction.id)).join(Label, Label.prediction == Prediction.id)
+    read = read.where(Label.superseded_by.is_(None), Label.kind.in_(READS))
     if agent:
-        disputed = disputed.where(Label.agent == agent)
-    disputed = disputed.group_by(Label.prediction).having(func.count(Label.answer.distinct()) > 1)
-    found = of_predictions(connection, list(connection.execute(disputed).scalars()))
+        read = read.where(Label.agent == agent)
+    disputed = read.group_by(Prediction.agent, Prediction.claim_id, Prediction.input_digest).having(func.count(Label.answer.distinct()) > 1)
+    found = of_predictions(connection, connection.execute(disputed).scalars())
     return [(prediction, answers) for prediction, answers in sorted(found.items()) if is_conflict(answers)]
 
 
 def count_fresh(connection: Connection, agent: str, since: datetime | None = None) -> int:
-    """Labels by people, not imported, that no dataset version has yet; of those that came after `since`."""
-    query = select(func.count()).select_from(Label).where(Label.agent == agent, Label.dataset.is_(None), Label.kind != "import")
+    """Cases that people settled by a label which no dataset version has yet; of labels that came after `since`."""
+    query = select(Label.id, Label.prediction).where(Label.agent == agent, Label.dataset.is_(None), Label.kind != "import")
     if since is not None:
         query = query.where(Label.received_at > since)
-    return connection.execute(query).scalar_one()
+    fresh = {row.id: row.prediction for row in connection.execute(query)}
+    answers = of_predictions(connection, set(fresh.values()))
+    return len({truth.label_id for given in answers.values() if (truth := settle(given))} & fresh.keys())
 
 
 def count_given(connection: Connection, agent: str) -> int:

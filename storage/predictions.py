@@ -4,17 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, RowMapping, exists, func, select
+from sqlalchemy import Connection, RowMapping, Text, cast, exists, func, select
 
 from storage import db
 from storage.tables import Label, Prediction
 
 
-def insert_new(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+class New(NamedTuple):
+    """A prediction before it is stored; imported history has no decision and was not routed."""
+
+    id: str
+    agent: str
+    prediction_id: str
+    claim_id: str
+    group_key: str
+    origin: str
+    input: Mapping[str, Any]
+    input_digest: str
+    attributes: Mapping[str, Any]
+    occurred_at: datetime
+    received_at: datetime
+    decision: str | None = None
+    confidence: float | None = None
+    probabilities: Mapping[str, float] | None = None
+    model_version: str | None = None
+    policy_version: int | None = None
+    reasons: tuple[str, ...] = ()
+    priority: float = 0.0
+    effective_threshold: float | None = None
+    inclusion_probability: float | None = None
+
+
+def insert_new(connection: Connection, rows: Sequence[New]) -> None:
     """Store predictions; one that is there already stays as it is."""
-    db.insert_many(connection, Prediction, rows)
+    if rows:
+        db.insert_columns(connection, Prediction, dict(zip(New._fields, zip(*rows, strict=True), strict=True)))
 
 
 def read(connection: Connection, prediction: str) -> RowMapping | None:
@@ -43,11 +69,19 @@ def find_labelled(
     return connection.execute(latest.limit(1)).mappings().first() or connection.execute(first.limit(1)).mappings().first()
 
 
-def read_routed(connection: Connection, agent: str, limit: int) -> list[tuple[float | None, list[str], dict[str, Any]]]:
-    """Confidence, routing reasons and attributes of the newest served predictions, oldest first."""
-    query = select(Prediction.confidence, Prediction.reasons, Prediction.attributes)
-    query = query.where(Prediction.agent == agent, Prediction.origin == "served").order_by(Prediction.id.desc()).limit(limit)
-    return [(row.confidence, row.reasons, row.attributes) for row in reversed(connection.execute(query).all())]
+def read_routed(connection: Connection, agent: str, limit: int) -> list[tuple[float | None, str, dict[str, Any]]]:
+    """Confidence, the JSON text of the routing reasons, and attributes of the newest served predictions, oldest first."""
+    return _read_newest(connection, agent, limit, Prediction.confidence, cast(Prediction.reasons, Text), Prediction.attributes)
+
+
+def read_confidences(connection: Connection, agent: str, limit: int) -> list[tuple[float | None, str]]:
+    """Confidence and the JSON text of the routing reasons of the newest served predictions, oldest first."""
+    return _read_newest(connection, agent, limit, Prediction.confidence, cast(Prediction.reasons, Text))
+
+
+def _read_newest(connection: Connection, agent: str, limit: int, *columns: Any) -> list[Any]:
+    query = select(*columns).where(Prediction.agent == agent, Prediction.origin == "served").order_by(Prediction.id.desc()).limit(limit)
+    return list(reversed(connection.execute(query).all()))
 
 
 def read_recent(

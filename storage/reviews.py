@@ -29,29 +29,25 @@ def open_new(connection: Connection, rows: Sequence[Mapping[str, Any]], now: dat
     """
     if not rows:
         return
-    prepared = [
-        {
-            "id": make_id(row["prediction"], row.get("exam"), now),
-            "state": "open",
-            "opened_at": now,
-            "is_blind": False,
-            "exam": None,
-            "expires_at": None,
-            **row,
-        }
-        for row in rows
-    ]
-    db.insert_many(connection, Review, prepared)
-    steps = [{"review": row["id"], "at": now, "actor": actor, "action": "opened", "note": ", ".join(row["reasons"])} for row in prepared]
-    present = set(
-        connection.execute(select(Review.id).where(db.is_one_of(connection, Review.id, [row["id"] for row in prepared]))).scalars()
-    )
-    connection.execute(insert(ReviewStep), [step for step in steps if step["review"] in present])
+    new = {"state": "open", "opened_at": now, "is_blind": False, "exam": None, "expires_at": None}
+    keys = ids.make_ulids(now, [_about(row["prediction"], row.get("exam")) for row in rows])
+    prepared = [{"id": key, **new, **row} for key, row in zip(keys, rows, strict=True)]
+    opened = prepared
+    if db.insert_many(connection, Review, prepared) < len(prepared):
+        query = select(Review.id).where(db.is_one_of(connection, Review.id, [row["id"] for row in prepared]))
+        present = set(connection.execute(query).scalars())
+        opened = [row for row in prepared if row["id"] in present]
+    same = {"at": now, "actor": actor, "action": "opened"}
+    db.insert_many(connection, ReviewStep, [{"review": row["id"], **same, "note": ", ".join(row["reasons"])} for row in opened])
 
 
 def make_id(prediction: str, exam: str | None, now: datetime) -> str:
     """The key of the review that is opened now for this prediction."""
-    return ids.make_ulid(now, "review", prediction, exam or "")
+    return ids.make_ulid(now, _about(prediction, exam))
+
+
+def _about(prediction: str, exam: str | None) -> str:
+    return f"review\0{prediction}\0{exam or ''}"
 
 
 def ask_for_exam(connection: Connection, prediction: Mapping[str, Any], agent: str, exam: str, reason: str, now: datetime) -> None:

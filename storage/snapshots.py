@@ -118,7 +118,7 @@ def write(folder: Path, rows: Iterable[Row], about: dict[str, Any]) -> dict[str,
         shutil.rmtree(partial)
         if read_manifest(folder)["root"] != manifest["root"]:
             raise SnapshotDamagedError(f"{folder} holds another dataset than the one that was to be written there: move it away")
-    return manifest
+    return read_manifest(folder)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -227,7 +227,7 @@ def test_a_conflict_is_shown_and_settled_through_the_same_door(site, ask, run):
 
 def test_of_several_conflicts_on_a_claim_one_is_named_by_its_prediction(site, run):
     for number in (1, 2):
-        deliver(site, [make_prediction(number, AT, claim_id="c")])
+        deliver(site, [make_prediction(number, AT, claim_id="c", input={"treatment": f"the {number}. one"})])
         deliver(site, [make_label(number, AT, claim_id="c", prediction_id=f"p{number}")], principal=ANN)
         deliver(site, [make_label(number, AT, claim_id="c", prediction_id=f"p{number}", answer="APPROVED")], principal=BEN)
     status, _, err = run("labels", "resolve", "c", "--answer", "DENIED", "--expert", "ops")

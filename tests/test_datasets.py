@@ -58,8 +58,47 @@ def test_a_dataset_holds_every_settled_label_with_its_origin(engine, tmp_path, n
     with db.reading(engine) as connection:
         row = datasets.read(connection, AGENT, number)
         assert (row["rows"], row["manifest"]["template"]) == (62, "sha256:t")
-        assert labels.count_fresh(connection, AGENT) == 2
+        assert labels.count_fresh(connection, AGENT) == 0
         assert [entry["kind"] for entry in ledger.show(connection, limit=1)] == ["dataset"]
+
+
+def test_another_prompt_makes_another_version_of_the_same_rows(engine, tmp_path, now, history):
+    first, manifests = build(engine, tmp_path, now), {}
+    for template in ("sha256:t2", "sha256:t"):
+        number = datasets.build(engine, AGENT, tmp_path / "snapshots", {**ABOUT, "template": template}, now)
+        with db.reading(engine) as connection:
+            row = datasets.read(connection, AGENT, number)
+        manifests[number] = (row["manifest"]["template"], row["manifest"] == snapshots.read_manifest(folder_of(row)))
+    assert manifests == {first + 1: ("sha256:t2", True), first + 2: ("sha256:t", True)}
+    assert build(engine, tmp_path, now) == first + 2
+
+
+def test_a_claim_that_was_predicted_twice_with_one_input_is_one_case(engine, tmp_path, now):
+    again = {"claim_id": "c1", "group": "member-1"}
+    deliver(engine, [make_prediction(1, now), make_prediction(2, now, **again)], now)
+    deliver(engine, [make_label(1, now, prediction_id="p1")], now, ANN)
+    deliver(engine, [make_label(1, now, prediction_id="p2", answer="APPROVED")], now, BEN)
+    with db.reading(engine) as connection:
+        [(_, answers)] = labels.list_conflicts(connection)
+        assert {one.answer for one in answers} == {"APPROVED", "DENIED"}
+        assert labels.read_settled(connection, AGENT) == []
+    deliver(engine, [make_label(1, now + timedelta(hours=1), prediction_id="p2", answer="DENIED")], now + timedelta(hours=1), BEN)
+    assert len(read_rows(engine, build(engine, tmp_path, now))) == 1
+
+
+def test_an_answer_that_changes_no_truth_is_nothing_new_to_learn(engine, tmp_path, now):
+    deliver(engine, [make_prediction(number, now) for number in range(3)], now)
+    deliver(engine, [make_label(number, now) for number in range(3)], now, ANN)
+    with db.reading(engine) as connection:
+        assert labels.count_fresh(connection, AGENT) == 3
+    deliver(engine, [make_label(0, now, kind="second_read")], now, BEN)
+    deliver(engine, [make_label(1, now, kind="second_read", answer="APPROVED")], now, BEN)
+    with db.reading(engine) as connection:
+        assert labels.count_fresh(connection, AGENT) == 2, "one agrees, of one experts disagree"
+    build(engine, tmp_path, now)
+    deliver(engine, [make_label(2, now, kind="second_read")], now, BEN)
+    with db.reading(engine) as connection:
+        assert labels.count_fresh(connection, AGENT) == 0
 
 
 def test_a_corrected_import_replaces_the_case_as_it_was_imported_before(engine, tmp_path, now, history):

@@ -12,7 +12,7 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Engine, create_engine, inspect, select
 
 from storage import alarms, db, leases, policies, tokens
-from storage.tables import Installation, Table
+from storage.tables import Installation, Policy, Table
 
 
 def test_a_commit_is_synced_to_the_disk_in_wal_mode(engine: Engine) -> None:
@@ -121,3 +121,12 @@ def test_the_migrations_make_the_same_checks_as_the_schema(engine: Engine) -> No
         ours, theirs = ({check["name"]: check["sqltext"] for check in inspect(one).get_check_constraints(name)} for one in (engine, fresh))
         assert ours == theirs, name
     fresh.dispose()
+
+
+def test_rows_in_hundreds_are_stored_once_and_counted(engine: Engine, now: datetime) -> None:
+    rows = [{"agent": f"agent-{number}", "version": 1, "digest": "d", "body": {"n": number}, "created_at": now} for number in range(250)]
+    with db.writing(engine) as connection:
+        stored = [db.insert_many(connection, Policy, some) for some in (rows[:7], rows[:230], rows[5:], [])]
+        kept = connection.execute(select(Policy.agent, Policy.body, Policy.created_at)).all()
+    assert stored == [7, 223, 20, 0]
+    assert sorted(kept) == sorted((row["agent"], row["body"], now) for row in rows)

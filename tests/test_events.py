@@ -5,9 +5,10 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, update
 
 from storage import db, events
+from storage.tables import Event
 
 
 def make(event_id: str, at: datetime, content: str = "{}") -> events.Incoming:
@@ -34,9 +35,17 @@ def test_the_same_identity_with_other_content_is_a_conflict_and_the_first_stays(
     assert stored.data == '{"a":1}'
 
 
+def test_an_erased_event_sent_again_is_known_by_its_digest(engine: Engine, now: datetime) -> None:
+    with db.writing(engine) as connection:
+        events.append(connection, [make("e1", now, '{"a":1}')], now)
+        connection.execute(update(Event).values(data=None))
+        receipts = [events.append(connection, [make("e1", now, text)], now + timedelta(seconds=1))[0] for text in ('{"a":1}', '{"a":2}')]
+    assert [one.outcome for one in receipts] == ["duplicate", "conflict"]
+
+
 def test_one_batch_may_hold_the_same_event_twice(engine: Engine, now: datetime) -> None:
     with db.writing(engine) as connection:
-        receipts = events.append(connection, [make("e1", now), make("e1", now), make("e1", now)._replace(digest="other")], now)
+        receipts = events.append(connection, [make("e1", now), make("e1", now), make("e1", now, '{"a":1}')], now)
         received = events.read_received(connection, 10)
     assert [one.outcome for one in receipts] == ["stored", "stored", "conflict"]
     assert len(received) == 1

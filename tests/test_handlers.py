@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, select, update
 
 from consumers import embedded, handlers
 from storage import db, dead_letters, events, labels, ledger, predictions, reviews
@@ -94,6 +94,22 @@ def test_one_poisonous_event_costs_only_itself(engine: Engine, now: datetime, mo
     assert len(rows(engine, Prediction, "id")) == 5
 
 
+def test_a_poisonous_event_that_is_alone_is_parked(engine: Engine, now: datetime, monkeypatch: Any) -> None:
+    send(engine, [make_prediction(1, now)], now)
+    monkeypatch.setattr(handlers, "_to_row", lambda *_: 1 / 0)
+    assert handle(engine, make_agent(), now) == {"dead": 1}
+
+
+def test_a_prediction_that_is_handled_again_keeps_its_decision(engine: Engine, now: datetime) -> None:
+    send(engine, [make_prediction(1, now, confidence=0.5)], now)
+    for threshold in (0.1, 0.9):
+        with db.writing(engine) as connection:
+            connection.execute(update(Event).values(state="received"))
+        assert handle(engine, make_agent(threshold=threshold, audit_share=1e-9), now) == {"handled": 1}
+    assert rows(engine, Review, "id") == []
+    assert rows(engine, Prediction, "effective_threshold") == [(0.1,)]
+
+
 def test_any_order_and_any_redelivery_ends_in_the_same_state(engine: Engine, tmp_path: Any, now: datetime) -> None:
     sent = [(make_prediction(number, now, confidence=0.5), PRODUCER) for number in range(8)]
     sent += [(make_label(number, now + timedelta(hours=1)), ANN) for number in range(8)]
@@ -144,7 +160,7 @@ def test_the_first_reader_is_not_their_own_second_reader(engine: Engine, now: da
     send(engine, [make_label(1, now), make_label(1, now + timedelta(minutes=1), kind="second_read", answer="APPROVED")], now, ANN)
     handle(engine, make_agent(), now)
     with db.reading(engine) as connection:
-        [(truth, case)] = labels.read_settled(connection, "adjudication")
+        [(truth, case, _)] = labels.read_settled(connection, "adjudication")
         assert len(labels.of_predictions(connection, [case["prediction"]])[case["prediction"]]) == 1
     assert (truth.answer, truth.kind) == ("APPROVED", "second_read")
 

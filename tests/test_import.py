@@ -51,7 +51,7 @@ def configure(home, text):
 
 def read_cases(opened):
     with opened.reading() as connection:
-        return {case["claim_id"]: (truth.answer, case) for truth, case in labels.read_settled(connection, "adjudication")}
+        return {case["claim_id"]: (truth.answer, case) for truth, case, _ in labels.read_settled(connection, "adjudication")}
 
 
 def test_every_case_becomes_a_settled_label_of_origin_import(home, ask, opened):

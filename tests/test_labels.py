@@ -72,7 +72,7 @@ def test_a_later_answer_of_the_same_expert_supersedes_and_both_are_kept(engine: 
         handle(engine, make_agent(), now)
     with db.reading(engine) as connection:
         kept = labels.of_claim(connection, "c1")
-        [(truth, _)] = labels.read_settled(connection, "adjudication")
+        [(truth, _, _)] = labels.read_settled(connection, "adjudication")
     assert [(row["answer"], row["superseded_by"] is None) for row in kept] == [("DENIED", False), ("APPROVED", True)]
     assert truth.answer == "APPROVED"
 
@@ -89,4 +89,4 @@ def test_experts_who_disagree_keep_the_claim_out_until_an_operator_settles_it(en
     handle(engine, make_agent(), now)
     with db.reading(engine) as connection:
         assert labels.list_conflicts(connection) == []
-        assert [truth.answer for truth, _ in labels.read_settled(connection, "adjudication")] == ["APPROVED"]
+        assert [truth.answer for truth, _, _ in labels.read_settled(connection, "adjudication")] == ["APPROVED"]

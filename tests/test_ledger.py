@@ -47,7 +47,7 @@ def test_an_empty_ledger_is_whole(engine):
     ("statement", "problem"),
     [
         ("UPDATE ledger SET body = '{}' WHERE seq = 4", "entry 4 (verdict of 2026-03-02 09:30) was changed"),
-        ("UPDATE ledger SET at = '2020-01-01T00:00:00.000000+00:00' WHERE seq = 4", "entry 4"),
+        ("UPDATE ledger SET at = 1577836800000000 WHERE seq = 4", "entry 4"),
         ("UPDATE ledger SET kind = 'promote' WHERE seq = 4", "entry 4"),
         ("UPDATE ledger SET agent = 'scribe' WHERE seq = 4", "entry 4"),
         ("UPDATE ledger SET hash = 'x' WHERE seq = 4", "entry 5 does not follow on the one before it"),

@@ -28,6 +28,7 @@ predictions = st.builds(
     claim_id=st.text(min_size=1, max_size=8),
     decision=st.sampled_from(["APPROVED", "DENIED", "PENDING", None]),
     confidence=confidences,
+    input=st.just({}),
     attributes=st.dictionaries(st.just("region"), st.sampled_from(["west", "east"])),
 )
 

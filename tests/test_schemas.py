@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy import Engine
 
 from consumers import schemas
+from storage import db, events
 from tests.event_fixtures import LABELS, make_label, make_prediction
 
 WRONG = [
@@ -71,11 +73,13 @@ def test_an_unknown_agent_or_answer_is_told_what_there_is(now: datetime) -> None
     assert "APPROVED, DENIED, PENDING" in str(refused[1])
 
 
-def test_the_digest_knows_no_order_of_fields_but_the_data_keeps_it(now: datetime) -> None:
+def test_the_order_of_fields_makes_no_other_event_but_the_data_keeps_it(engine: Engine, now: datetime) -> None:
     one = make_prediction(1, now, input={"b": 1, "a": 2})
     other = make_prediction(1, now, input={"a": 2, "b": 1})
     first, second = (schemas.to_incoming(schemas.parse(orjson.dumps([event]), schemas.PREDICTION)[0], None) for event in (one, other))  # type: ignore[arg-type]
-    assert first.digest == second.digest
+    with db.writing(engine) as connection:
+        outcomes = [events.append(connection, [event], now + timedelta(days=day))[0].outcome for day, event in enumerate((first, second))]
+    assert outcomes == ["stored", "duplicate"]
     assert list(orjson.loads(first.data)["input"]) == ["b", "a"]
 
 

@@ -29,12 +29,13 @@ class Clock:
 class Site:
     """The application in this process, the tokens of everybody, and the clock that it reads."""
 
-    def __init__(self, engine, clock, home, **server):
-        self.engine, self.clock, self.agent = engine, clock, make_agent()
+    def __init__(self, engine, clock, home, counters=None, agent=None, **server):
+        self.engine, self.clock, self.agent = engine, clock, agent or make_agent()
         self.stored = []
-        agent = agents.Agent(name="adjudication", labels=LABELS, prompt=agents.PromptFile(text="{{ input }}", path=home / "prompt.j2"))
-        self.settings = config.Settings(agents={"adjudication": agent}, server=config.Server(**server))
-        self.app = web.create_app(engine, self.settings, {"adjudication": self.agent}, clock, lambda: self.stored.append(1))
+        configured = agents.Agent(name="adjudication", labels=LABELS, prompt=agents.PromptFile(text="{{ input }}", path=home / "prompt.j2"))
+        self.settings = config.Settings(agents={"adjudication": configured}, server=config.Server(**server))
+        told = lambda: self.stored.append(1)  # noqa: E731
+        self.app = web.create_app(engine, self.settings, {"adjudication": self.agent}, clock, told, counters=counters)
         self.secrets = {}
         with db.writing(engine) as connection:
             for name, role in (("node", "producer"), ("ann", "reviewer"), ("ben", "reviewer"), ("ops", "operator")):

@@ -105,7 +105,7 @@ def _find_problems(row: RowMapping) -> list[str]:
     folder = Path(row["folder"])
     try:
         found = snapshots.verify(folder)
-        root = snapshots.read_manifest(folder)["root"]
+        is_written = snapshots.read_manifest(folder) == row["manifest"]
     except snapshots.SnapshotDamagedError as error:
         return [str(error)]
-    return [*found, *([] if root == row["root"] else [f"the manifest says root {root}, the database {row['root']}"])]
+    return [*found, *([] if is_written else ["manifest.json is not the one that the database knows: restore it from a backup"])]

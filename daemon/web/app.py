@@ -15,7 +15,7 @@ from fastapi.staticfiles import StaticFiles
 from sqlalchemy import Engine
 from starlette.exceptions import HTTPException as RoutingError
 
-from consumers import handlers
+from consumers import embedded, handlers
 from daemon.config import Settings
 from daemon.web import access, desk, events, health, intake, limits, pages, problems, reviews, sessions
 from daemon.web.metrics import Metrics
@@ -35,10 +35,13 @@ def create_app(
     clock: Callable[[], datetime],
     on_stored: Callable[[], None],
     metrics: Metrics | None = None,
+    counters: embedded.Counters | None = None,
 ) -> FastAPI:
-    """The API, the review page, the status page, and health; `on_stored` is called in the event loop after events were committed."""
+    """The API, the review page, the status page, and health.
+
+    With `counters` events are handled as they come in; without, `on_stored` is called in the event loop after they were committed.
+    """
     metrics = metrics or Metrics(engine, settings.agents, clock)
-    labels_of = {name: agent.labels for name, agent in agents.items()}
     leases = {name: timedelta(seconds=settings.agents[name].review.lease_seconds) for name in agents}
     with db.reading(engine) as connection:
         key = db.derive_key(connection, "session")
@@ -48,7 +51,7 @@ def create_app(
         clock=clock,
         on_stored=on_stored,
         doorkeeper=access.Doorkeeper(engine, clock),
-        intake=intake.Intake(engine, labels_of, clock),
+        intake=intake.Intake(engine, agents, clock, counters),
         desk=desk.Desk(engine, agents, leases, clock),
         sessions=sessions.Sessions(key, clock),
         metrics=metrics,

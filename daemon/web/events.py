@@ -148,10 +148,10 @@ async def _take(request: Request, site: Site, caller: tokens.Principal, kind: st
         raise problems.RequestRefusedError(400, "body", f"{len(body)} bytes", f"{error}{hint}") from error
     except intake.TooManyError as error:
         raise problems.RequestRefusedError(413, "body", str(error), f"send at most {intake.MAX_ITEMS} events at once") from error
-    outcomes = Counter(result.outcome for result in results)
+    outcomes = Counter([result.outcome for result in results])
     for outcome, count in outcomes.items():
         site.metrics.events.labels(kind, outcome).inc(count)
-    if outcomes["stored"]:
+    if outcomes["stored"] and not site.intake.is_handling:
         site.on_stored()
     return _answer_one(results[0]) if form == "single" else _answer_many(results)
 
@@ -177,7 +177,7 @@ def _answer_one(result: delivery.Delivered) -> Response:
 
 def _answer_many(results: Sequence[delivery.Delivered]) -> Response:
     told = [_describe(result) for result in results]
-    refused = sum("error" in one for one in told)
+    refused = sum(result.refusal is not None for result in results)
     body = {"accepted": len(told) - refused, "refused": refused, "results": told}
     return Response(orjson.dumps(body), 422 if told and refused == len(told) else 202, media_type=problems.JSON)
 

@@ -6,8 +6,9 @@ One writer never waits for another one's lock, and a hundred single events cost 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -15,8 +16,8 @@ from typing import Any, Literal
 
 from sqlalchemy import Engine
 
-from consumers import delivery, schemas
-from storage import db, tokens
+from consumers import delivery, embedded, handlers, schemas
+from storage import db, events, tokens
 
 Form = Literal["single", "batch", "lines"]
 Item = schemas.AnyEvent | schemas.Refusal
@@ -53,13 +54,25 @@ class Arrival:
 
 
 class Intake:
-    """The one writer of events that come in by HTTP."""
+    """The one writer of events that come in by HTTP. With `counters` it handles them too, in the transaction that stores them."""
 
-    def __init__(self, engine: Engine, labels_of: Mapping[str, Sequence[str]], clock: Callable[[], datetime]) -> None:
-        self._engine, self._labels_of, self._clock = engine, labels_of, clock
+    def __init__(
+        self,
+        engine: Engine,
+        agents: Mapping[str, handlers.Agent],
+        clock: Callable[[], datetime],
+        counters: embedded.Counters | None = None,
+    ) -> None:
+        self._engine, self._agents, self._clock, self._counters = engine, agents, clock, counters
+        self._labels_of = {name: agent.labels for name, agent in agents.items()}
         self._waiting: deque[Arrival] = deque()
         self._is_called = False
         self._thread = ThreadPoolExecutor(1, "intake")
+
+    @property
+    def is_handling(self) -> bool:
+        """Whether events are handled as they come in."""
+        return self._counters is not None
 
     async def take(self, arrival: Arrival) -> list[delivery.Delivered]:
         """Store the events of a request; returns after the commit, with a result for each.
@@ -114,13 +127,19 @@ class Intake:
         by_principal: dict[tokens.Principal, list[Item]] = {}
         for arrival, items in group:
             by_principal.setdefault(arrival.principal, []).extend(items)
+        results: dict[tokens.Principal, Iterator[delivery.Delivered]] = {}
+        new: list[handlers.Item] = []
+        state: events.State = "handled" if self.is_handling else "received"
         with db.writing(self._engine) as connection:
-            results = {
-                principal: iter(delivery.deliver(connection, items, self._labels_of, principal, now))
-                for principal, items in by_principal.items()
-            }
+            for principal, items in by_principal.items():
+                delivered, stored = delivery.deliver_as(connection, items, self._labels_of, principal, now, state)
+                results[principal] = iter(delivered)
+                new += stored
+            handled = handlers.handle_new(connection, new, self._agents, now) if self.is_handling else Counter[str]()
+        if self._counters is not None and handled:
+            self._counters.add(handled)
         for arrival, items in group:
-            arrival.settle([next(results[arrival.principal]) for _ in items])
+            arrival.settle(list(itertools.islice(results[arrival.principal], len(items))))
 
 
 def parse(arrival: Arrival) -> list[Item]:

@@ -64,7 +64,7 @@ def upgrade() -> None:
         sa.Column("closed_at", UtcTime(), nullable=True),
         sa.Column("closed_by", sa.String(), nullable=True),
         sa.Column("note", sa.String(), nullable=True),
-        sa.CheckConstraint("state IN ('parked', 'replayed', 'discarded')", name="state_is_known"),
+        sa.CheckConstraint("state = 'parked' OR state = 'replayed' OR state = 'discarded'", name="state_is_known"),
         sa.PrimaryKeyConstraint("id"),
     )
     op.create_index(
@@ -91,9 +91,11 @@ def upgrade() -> None:
         sa.Column("published_at", UtcTime(), nullable=True),
         sa.Column("confirmed_at", UtcTime(), nullable=True),
         sa.Column("detail", sa.String(), nullable=True),
-        sa.CheckConstraint("kind IN ('promote', 'rollback', 'revert')", name="kind_is_known"),
+        sa.CheckConstraint("kind = 'promote' OR kind = 'rollback' OR kind = 'revert'", name="kind_is_known"),
         sa.CheckConstraint(
-            "state IN ('requested', 'confirmed', 'unverified', 'unconfirmed', 'reverted', 'superseded')", name="state_is_known"
+            "state = 'requested' OR state = 'confirmed' OR state = 'unverified' OR "
+            "state = 'unconfirmed' OR state = 'reverted' OR state = 'superseded'",
+            name="state_is_known",
         ),
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("agent", "number"),
@@ -121,7 +123,10 @@ def upgrade() -> None:
         sa.Column("state", sa.String(), nullable=False),
         sa.Column("reason", sa.String(), nullable=True),
         sa.Column("handled_at", UtcTime(), nullable=True),
-        sa.CheckConstraint("state IN ('received', 'handled', 'waiting', 'dead', 'unsent', 'sent')", name="state_is_known"),
+        sa.CheckConstraint(
+            "state = 'received' OR state = 'handled' OR state = 'waiting' OR state = 'dead' OR state = 'unsent' OR state = 'sent'",
+            name="state_is_known",
+        ),
         sa.PrimaryKeyConstraint("ulid"),
         sa.UniqueConstraint("source", "event_id"),
     )
@@ -206,11 +211,11 @@ def upgrade() -> None:
         sa.Column("priority", sa.Double(), nullable=False),
         sa.Column("effective_threshold", sa.Double(), nullable=True),
         sa.Column("inclusion_probability", sa.Double(), nullable=True),
-        sa.CheckConstraint("origin IN ('served', 'import')", name="origin_is_known"),
+        sa.CheckConstraint("origin = 'served' OR origin = 'import'", name="origin_is_known"),
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("agent", "prediction_id"),
     )
-    op.create_index("predictions_of_claim", "predictions", ["agent", "claim_id", "occurred_at"], unique=False)
+    op.create_index("predictions_of_claim", "predictions", ["claim_id"], unique=False)
     op.create_index(
         "predictions_served",
         "predictions",
@@ -246,8 +251,12 @@ def upgrade() -> None:
         sa.Column("created_at", UtcTime(), nullable=False),
         sa.Column("started_at", UtcTime(), nullable=True),
         sa.Column("finished_at", UtcTime(), nullable=True),
-        sa.CheckConstraint("kind IN ('train', 'score')", name="kind_is_known"),
-        sa.CheckConstraint("state IN ('queued', 'leased', 'running', 'done', 'failed', 'cancelled', 'parked')", name="state_is_known"),
+        sa.CheckConstraint("kind = 'train' OR kind = 'score'", name="kind_is_known"),
+        sa.CheckConstraint(
+            "state = 'queued' OR state = 'leased' OR state = 'running' OR "
+            "state = 'done' OR state = 'failed' OR state = 'cancelled' OR state = 'parked'",
+            name="state_is_known",
+        ),
         sa.PrimaryKeyConstraint("id"),
     )
     op.create_index(
@@ -266,7 +275,7 @@ def upgrade() -> None:
         sa.Column("digest", sa.String(), nullable=False),
         sa.Column("created_at", UtcTime(), nullable=False),
         sa.Column("revoked_at", UtcTime(), nullable=True),
-        sa.CheckConstraint("role IN ('producer', 'reviewer', 'operator')", name="role_is_known"),
+        sa.CheckConstraint("role = 'producer' OR role = 'reviewer' OR role = 'operator'", name="role_is_known"),
         sa.PrimaryKeyConstraint("name"),
         sa.UniqueConstraint("digest"),
     )
@@ -309,8 +318,8 @@ def upgrade() -> None:
         sa.Column("closed_at", UtcTime(), nullable=True),
         sa.Column("outcome", sa.String(), nullable=True),
         sa.Column("report", sa.JSON(), nullable=False),
-        sa.CheckConstraint("kind IN ('exam', 'watch')", name="kind_is_known"),
-        sa.CheckConstraint("state IN ('open', 'closed')", name="state_is_known"),
+        sa.CheckConstraint("kind = 'exam' OR kind = 'watch'", name="kind_is_known"),
+        sa.CheckConstraint("state = 'open' OR state = 'closed'", name="state_is_known"),
         sa.ForeignKeyConstraint(
             ["agent", "candidate"],
             ["versions.agent", "versions.name"],
@@ -362,7 +371,7 @@ def upgrade() -> None:
         sa.Column("lease_until", UtcTime(), nullable=True),
         sa.Column("closed_at", UtcTime(), nullable=True),
         sa.CheckConstraint("(state = 'leased') = (leased_by IS NOT NULL)", name="a_lease_has_a_holder"),
-        sa.CheckConstraint("state IN ('open', 'leased', 'answered', 'expired')", name="state_is_known"),
+        sa.CheckConstraint("state = 'open' OR state = 'leased' OR state = 'answered' OR state = 'expired'", name="state_is_known"),
         sa.ForeignKeyConstraint(
             ["exam"],
             ["exams.id"],
@@ -389,7 +398,14 @@ def upgrade() -> None:
         sqlite_where=sa.text("state IN ('open', 'leased')"),
         postgresql_where=sa.text("state IN ('open', 'leased')"),
     )
-    op.create_index("reviews_of_exam", "reviews", ["exam"], unique=False)
+    op.create_index(
+        "reviews_of_exam",
+        "reviews",
+        ["exam"],
+        unique=False,
+        sqlite_where=sa.text("exam IS NOT NULL"),
+        postgresql_where=sa.text("exam IS NOT NULL"),
+    )
     op.create_index("reviews_opened", "reviews", ["agent", "opened_at"], unique=False)
     op.create_table(
         "labels",
@@ -407,7 +423,10 @@ def upgrade() -> None:
         sa.Column("received_at", UtcTime(), nullable=False),
         sa.Column("superseded_by", sa.String(), nullable=True),
         sa.Column("dataset", sa.Integer(), nullable=True),
-        sa.CheckConstraint("kind IN ('review', 'second_read', 'adjudication', 'late_truth', 'import')", name="kind_is_known"),
+        sa.CheckConstraint(
+            "kind = 'review' OR kind = 'second_read' OR kind = 'adjudication' OR kind = 'late_truth' OR kind = 'import'",
+            name="kind_is_known",
+        ),
         sa.ForeignKeyConstraint(
             ["prediction"],
             ["predictions.id"],

@@ -24,6 +24,7 @@ def collect(engine: Engine, agents: Mapping[str, Agent], now: datetime) -> dict[
             "at": now,
             "events": {**events.count_by_state(connection), "oldest_seconds": (now - oldest).total_seconds() if oldest else None},
             "dead_letters": dead_letters.count_parked(connection),
+            "alarms": _list_alarms(connection, ""),
             "agents": {name: _describe_agent(connection, agent, now) for name, agent in agents.items()},
         }
 
@@ -45,8 +46,13 @@ def _describe_agent(connection: Connection, agent: Agent, now: datetime) -> dict
         "labels": {"fresh": fresh, "until_run": max(agent.triggers.new_labels - fresh, 0)},
         "run": _describe_run(_find_run(connection, agent.name)),
         "exams": [_describe_exam(row) for kind in ("exam", "watch") if (row := exams.read_open(connection, agent.name, kind))],
-        "alarms": [{name: row[name] for name in ("kind", "message", "raised_at")} for row in alarms.list_open(connection, agent.name)],
+        "alarms": _list_alarms(connection, agent.name),
     }
+
+
+def _list_alarms(connection: Connection, agent: str) -> list[dict[str, Any]]:
+    """The open alarms of an agent; those of the daemon as a whole belong to the agent without a name."""
+    return [{name: row[name] for name in ("kind", "message", "raised_at")} for row in alarms.list_open(connection, agent)]
 
 
 def _describe_champion(connection: Connection, agent: str) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ A stage claims a row, commits, and then works. What a killed daemon left half do
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
@@ -90,7 +91,7 @@ def digest_question(agent: Agent) -> str:
 
 def read_facts(connection: Connection, agent: Agent, now: datetime) -> triggers.TriggerFacts:
     """What the trigger's decision rests on."""
-    last = runs.read_last(connection, agent.name, "train")
+    last = runs.read_last(connection, agent.name, "train", with_cancelled=True)
     alarm = next((one for one in alarms.list_open(connection, agent.name) if one["kind"] == DRIFT_ALARM), None)
     began = last["created_at"] if last else None
     return triggers.TriggerFacts(
@@ -130,7 +131,7 @@ def start_queued(machinery: Machinery, now: datetime) -> None:
             leased = _lease(machinery, run, now)
             if leased is None:
                 continue
-            _start(machinery, leased, makeups[run["agent"]], now)
+            _guard(machinery, leased, functools.partial(_start, machinery, makeups[run["agent"]]), now)
 
 
 def _lease(machinery: Machinery, run: RowMapping, now: datetime) -> RowMapping | None:
@@ -148,7 +149,7 @@ def find_term(machinery: Machinery) -> timedelta:
     return timedelta(seconds=2 * machinery.settings.training.heartbeat_seconds)
 
 
-def _start(machinery: Machinery, run: RowMapping, made: Makeup, now: datetime) -> None:
+def _start(machinery: Machinery, made: Makeup, run: RowMapping, now: datetime) -> None:
     """Prepare a leased run's folder and launch its attempt."""
     folder, agent = Path(run["folder"]), machinery.settings.agents[run["agent"]]
     try:
@@ -242,12 +243,23 @@ def follow_all(machinery: Machinery, now: datetime) -> None:
     with db.reading(machinery.engine) as connection:
         leased, running, cancelled = (runs.read_in_state(connection, state) for state in ("leased", "running", "cancelled"))
     for run in leased:
-        take_over(machinery, run, now)
+        _guard(machinery, run, functools.partial(take_over, machinery), now)
     for run in running:
-        follow(machinery, run, now)
+        _guard(machinery, run, functools.partial(follow, machinery), now)
     for run in cancelled:
         if run["device"] is not None:
             _let_go(machinery, run)
+
+
+def _guard(machinery: Machinery, run: RowMapping, work: Callable[[RowMapping, datetime], None], now: datetime) -> None:
+    """Do something with a run; whatever fails is this run's failure alone, and is tried again like any other."""
+    try:
+        work(run, now)
+    except db.UNAVAILABLE:
+        raise
+    except Exception as error:
+        log.exception("run_failed", run=run["id"], agent=run["agent"])
+        retry(machinery, run, f"{type(error).__name__}: {error}", now)
 
 
 def take_over(machinery: Machinery, run: RowMapping, now: datetime) -> None:

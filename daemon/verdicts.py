@@ -31,7 +31,7 @@ def ask(machinery: Machinery, agent: Agent, now: datetime) -> None:
     for kind in examination.KINDS:
         with db.writing(machinery.engine) as connection:
             exam = exams.read_open(connection, agent.name, kind)
-            if exam is not None and not _is_first(exam):
+            if exam is not None and not _is_first(connection, exam):
                 _ask_about(connection, exam, agent, now)
 
 
@@ -163,13 +163,18 @@ def gather(connection: Connection, exam: RowMapping, agent: Agent, folder: Path 
         waiting=sum(review["state"] in reviews.LIVE for review in asked),
         gold=gold,
         is_degenerate=exam["report"].get("defect"),
-        compared_with_base=_is_first(exam),
+        compared_with_base=_is_first(connection, exam),
     )
 
 
-def _is_first(exam: RowMapping) -> bool:
-    """Whether a first version is compared with the bare base: it is promoted unless gold shows harm, and nobody is asked."""
-    return bool(exam["kind"] == "exam" and exam["champion"] == registry.BARE)
+def _is_first(connection: Connection, exam: RowMapping) -> bool:
+    """Whether a first version is compared with the bare base: it is promoted unless gold shows harm, and nobody is asked.
+
+    Once a version has served, a candidate sits a real exam also when the base serves again after a rollback.
+    """
+    if exam["kind"] != "exam" or exam["champion"] != registry.BARE:
+        return False
+    return all(change["version"] == registry.BARE for change in registry.history(connection, exam["agent"]))
 
 
 def pair_answers(connection: Connection, exam: RowMapping, agent: Agent, differing: Iterable[scores.Differing]) -> tuple[gate.Pair, ...]:

@@ -35,9 +35,9 @@ def clear(connection: Connection, agent: str, kind: str, now: datetime) -> bool:
 
 
 def list_open(connection: Connection, agent: str | None = None) -> list[RowMapping]:
-    """The open alarms, oldest first."""
+    """The open alarms, oldest first; of one agent, or with an empty name those of the daemon as a whole."""
     query = select(Alarm.__table__).where(Alarm.cleared_at.is_(None)).order_by(Alarm.raised_at)
-    if agent:
+    if agent is not None:
         query = query.where(Alarm.agent == agent)
     return list(connection.execute(query).mappings())
 

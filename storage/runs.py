@@ -66,9 +66,11 @@ def read_live(connection: Connection, agent: str, kind: Kind) -> RowMapping | No
     return connection.execute(query).mappings().first()
 
 
-def read_last(connection: Connection, agent: str, kind: Kind) -> RowMapping | None:
-    """The agent's newest run of this kind that nobody cancelled."""
-    query = select(Run.__table__).where(Run.agent == agent, Run.kind == kind, Run.state != "cancelled")
+def read_last(connection: Connection, agent: str, kind: Kind, *, with_cancelled: bool = False) -> RowMapping | None:
+    """The agent's newest run of this kind; those that somebody cancelled count only when asked for."""
+    query = select(Run.__table__).where(Run.agent == agent, Run.kind == kind)
+    if not with_cancelled:
+        query = query.where(Run.state != "cancelled")
     return connection.execute(query.order_by(Run.created_at.desc(), Run.id.desc()).limit(1)).mappings().first()
 
 

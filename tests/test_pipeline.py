@@ -128,6 +128,16 @@ def test_the_bare_base_is_v0_and_the_first_version_replaces_it(served: World) ->
     assert open_exam(served, "watch") is None, "the bare base never answered a claim: there is nothing to go back to"
 
 
+def test_after_a_rollback_to_the_base_a_candidate_sits_a_real_exam(served: World) -> None:
+    with db.writing(served.engine) as connection:
+        deployments.rollback(connection, AGENT, "ops", "harm was seen", served.now)
+    assert champion(served) == "v0"
+    served.ask_for_run()
+    served.settle()
+    assert (champion(served), verdict(served, "v1.1")) == ("v0", None)
+    assert open_exam(served)["champion"] == "v0"
+
+
 def test_a_first_version_that_gold_shows_to_be_worse_is_rejected(world: World) -> None:
     world.launcher.models = {"v0": knows, "candidate": is_wrong}
     world.import_history(400, answer="APPROVED")
@@ -371,6 +381,37 @@ def test_a_cancelled_run_is_stopped_and_frees_its_device(served: World) -> None:
     other = served.ask_for_run()
     served.settle()
     assert read_run(served, other)["state"] == "done"
+
+
+def test_a_cancelled_run_is_not_started_again_by_what_had_started_it(served: World) -> None:
+    served.launcher.script = ["hangs"]
+    served.settings = make_settings(served.settings.home, served.agent.base_model, prompt=PromptFile(text="{{ input.treatment }}? "))
+    served.restart()
+    served.tick()
+    with db.writing(served.engine) as connection:
+        [run] = runs.read_in_state(connection, *runs.LIVE)
+        assert run["trigger"] == "policy"
+        runs.cancel(connection, run, "ops", served.now)
+    served.settle()
+    with db.reading(served.engine) as connection:
+        assert runs.read_in_state(connection, *runs.LIVE) == []
+
+
+def test_a_run_whose_result_can_not_be_taken_over_is_tried_again_and_holds_up_nobody(served: World) -> None:
+    served.launcher.script = ["hangs"]
+    run = served.ask_for_run()
+    served.tick()
+    folder = Path(read_run(served, run)["folder"])
+    served.launcher.finish(folder, 1)
+    shutil.rmtree(launch.find_attempt(folder, 1) / "adapters")
+    served.tick()
+    row = read_run(served, run)
+    assert (row["state"], row["failures"]) == ("queued", 1)
+    assert "FileNotFoundError" in row["error"]
+    served.tick(hours=1)
+    served.settle()
+    assert read_run(served, run)["state"] == "done"
+    assert open_alarms(served) == {}
 
 
 def test_a_run_that_was_launched_but_not_noted_is_taken_over(served: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from daemon.cli import context
@@ -32,16 +32,21 @@ def _compose(told: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield f"Events       {events['received']} unhandled{age}; {events['waiting']} wait for their claim; {events['unsent']} to send", ""
     if told["dead_letters"]:
         yield f"Dead letters {told['dead_letters']}: `ratchet dead-letters list` shows them", "red"
+    yield from _compose_alarms(told["alarms"], "")
     for name, agent in told["agents"].items():
         yield "", ""
         yield name, "bold"
         yield from _compose_agent(agent)
 
 
+def _compose_alarms(alarms: Iterable[Mapping[str, Any]], indent: str) -> Iterator[tuple[str, str]]:
+    for alarm in alarms:
+        yield f"{indent}ALARM {alarm['kind']}: {alarm['message']} (since {alarm['raised_at']:%Y-%m-%d %H:%M})", "red"
+
+
 def _compose_agent(agent: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     champion, reviews, labels = agent["champion"], agent["reviews"], agent["labels"]
-    for alarm in agent["alarms"]:
-        yield f"  ALARM {alarm['kind']}: {alarm['message']} (since {alarm['raised_at']:%Y-%m-%d %H:%M})", "red"
+    yield from _compose_alarms(agent["alarms"], "  ")
     if agent["confidences"] != "ok":
         yield f"  The model's confidences are {agent['confidences']}: they can't tell which cases are unsure. Audits carry on.", "yellow"
     if champion:

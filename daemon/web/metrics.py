@@ -60,7 +60,7 @@ class _Standing(Collector):
             return
         yield GaugeMetricFamily("ratchet_database_up", "Whether the database answers.", 1)
         yield from _describe_queues(told)
-        yield from _describe_agents(told["agents"])
+        yield from _describe_agents(told)
 
 
 def _describe_queues(told: Mapping[str, Any]) -> Iterator[Metric]:
@@ -71,13 +71,15 @@ def _describe_queues(told: Mapping[str, Any]) -> Iterator[Metric]:
     yield GaugeMetricFamily("ratchet_dead_letters", "Dead letters that nobody has looked after.", told["dead_letters"])
 
 
-def _describe_agents(agents: Mapping[str, Any]) -> Iterator[Metric]:
+def _describe_agents(told: Mapping[str, Any]) -> Iterator[Metric]:
     reviews = GaugeMetricFamily("ratchet_reviews", "Cases that wait for an expert.", labels=["agent", "state"])
     champions = GaugeMetricFamily("ratchet_champion", "The version in service.", labels=["agent", "version"])
     labels = GaugeMetricFamily("ratchet_labels_fresh", "Labels that no dataset has.", labels=["agent"])
     alarms = GaugeMetricFamily("ratchet_alarm", "Open alarms.", labels=["agent", "kind"])
     training = GaugeMetricFamily("ratchet_training_progress", "How far the run has come, 0 to 1.", labels=["agent"])
-    for name, agent in agents.items():
+    for alarm in told["alarms"]:
+        alarms.add_metric(["", alarm["kind"]], 1)
+    for name, agent in told["agents"].items():
         for state in ("open", "leased"):
             reviews.add_metric([name, state], agent["reviews"][state])
         if agent["champion"]:

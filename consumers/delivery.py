@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 
 from consumers import handlers, schemas
-from storage import events, tokens
+from storage import dead_letters, events, tokens
 
 ROLES_BY_KIND: Mapping[str, tuple[str, ...]] = {
     "review": ("reviewer",),
@@ -18,6 +18,10 @@ ROLES_BY_KIND: Mapping[str, tuple[str, ...]] = {
     "late_truth": ("producer", "operator"),
 }
 """Who may give which kind of label."""
+
+
+AHEAD = timedelta(minutes=10)
+"""How far the clock of whoever sends may be ahead of ours: a label's time decides which answer is the later one."""
 
 
 class Delivered(NamedTuple):
@@ -55,7 +59,7 @@ def deliver_as(
     good: list[events.Incoming] = []
     contents: list[Any] = []
     for item in items:
-        prepared = _prepare(item, labels_of, principal)
+        prepared = _prepare(item, labels_of, principal, now + AHEAD)
         if isinstance(prepared, Delivered):
             results.append(prepared)
         else:
@@ -65,6 +69,9 @@ def deliver_as(
     receipts = events.append(connection, good, now, state)
     told = iter(receipts)
     delivered = [result or _to_delivered(next(told)) for result in results]
+    for receipt, one in zip(receipts, good, strict=True):
+        if receipt.outcome == "conflict":
+            _park(connection, one, receipt.ulid, now)
     if state == "received":
         return delivered, []
     new: dict[str, handlers.Item] = {}
@@ -75,9 +82,9 @@ def deliver_as(
 
 
 def _prepare(
-    item: schemas.AnyEvent | schemas.Refusal, labels_of: Mapping[str, Sequence[str]], principal: tokens.Principal
+    item: schemas.AnyEvent | schemas.Refusal, labels_of: Mapping[str, Sequence[str]], principal: tokens.Principal, latest: datetime
 ) -> events.Incoming | Delivered:
-    refused = item if isinstance(item, schemas.Refusal) else schemas.check(item, labels_of)
+    refused = item if isinstance(item, schemas.Refusal) else schemas.check(item, labels_of, latest)
     if refused is not None:
         return Delivered(None, "refused", refused)
     event: Any = item
@@ -102,6 +109,13 @@ def _check_expert(event: Any, principal: tokens.Principal) -> Delivered | None:
         remedy = f"the token belongs to {principal.name}: leave `expert` out, or use the expert's own token"
         return Delivered(None, "refused", schemas.Refusal("data.expert", schemas.shorten(named), remedy))
     return None
+
+
+def _park(connection: Connection, one: events.Incoming, known: str, now: datetime) -> None:
+    """Keep what a used identity came with, once, so that an operator can see both."""
+    reason = f"its (source, id) was used for other content, stored as {known}; this content has the digest {one.digest[:16]}"
+    if not dead_letters.is_parked(connection, one.subject, reason):
+        dead_letters.park(connection, one.subject, reason, now, key=one.digest, payload=one.data)
 
 
 def _to_delivered(receipt: events.Receipt) -> Delivered:

@@ -6,10 +6,12 @@ A batch is handled in one transaction. Handlers commute and may run twice: a red
 from __future__ import annotations
 
 import hashlib
+import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -85,8 +87,8 @@ def _handle_alone(connection: Connection, event: events.Stored, agents: Mapping[
         with connection.begin_nested():
             return _handle(connection, [_read(event)], agents, now)
     except Exception as error:  # noqa: BLE001  the reason is kept and shown; a lost connection fails again in park_event
-        dead_letters.park_event(connection, event, f"{type(error).__name__} in the handler", now)
-        return Counter(dead=1)
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return _park(connection, event, f"{type(error).__name__} in the handler ({Path(place.filename).name}:{place.lineno})", now)
 
 
 def _by_ulid(item: Item) -> str:
@@ -114,7 +116,8 @@ def _handle(connection: Connection, items: Sequence[Item], agents: Mapping[str, 
 
 
 def _park(connection: Connection, event: events.Stored, reason: str, now: datetime) -> Counter[str]:
-    dead_letters.park_event(connection, event, reason, now)
+    letter = dead_letters.park_event(connection, event, reason, now)
+    log.warning("event_parked", ulid=event.ulid, dead_letter=letter)  # the reason may name a claim
     return Counter(dead=1)
 
 
@@ -127,8 +130,21 @@ def _handle_predictions(connection: Connection, items: Sequence[Item], agents: M
         rows += _route_all(connection, agents[name], mine, now)
         outcome += _mark_handled(connection, mine, now)
     predictions.insert_new(connection, rows)
-    reviews.open_new(connection, [_to_review(row, agents[row.agent], now) for row in rows if row.reasons], now, "ratchet")
+    routed = _drop_under_review(connection, [row for row in rows if row.reasons])
+    reviews.open_new(connection, [_to_review(row, agents[row.agent], now) for row in routed], now, "ratchet")
     return outcome + _apply_waiting(connection, rows, agents, now)
+
+
+def _drop_under_review(connection: Connection, rows: Sequence[predictions.New]) -> list[predictions.New]:
+    """Leave out what an expert is asked already: the same claim with the same input, predicted once more."""
+    asked = reviews.find_live_cases(connection, {row.claim_id for row in rows}) if rows else set()
+    new = []
+    for row in rows:
+        case = row.agent, row.claim_id, row.input_digest
+        if case not in asked:
+            asked.add(case)
+            new.append(row)
+    return new
 
 
 def _mark_handled(connection: Connection, items: Sequence[Item], now: datetime) -> Counter[str]:
@@ -290,7 +306,8 @@ def _find_target(connection: Connection, data: Any, at: datetime) -> Any:
     if data.get("review_id") is not None:
         review = reviews.read(connection, data["review_id"])
         if review is None:
-            return None
+            told = schemas.shorten(data["review_id"])
+            raise RefusedError(f"there is no review {told}: leave review_id out, or use the id that /v1/reviews gave")
         return {"id": review["prediction"], "claim_id": review["claim_id"], "agent": review["agent"]}
     return predictions.find_labelled(
         connection, data["agent"], claim_id=data.get("claim_id"), prediction_id=data.get("prediction_id"), at=at

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from storage.sampling import bucket
+from storage.sampling import bucket, slice_key
 
 BELOW_THRESHOLD, MUST_REVIEW, AUDIT, EXPLORE, CONFIDENCE_MISSING = (
     "below_threshold",
@@ -358,11 +358,6 @@ def rarity(attributes: Mapping[str, Any], policy: RoutingPolicy, slice_labels: M
         return 0.0
     fewest = min(slice_labels.get(slice_key(name, attributes.get(name)), 0) for name in policy.slice_by)
     return HALF_KNOWN / (HALF_KNOWN + fewest)
-
-
-def slice_key(name: str, value: Any) -> str:
-    """How a slice is called wherever labels are counted by slice."""
-    return f"{name}={value}"
 
 
 def confidence_health(recent: Iterable[float | None]) -> Health:

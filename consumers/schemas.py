@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ Name = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"
 Label = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f]+$")]
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT, pattern=r"^[^\x00]*$")]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Time = Annotated[AwareDatetime, Field(ge=datetime(1900, 1, 1, tzinfo=UTC), lt=datetime(2200, 1, 1, tzinfo=UTC))]
+EARLIEST, LATEST = datetime(1900, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
+Time = Annotated[AwareDatetime, Field(ge=EARLIEST, lt=LATEST)]
 Fields = Annotated[dict[Name, JsonValue], Field(max_length=500)]
 
 LabelKind = Literal["review", "second_read", "adjudication", "late_truth"]
@@ -152,19 +154,35 @@ def parse(body: bytes, kind: str) -> list[AnyEvent | Refusal]:
         except ValidationError:
             pass  # at least one item is wrong: look at them one by one, to say which
     try:
-        items = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise MalformedError(f"the body is not JSON: {error}") from error
+        items = json.loads(body.decode(), parse_constant=_Constant)
+    except (ValueError, RecursionError) as error:
+        raise MalformedError(f"the body is not JSON: {str(error) or 'it nests too deep'}") from error
     if not isinstance(items, list):
         raise MalformedError(f"the body must be a JSON array of events, this is {type(items).__name__}")
     return [_parse_one(adapter, item) for item in items]
 
 
+class _Constant(str):
+    """NaN or an infinity, which Python's JSON writers send and JSON does not have."""
+
+    __slots__ = ()
+
+
+def _find_constant(value: Any, path: str) -> Refusal | None:
+    if isinstance(value, _Constant):
+        return Refusal(path or "event", value, "JSON has no such number: send a number, or leave the field out")
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return next((found for key, part in parts if (found := _find_constant(part, f"{path}.{key}".lstrip(".")))), None)
+
+
 def _parse_one(adapter: TypeAdapter[Any], item: Any) -> AnyEvent | Refusal:
+    constant = _find_constant(item, "")
+    if constant is not None:
+        return constant
     try:
         return cast("AnyEvent", adapter.validate_json(orjson.dumps([item]), strict=True)[0])
-    except orjson.JSONEncodeError:
-        return Refusal("event", "more than 250 levels", "the JSON is nested too deep")
+    except orjson.JSONEncodeError as error:
+        return Refusal("event", str(error), "the JSON nests too deep, or holds a whole number beyond 64 bits or a broken text")
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         if first["type"] == "missing":
@@ -178,9 +196,12 @@ def shorten(value: Any) -> str:
     return shown if len(shown) <= MAX_SHOWN else shown[:MAX_SHOWN] + "…"
 
 
-def check(event: AnyEvent, labels_of: Mapping[str, Sequence[str]]) -> Refusal | None:
-    """What the types can't say: whether the agent and the answer are known, and whether a label says what it labels."""
+def check(event: AnyEvent, labels_of: Mapping[str, Sequence[str]], latest: datetime = LATEST) -> Refusal | None:
+    """What the types can't say: whether agent and answer are known, a label says what it labels, and the time is not past `latest`."""
     data: Any = event["data"]
+    field = "answered_at" if event["type"] == LABEL else "occurred_at"
+    if data[field] > latest:
+        return Refusal(f"data.{field}", data[field].isoformat(), "this is in the future: check the clock and the zone of whoever sends it")
     labels = labels_of.get(data["agent"])
     if labels is None:
         return Refusal(

@@ -44,6 +44,7 @@ POLICY = (
     "slices",
 )
 """The keys that, with the prompt's digest, make a policy version."""
+LEAST_AUDITED = 0.001
 Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\n\r\t]+$")]
 
@@ -252,7 +253,7 @@ class Agent(Section):
     base_model: HomePath = Field(default=Path("models/base"), description="Folder of the Hugging Face checkpoint.")
     threshold: Share = Field(default=0.7, description="A prediction less sure than this goes to an expert.")
     budget: Budget = Budget()
-    audit_share: Share = Field(default=0.02, description="Share of all predictions reviewed at random; more than 0.")
+    audit_share: Share = Field(default=0.02, description="Share of all predictions reviewed at random; 0.001 or more.")
     exam_share: Share = Field(default=0.8, description="Share of what the budget leaves that an exam may ask for.")
     watch_share: Share = Field(default=0.4, description="Share of what the budget leaves that a watch may ask for.")
     explore_share: Share = Field(default=0.0, description="Share of the predictions reviewed for being of a rarely labelled slice.")
@@ -282,9 +283,10 @@ class Agent(Section):
     @field_validator("audit_share")
     @classmethod
     def _audit_is_never_off(cls, share: float) -> float:
-        if share == 0:
+        if share < LEAST_AUDITED:
             raise ValueError(
-                "should be more than 0: without cases drawn at random nobody can tell how good the served model is; 0.02 is usual"
+                f"should be {LEAST_AUDITED:g} or more: without cases drawn at random nobody can tell how good the served model is; "
+                "0.02 is usual"
             )
         return share
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from daemon import significance
-from storage.sampling import bucket
+from storage.sampling import bucket, slice_key
 
 Rule = Literal["posterior", "anytime"]
 Outcome = Literal["promote", "reject", "inconclusive"]
@@ -201,7 +201,7 @@ def slice_pairs(pairs: Sequence[Pair]) -> dict[str, list[Pair]]:
     slices: dict[str, list[Pair]] = defaultdict(list)
     for pair in pairs:
         for name, value in pair.slices.items():
-            slices[f"{name}={value}"].append(pair)
+            slices[slice_key(name, value)].append(pair)
     return dict(sorted(slices.items()))
 
 

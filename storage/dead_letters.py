@@ -31,6 +31,11 @@ def park(
     return letter
 
 
+def is_parked(connection: Connection, origin: str, reason: str) -> bool:
+    """Whether this was set aside for this reason before."""
+    return connection.execute(select(DeadLetter.id).where(DeadLetter.origin == origin, DeadLetter.reason == reason)).first() is not None
+
+
 def list_parked(connection: Connection, limit: int = 100) -> list[RowMapping]:
     """The parked ones, newest first."""
     query = select(DeadLetter.id, DeadLetter.event, DeadLetter.origin, DeadLetter.reason, DeadLetter.at)

@@ -17,6 +17,7 @@ from sqlalchemy import ColumnElement, Connection, RowMapping, case, func, select
 from sqlalchemy.orm import aliased
 
 from storage import db
+from storage.sampling import slice_key
 from storage.tables import Label, Prediction
 
 READS = ("review", "second_read")
@@ -229,7 +230,7 @@ def count_by_attributes(connection: Connection, agent: str, names: Sequence[str]
     query = query.where(Label.agent == agent, Label.superseded_by.is_(None))
     counts: Counter[str] = Counter()
     for attributes in connection.execute(query).scalars():
-        counts.update(f"{name}={attributes[name]}" for name in names if name in attributes)
+        counts.update(slice_key(name, attributes.get(name)) for name in names)
     return counts
 
 

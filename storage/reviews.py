@@ -5,7 +5,7 @@ open → leased → answered | expired ;  leased → open (the lease ran out, or
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -39,6 +39,13 @@ def open_new(connection: Connection, rows: Sequence[Mapping[str, Any]], now: dat
         opened = [row for row in prepared if row["id"] in present]
     same = {"at": now, "actor": actor, "action": "opened"}
     db.insert_many(connection, ReviewStep, [{"review": row["id"], **same, "note": ", ".join(row["reasons"])} for row in opened])
+
+
+def find_live_cases(connection: Connection, claims: Iterable[str]) -> set[tuple[str, str, str]]:
+    """The cases of these claims that wait for an expert: agent, claim and digest of the input."""
+    query = select(Prediction.agent, Prediction.claim_id, Prediction.input_digest).join(Review, Review.prediction == Prediction.id)
+    query = query.where(db.is_one_of(connection, Prediction.claim_id, claims), Review.state.in_(LIVE))
+    return {(row.agent, row.claim_id, row.input_digest) for row in connection.execute(query)}
 
 
 def make_id(prediction: str, exam: str | None, now: datetime) -> str:

@@ -1,4 +1,4 @@
-"""Deterministic sampling: which bucket of [0, 1) a key falls into, for each purpose on its own."""
+"""Deterministic sampling: which bucket of [0, 1) a key falls into, for each purpose on its own; and what a slice is called."""
 
 from __future__ import annotations
 
@@ -15,3 +15,8 @@ def bucket(purpose: Purpose, agent: str, key: str) -> float:
     """
     digest = hashlib.sha256(f"{purpose}\0{agent}\0{key}".encode()).digest()
     return (int.from_bytes(digest[:8]) >> 11) / (1 << 53)
+
+
+def slice_key(name: str, value: object) -> str:
+    """How a slice is called wherever claims are counted by slice; a claim without the attribute is in the slice `name=None`."""
+    return f"{name}={value}"

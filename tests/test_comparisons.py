@@ -41,7 +41,7 @@ def test_only_differing_claims_are_read_and_a_watch_sees_what_came_since(scored:
 
 
 def test_labelled_audits_are_what_a_version_is_measured_on(scored: Engine, now: datetime) -> None:
-    send(scored, [make_label(2, now + timedelta(hours=1))], now, ANN)
+    send(scored, [make_label(2, now)], now, ANN)
     handle(scored, make_agent(), now)
     with db.reading(scored) as connection:
         [(prediction, decision)] = scores.read_audited(connection, "adjudication", "v1.1")

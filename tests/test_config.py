@@ -98,7 +98,7 @@ def test_a_refusal_names_the_key_the_value_and_what_would_be_right(write, text, 
 @pytest.mark.parametrize(
     ("lines", "sentence"),
     [
-        ("audit_share = 0", "audit_share = 0: should be more than 0: without cases drawn at random nobody can tell"),
+        ("audit_share = 0", "audit_share = 0: should be 0.001 or more: without cases drawn at random nobody can tell"),
         ("threshold = 1.7", "threshold = 1.7: should be less than or equal to 1"),
         ("threshold = nan", "threshold = NaN: should be a finite number"),
         ('approved = "YES"\ndenied = "DENIED"', "`approved` = 'YES' should be one of the labels APPROVED, DENIED, PENDING"),

@@ -156,7 +156,7 @@ def test_a_changed_answer_is_a_changed_row(engine, tmp_path, now, history):
     deliver(engine, [make_prediction(1, now)], now)
     deliver(engine, [make_label(1, now)], now, ANN)
     first = build(engine, tmp_path, now)
-    deliver(engine, [make_label(1, now + timedelta(hours=1), answer="APPROVED")], now, ANN)
+    deliver(engine, [make_label(1, now + timedelta(hours=1), answer="APPROVED")], now + timedelta(hours=1), ANN)
     second = build(engine, tmp_path, now)
     with db.reading(engine) as connection:
         folders = [folder_of(datasets.read(connection, AGENT, number)) for number in (first, second)]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import orjson
 from sqlalchemy import Engine
 
-from storage import db, events
+from storage import db, dead_letters, events
 from tests.event_fixtures import ANN, BEN, OPS, PRODUCER, make_label, make_prediction, send
 
 
@@ -52,3 +52,23 @@ def test_a_used_identity_with_other_content_is_a_conflict(engine: Engine, now: d
     assert again.outcome == "stored"
     assert other.outcome == "conflict"
     assert other.ulid == again.ulid
+
+
+def test_what_a_used_identity_came_with_is_kept_once_as_a_dead_letter(engine: Engine, now: datetime) -> None:
+    send(engine, [make_prediction(1, now)], now)
+    for hours in range(3):
+        send(engine, [make_prediction(1, now, decision="DENIED")], now + timedelta(hours=hours))
+    with db.reading(engine) as connection:
+        [letter] = dead_letters.list_parked(connection)
+        kept = dead_letters.show(connection, letter["id"])
+    assert "was used for other content" in letter["reason"]
+    assert orjson.loads(kept["payload"])["decision"] == "DENIED"
+
+
+def test_an_answer_from_the_future_is_refused_for_it_would_stand_for_ever(engine: Engine, now: datetime) -> None:
+    [fast] = send(engine, [make_label(1, now + timedelta(minutes=5))], now, ANN)
+    [wrong] = send(engine, [make_label(1, now + timedelta(days=400))], now, ANN)
+    assert (fast.outcome, wrong.outcome) == ("stored", "refused")
+    assert wrong.refusal is not None
+    assert wrong.refusal.field == "data.answered_at"
+    assert "check the clock" in wrong.refusal.remedy

@@ -128,14 +128,33 @@ def test_any_order_and_any_redelivery_ends_in_the_same_state(engine: Engine, tmp
 
 
 def test_a_label_names_the_prediction_that_was_the_latest_when_it_was_given(engine: Engine, now: datetime) -> None:
-    send(engine, [make_prediction(1, now), make_prediction(2, now + timedelta(days=2), claim_id="c1")], now)
+    send(engine, [make_prediction(1, now - timedelta(days=3)), make_prediction(2, now - timedelta(days=1), claim_id="c1")], now)
     handle(engine, make_agent(), now)
-    send(engine, [make_label(1, now + timedelta(days=1))], now, ANN)
-    send(engine, [make_label(1, now + timedelta(days=3))], now, BEN)
+    send(engine, [make_label(1, now - timedelta(days=2))], now, ANN)
+    send(engine, [make_label(1, now)], now, BEN)
     handle(engine, make_agent(), now)
     with db.reading(engine) as connection:
         named = {row["expert"]: predictions.read(connection, row["prediction"]) for row in labels.of_claim(connection, "c1")}
     assert {expert: row["prediction_id"] for expert, row in named.items() if row} == {"ann": "p1", "ben": "p2"}
+
+
+def test_a_claim_that_is_predicted_again_is_not_asked_twice_at_once(engine: Engine, now: datetime) -> None:
+    unsure = {"claim_id": "c", "confidence": 0.1}
+    send(engine, [make_prediction(1, now, **unsure), make_prediction(2, now, **unsure)], now)
+    handle(engine, make_agent(), now)
+    send(engine, [make_prediction(3, now, **unsure), make_prediction(4, now, **unsure, input={"treatment": "another"})], now)
+    handle(engine, make_agent(), now)
+    with db.reading(engine) as connection:
+        assert len(reviews.list_live(connection)) == 2, "the other input is another case"
+
+
+def test_a_label_for_a_review_that_never_was_is_a_dead_letter_at_once(engine: Engine, now: datetime) -> None:
+    send(engine, [make_prediction(1, now)], now)
+    send(engine, [make_label(1, now, review_id="no-such-review")], now, ANN)
+    handle(engine, make_agent(), now)
+    with db.reading(engine) as connection:
+        [letter] = dead_letters.list_parked(connection)
+    assert "there is no review 'no-such-review': leave review_id out" in letter["reason"]
 
 
 def test_history_is_labelled_cases_and_comes_in_once(engine: Engine, now: datetime) -> None:

@@ -146,7 +146,7 @@ def test_a_row_that_its_handler_can_t_take_is_a_dead_letter_and_refused(home, ru
     monkeypatch.setattr(labels, "insert_imported", fail)
     file = write_jsonl(home / "old.jsonl", [make_case(number) for number in range(6)])
     status, out, err = run("import", file)
-    assert (status, err) == (1, "line 4: parked as a dead letter: ValueError in the handler\n")
+    assert (status, err) == (1, "line 4: parked as a dead letter: ValueError in the handler (test_import.py:143)\n")
     assert "6 rows: 5 imported, 0 known before, 1 refused" in out
     assert len(ask("dead-letters", "list")) == 1
 

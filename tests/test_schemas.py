@@ -43,8 +43,19 @@ def test_a_wrong_value_is_refused_by_name(changes: dict[str, Any], field: str, v
 
 def test_a_number_that_is_none_is_refused_wherever_it_stands(now: datetime) -> None:
     body = orjson.dumps([make_prediction(1, now)]).replace(b"0.95", b"NaN")
-    with pytest.raises(schemas.MalformedError, match="not JSON"):
-        schemas.parse(body, schemas.PREDICTION)
+    body = body.removesuffix(b"]") + b"," + orjson.dumps(make_prediction(2, now)) + b"]"
+    bad, good = schemas.parse(body, schemas.PREDICTION)
+    assert isinstance(bad, schemas.Refusal)
+    assert (bad.field, bad.value) == ("data.confidence", "NaN")
+    assert not isinstance(good, schemas.Refusal), "the others of its batch are good"
+
+
+def test_a_whole_number_beyond_64_bits_is_refused_and_never_rounded(now: datetime) -> None:
+    huge = orjson.dumps(make_prediction(1, now, input={"units": 424242})).replace(b"424242", b"1" * 30)
+    wrong = orjson.dumps(make_prediction(2, now, decision=7))
+    refused, _ = schemas.parse(b"[" + huge + b"," + wrong + b"]", schemas.PREDICTION)
+    assert isinstance(refused, schemas.Refusal)
+    assert "64 bits" in refused.remedy
 
 
 def test_a_text_about_infinity_is_no_number(now: datetime) -> None:

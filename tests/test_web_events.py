@@ -96,7 +96,7 @@ def test_a_broken_line_costs_that_line_only_and_is_named(site):
         (b"", 400),
         (b"   ", 400),
         (b"{not json}", 400),
-        (b'{"a": NaN}', 400),
+        (b'{"a": NaN}', 422),
         (b"\xff\xfe", 400),
         (b"{},{}", 400),
         (b"[]", 422),

@@ -5,6 +5,7 @@ import subprocess
 import time
 
 import pytest
+import torch
 import transformers
 
 from daemon import cli
@@ -99,3 +100,13 @@ def test_the_command_looks_for_the_texts_before_it_loads_anything(tmp_path, capf
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a trainer was started"))
     assert cli.main(["model", "tiny", "--texts", "/nofile", "--out", str(tmp_path / "out")]) == 2
     assert "'--texts': file '/nofile' does not exist" in capfd.readouterr().err
+
+
+def test_missing_texts_are_refused(tmp_path):
+    with pytest.raises(spec.SpecRefusedError, match="no file"):
+        make(tmp_path / "nothing.jsonl", tmp_path / "out")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)

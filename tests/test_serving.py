@@ -83,14 +83,15 @@ def test_the_pointer_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path, ta
 
 def test_a_damaged_adapter_is_never_published(tmp_path, target):
     (target.adapter / "adapter_model.safetensors").write_text("other weights")
-    with pytest.raises(publisher.PublishFailedError, match="not the registered"):
+    remedy = "not the registered adapter of v1.0: restore it from a backup, .*`ratchet rollback --agent adjudication --to V --reason"
+    with pytest.raises(publisher.PublishFailedError, match=remedy):
         publisher.choose(make_agent(tmp_path)).publish(target)
     assert not (tmp_path / "serving").exists()
 
 
 def test_a_missing_adapter_is_never_published(tmp_path, target):
     missing = dataclasses.replace(target, adapter=tmp_path / "gone")
-    with pytest.raises(publisher.PublishFailedError, match="holds no files"):
+    with pytest.raises(publisher.PublishFailedError, match=r"holds no files.*restore it from a backup"):
         publisher.choose(make_agent(tmp_path)).publish(missing)
 
 

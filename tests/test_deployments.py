@@ -4,7 +4,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -246,13 +245,16 @@ def test_a_call_that_dies_anywhere_is_finished_by_the_next(site, monkeypatch, pl
         assert not ledger.verify(connection)
 
 
-def test_a_killed_process_of_this_machine_holds_up_nobody(site):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
+@pytest.mark.parametrize("is_collected", [True, False], ids=["gone", "a zombie"])
+def test_a_killed_process_of_this_machine_holds_up_nobody(site, is_collected):
+    dead = subprocess.Popen(["sleep", "60"])
+    dead.kill()
+    os.waitid(os.P_PID, dead.pid, os.WEXITED | (0 if is_collected else os.WNOWAIT))
     with db.writing(site.engine) as connection:
         leases.acquire(connection, f"deploy:{AGENT}", f"{socket.gethostname()} {dead.pid} p n", site.now, timedelta(hours=1))
     site.promote("v1.0")
     site.advance()
+    dead.wait()
     assert site.last()["state"] == "confirmed"
 
 

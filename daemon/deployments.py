@@ -113,14 +113,42 @@ def _try(
     """
     published_at = deployment["published_at"]
     if published_at is None or now - published_at >= timedelta(seconds=agent.publisher.timeout_seconds):
-        try:
-            server.publish(target)
-        except publisher.PublishFailedError as error:
-            return publisher.Answer("untold", str(error))
+        failure = _tell(server, target)
+        if failure is not None:
+            return failure
         with db.writing(engine) as connection:
             if not registry.mark_published(connection, deployment["id"], now):
                 return None
-    return server.ask(target)
+    return _ask(server, target)
+
+
+def _tell(server: publisher.Publisher, target: publisher.Target) -> publisher.Answer | None:
+    """Publish; None when the server was told, else why not."""
+    try:
+        server.publish(target)
+    except publisher.PublishFailedError as error:
+        return publisher.Answer("untold", _make_storable(str(error)))
+    except Exception as error:  # noqa: BLE001 — a server may answer anything: that is its agent's trouble and nobody else's
+        return _report_failure(target, error)
+    return None
+
+
+def _ask(server: publisher.Publisher, target: publisher.Target) -> publisher.Answer:
+    try:
+        answer = server.ask(target)
+    except Exception as error:  # noqa: BLE001 — as above
+        return _report_failure(target, error)
+    return publisher.Answer(answer.state, _make_storable(answer.detail))
+
+
+def _report_failure(target: publisher.Target, error: Exception) -> publisher.Answer:
+    log.warning("publisher_failed", agent=target.agent, version=target.version, error=type(error).__name__, exc_info=error)
+    return publisher.Answer("unreachable", f"the publisher of {target.agent} failed ({type(error).__name__})")
+
+
+def _make_storable(detail: str) -> str:
+    """The text without what no database takes: a server's words may hold half a character, or NUL."""
+    return detail.encode(errors="replace").decode().replace("\0", "?")
 
 
 def _settle(engine: Engine, agent: Agent, deployment: RowMapping, answer: publisher.Answer, now: datetime) -> None:
@@ -186,20 +214,16 @@ def _read_settled(engine: Engine, agent: str) -> publisher.Target | None:
 
 
 def _reassert(engine: Engine, agent: str, server: publisher.Publisher, target: publisher.Target, now: datetime) -> None:
-    answer = server.ask(target)
+    answer = _ask(server, target)
     if answer.state == "different":
         # A server that does not answer is not told: it may be starting, and a restart at each look would keep it from that.
         log.warning("champion_not_served", agent=agent, version=target.version, detail=answer.detail)
-        try:
-            server.publish(target)
-            answer = server.ask(target)
-        except publisher.PublishFailedError as error:
-            answer = publisher.Answer("untold", str(error))
+        answer = _tell(server, target) or _ask(server, target)
     if answer.state == "unverified":
         return
     with db.reading(engine) as connection:
         is_alarmed = any(alarm["kind"] == NOT_SERVED for alarm in alarms.list_open(connection, agent))
-    if is_alarmed == (answer.state != "confirmed"):
+    if answer.state == "confirmed" and not is_alarmed:
         return
     with db.writing(engine) as connection:
         if answer.state == "confirmed":
@@ -214,14 +238,18 @@ def await_settled(
 ) -> RowMapping:
     """Advance until the server has confirmed or the time is up; returns the deployment's row. Nothing here needs the daemon."""
     deadline = clock() + timedelta(seconds=agent.publisher.timeout_seconds)
+    now = clock()
     while True:
-        now = clock()
         advance(engine, {agent.name: agent}, now)
         with db.reading(engine) as connection:
             row = registry.read_deployment(connection, deployment)
         if row["state"] not in OPEN or now > deadline:
             return row
         sleep(POLL_SECONDS)
+        now = clock()
+        # Another attempt may take as long again; what is only requested is looked at once more, to be called late.
+        if row["state"] == "unconfirmed" and now > deadline:
+            return row
 
 
 @contextlib.contextmanager

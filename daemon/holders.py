@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import socket
 from datetime import datetime, timedelta
+from pathlib import Path
 
 from sqlalchemy import Connection
 
@@ -41,4 +43,11 @@ def is_dead(holder: str) -> bool:
         return True
     except PermissionError:
         return False
+    return _is_left_over(int(number))
+
+
+def _is_left_over(number: int) -> bool:
+    """Whether the process has ended and its parent has not taken notice yet: it does nothing any more (proc_pid_stat(5), state Z)."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     return False

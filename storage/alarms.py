@@ -13,7 +13,11 @@ from storage.tables import Alarm
 
 
 def raise_alarm(connection: Connection, agent: str, kind: str, message: str, detail: Mapping[str, Any], now: datetime) -> bool:
-    """Open an alarm; returns False while one of this kind is open already."""
+    """Open an alarm; returns False while one of this kind is open already, which then says the newer message.
+
+    It is announced once: the newer message is no entry in the ledger. An alarm with a `source` stays as it is, for its detail is what later
+    observations of that source are compared with.
+    """
     row = {
         "id": ids.make_ulid(now, agent, kind),
         "agent": agent,
@@ -25,7 +29,16 @@ def raise_alarm(connection: Connection, agent: str, kind: str, message: str, det
     is_new = connection.execute(db.insert_or_skip(connection, Alarm), [row]).rowcount == 1
     if is_new:
         ledger.append(connection, "alarm", agent, {"kind": kind, "message": message}, now)
+    elif "source" not in detail:
+        _restate(connection, agent, kind, message, dict(detail))
     return is_new
+
+
+def _restate(connection: Connection, agent: str, kind: str, message: str, detail: dict[str, Any]) -> None:
+    open_one = (Alarm.agent == agent, Alarm.kind == kind, Alarm.cleared_at.is_(None))
+    said = connection.execute(select(Alarm.message, Alarm.detail).where(*open_one)).one_or_none()
+    if said is not None and tuple(said) != (message, detail):
+        connection.execute(update(Alarm).where(*open_one).values(message=message, detail=detail))
 
 
 def clear(connection: Connection, agent: str, kind: str, now: datetime) -> bool:

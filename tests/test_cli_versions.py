@@ -1,8 +1,11 @@
 """The commands that look at versions, datasets, labels, the ledger, dead letters, tokens and alarms, and those that change the champion."""
 
 import json
+import os
 import re
+import socket
 import sqlite3
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -13,9 +16,9 @@ import structlog
 
 from daemon import policies
 from daemon.cli import context
-from storage import alarms, datasets, exams, registry, snapshots
+from storage import alarms, datasets, exams, leases, registry, snapshots
 from tests.event_fixtures import ANN, BEN, PRODUCER, handle, make_history, make_label, make_prediction, send
-from tests.version_fixtures import copying, make_made, register
+from tests.version_fixtures import copying, drip, listening, make_made, register
 
 pytest_plugins = ["tests.cli_fixtures"]
 
@@ -81,9 +84,41 @@ def test_a_rollback_that_no_server_confirms_stays_and_fails_loudly(site, run, as
     status, out, err = run("rollback", "--reason", "harm")
     assert status == 1
     assert "unconfirmed after" in out
-    assert "goes on trying" in err
+    assert err == "v1.0 is the champion all the same: `ratchet up` goes on trying, and an alarm is open.\n"
     assert champion(site) == "v1.0"
     assert [row["kind"] for row in ask("alarms", "list")] == ["rollback_unconfirmed"]
+
+
+def test_a_rollback_while_another_process_speaks_to_the_server_says_so_and_claims_no_alarm(site, run, ask):
+    ask("promote", "v1.1")
+    with site.writing() as connection:
+        alive = f"{socket.gethostname()} {os.getppid()} p n"
+        leases.acquire(connection, f"deploy:{AGENT}", alive, context.read_clock(), timedelta(hours=1))
+    status, out, err = run("rollback", "--reason", "harm")
+    assert status == 1
+    assert re.fullmatch(
+        r"adjudication: v1\.1 → v1\.0, requested after [\d.]+ s: its server was not heard, "
+        r"another process had the right to speak to it\.\n",
+        out,
+    )
+    assert err == (
+        "v1.0 is the champion all the same: `ratchet up` goes on trying, and `ratchet versions history` shows what comes of it.\n"
+    )
+    assert ask("alarms", "list") == []
+
+
+def test_a_rollback_at_a_server_that_drips_ends_with_the_time(site, run, ask, home):
+    ask("promote", "v1.1")
+    with listening(drip()) as url:
+        place = home / "ratchet.toml"
+        place.write_text(
+            place.read_text().replace("timeout_seconds = 1", f'timeout_seconds = 1\nurl = "{url}"').replace('"command"', '"url"')
+        )
+        began = time.monotonic()
+        status, out, _ = run("rollback", "--reason", "harm")
+        assert time.monotonic() - began < 4
+    assert status == 1
+    assert f"{url} does not answer within 1 s." in out
 
 
 def test_a_promotion_that_no_server_confirms_is_taken_back(site, run, ask, home):

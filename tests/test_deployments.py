@@ -4,16 +4,18 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import threading
-from datetime import timedelta
+import time
+from datetime import UTC, datetime, timedelta
 
 import pytest
+import structlog
+from sqlalchemy.exc import OperationalError
 
 from daemon import deployments
-from daemon.serving import pointer
+from daemon.serving import pointer, publisher
 from storage import alarms, db, leases, ledger, registry
-from tests.version_fixtures import copying, make_agent, make_made, register
+from tests.version_fixtures import answer, copying, drip, listening, make_agent, make_made, register
 
 AGENT = "adjudication"
 
@@ -243,13 +245,16 @@ def test_a_call_that_dies_anywhere_is_finished_by_the_next(site, monkeypatch, pl
         assert not ledger.verify(connection)
 
 
-def test_a_killed_process_of_this_machine_holds_up_nobody(site):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
+@pytest.mark.parametrize("is_collected", [True, False], ids=["gone", "a zombie"])
+def test_a_killed_process_of_this_machine_holds_up_nobody(site, is_collected):
+    dead = subprocess.Popen(["sleep", "60"])
+    dead.kill()
+    os.waitid(os.P_PID, dead.pid, os.WEXITED | (0 if is_collected else os.WNOWAIT))
     with db.writing(site.engine) as connection:
         leases.acquire(connection, f"deploy:{AGENT}", f"{socket.gethostname()} {dead.pid} p n", site.now, timedelta(hours=1))
     site.promote("v1.0")
     site.advance()
+    dead.wait()
     assert site.last()["state"] == "confirmed"
 
 
@@ -345,6 +350,126 @@ def test_a_silent_server_is_alarmed_and_not_restarted(site):
     site.reconcile()
     assert list(site.alarms()) == ["champion_not_served"]
     assert not (site.folder / "restarted").exists()
+
+
+class Failing:
+    """A publisher of somebody who did not think of everything."""
+
+    def publish(self, target):
+        raise RecursionError(target.version)
+
+    def ask(self, target):
+        raise RecursionError(target.version)
+
+
+@pytest.fixture
+def two_agents(site):
+    """The agents' names and configurations, `adjudication` and `scribe`; both have v0 in service and v1.0 waiting to be."""
+    scribe = site.agent.model_copy(update={"name": "scribe"})
+    with db.writing(site.engine) as connection:
+        register(connection, site.folder / "scribe", 1, site.now, agent="scribe")
+    both = {AGENT: site.agent, "scribe": scribe}
+    deployments.advance(site.engine, both, site.now)
+    return both
+
+
+def test_a_publisher_that_fails_in_its_own_way_holds_up_no_other_agent(site, two_agents, monkeypatch):
+    choose = publisher.choose
+    monkeypatch.setattr(publisher, "choose", lambda agent: Failing() if agent.name == AGENT else choose(agent))
+    with db.writing(site.engine) as connection:
+        for name in two_agents:
+            deployments.promote(connection, name, "v1.0", "ann", "better", site.now)
+    with structlog.testing.capture_logs() as logged:
+        deployments.advance(site.engine, two_agents, site.now)
+    assert {(line["agent"], line["error"]) for line in logged if line["event"] == "publisher_failed"} == {(AGENT, "RecursionError")}
+    with db.reading(site.engine) as connection:
+        assert registry.in_force(connection, AGENT)["state"] == "requested"
+        assert registry.in_force(connection, "scribe")["state"] == "confirmed"
+    deployments.advance(site.engine, two_agents, site.now + timedelta(seconds=61))
+    assert site.champion() == "v0", "a promotion that can't be confirmed is taken back, whatever stands in its way"
+    assert "failed (RecursionError)" in site.alarms()["promotion_reverted"]
+
+
+def test_reconciling_goes_on_past_a_publisher_that_fails(site, two_agents, monkeypatch):
+    choose = publisher.choose
+    monkeypatch.setattr(publisher, "choose", lambda agent: Failing() if agent.name == AGENT else choose(agent))
+    (site.folder / "served.json").write_text('{"digest": "sha256:0"}')
+    deployments.reconcile(site.engine, two_agents, site.now + timedelta(seconds=60))
+    assert list(site.alarms()) == ["champion_not_served"]
+    assert site.served() == "v0"
+
+
+def test_a_database_that_fails_ends_the_work_on_deployments(site):
+    site.promote("v1.0")
+    with db.writing(site.engine) as connection:
+        connection.exec_driver_sql("ALTER TABLE leases RENAME TO gone")
+    for work in (site.advance, site.reconcile):
+        with pytest.raises(OperationalError):
+            work()
+
+
+@pytest.mark.parametrize("body", [b"[" * 99_000, b'{"adapter_digest": "\\ud800"}', b'{"adapter_digest": "\\u0000"}', b"\0"])
+@pytest.mark.parametrize("kind", ["pointer", "reference"])
+def test_a_promotion_is_taken_back_whatever_the_server_answers(site, kind, body):
+    with listening(answer(body)) as url:
+        site.configure(kind=kind, url=url, confirm="url", command=None)
+        site.promote("v1.0")
+        site.advance()
+        site.advance(seconds=61)
+        assert site.history()[1:] == [("promote", "v1.0", "reverted"), ("revert", "v0", "requested")]
+        site.advance(seconds=61)
+        assert site.last()["state"] == "unconfirmed"
+        assert "\0" not in site.last()["detail"]
+
+
+@pytest.mark.parametrize("body", [b"[" * 99_000, b'{"adapter_digest": "\\ud800"}'])
+@pytest.mark.parametrize("kind", ["pointer", "reference"])
+def test_reconciling_alarms_whatever_the_server_answers(site, kind, body):
+    with listening(answer(body)) as url:
+        site.configure(kind=kind, url=url, confirm="url", command=None)
+        site.reconcile()
+    assert list(site.alarms()) == ["champion_not_served"]
+
+
+def test_an_open_alarm_names_the_version_that_it_is_about_now(site):
+    for version in ("v1.0", "v1.1", "v1.2"):
+        site.promote(version)
+        site.advance()
+    site.configure(command="false")
+    for back in ("v1.1", "v1.0"):
+        site.rollback(to=back)
+        for _ in range(2):
+            site.advance(seconds=100)
+        assert site.alarms()["rollback_unconfirmed"].startswith(f"{back} is not confirmed by its server: ")
+    with db.reading(site.engine) as connection:
+        [alarm] = alarms.list_open(connection)
+        assert alarm["detail"] == {"deployment": site.last()["id"], "version": "v1.0"}
+        assert [row["kind"] for row in ledger.show(connection, limit=50)].count("alarm") == 1
+
+
+def test_an_alarm_of_a_champion_says_what_its_server_answers_now(site):
+    site.configure(confirm_command="false")
+    site.reconcile()
+    assert "ended with status 1" in site.alarms()["champion_not_served"]
+    site.configure(confirm_command="/no/such")
+    site.reconcile()
+    assert "can't be started" in site.alarms()["champion_not_served"]
+
+
+@pytest.mark.parametrize("kind", ["pointer", "reference"])
+def test_waiting_for_a_server_that_drips_ends_with_the_time(site, kind):
+    site.promote("v1.0")
+    site.advance()
+    with listening(drip()) as url:
+        site.configure(kind=kind, url=url, confirm="url", command=None, timeout_seconds=1)
+        site.now = datetime.now(UTC)
+        deployment = site.rollback()
+        began = time.monotonic()
+        row = deployments.await_settled(site.engine, site.agent, deployment, lambda: datetime.now(UTC))
+        assert time.monotonic() - began < 3
+    assert (row["state"], "does not answer within 1 s" in row["detail"]) == ("unconfirmed", True)
+    with db.reading(site.engine) as connection:
+        assert leases.holder_of(connection, f"deploy:{AGENT}", datetime.now(UTC)) is None
 
 
 def test_reconciling_leaves_alone_what_is_under_way_and_who_can_t_be_asked(site):

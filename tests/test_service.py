@@ -118,6 +118,22 @@ def test_a_role_that_does_not_stop_is_left_behind(daemon):
     assert next(line["role"] for line in daemon.lines() if line["event"] == "role_did_not_stop") == "consume"
 
 
+def test_a_leader_that_is_killed_is_followed_at_once(daemon, home, secrets):
+    daemon.start("--role", "schedule")
+    daemon.wait_for(lambda: "leading_began" in daemon.events())
+    other = Daemon(home)
+    other.log = home / "other.log"
+    try:
+        other.start("--role", "schedule")
+        time.sleep(2)
+        assert "leading_began" not in other.events(), "one leads already"
+        daemon.kill()
+        other.wait_for(lambda: "leading_began" in other.events(), seconds=5)
+        assert other.stop() == 0
+    finally:
+        other.kill()
+
+
 def test_the_service_manager_hears_that_it_answers_that_it_lives_and_that_it_ends(daemon, home):
     with listening(home) as manager:
         daemon.begin(NOTIFY_SOCKET=str(home / "n"), WATCHDOG_USEC="600000")

@@ -1,5 +1,6 @@
 """daemon.serving: a server is told which version to serve, and believed only by the digest that it reports."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -13,6 +14,7 @@ import pytest
 from daemon import agents
 from daemon.serving import publisher
 from storage import artifacts, registry
+from tests import version_fixtures
 from tests.model_fixtures import LABELS, PROMPT, random_adapter, tiny_base
 from tests.version_fixtures import copying, make_agent, make_made
 from trainers import serve, spec
@@ -81,14 +83,15 @@ def test_the_pointer_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path, ta
 
 def test_a_damaged_adapter_is_never_published(tmp_path, target):
     (target.adapter / "adapter_model.safetensors").write_text("other weights")
-    with pytest.raises(publisher.PublishFailedError, match="not the registered"):
+    remedy = "not the registered adapter of v1.0: restore it from a backup, .*`ratchet rollback --agent adjudication --to V --reason"
+    with pytest.raises(publisher.PublishFailedError, match=remedy):
         publisher.choose(make_agent(tmp_path)).publish(target)
     assert not (tmp_path / "serving").exists()
 
 
 def test_a_missing_adapter_is_never_published(tmp_path, target):
     missing = dataclasses.replace(target, adapter=tmp_path / "gone")
-    with pytest.raises(publisher.PublishFailedError, match="holds no files"):
+    with pytest.raises(publisher.PublishFailedError, match=r"holds no files.*restore it from a backup"):
         publisher.choose(make_agent(tmp_path)).publish(missing)
 
 
@@ -156,6 +159,60 @@ def test_a_server_in_trouble_is_unreachable(reporting, target, tmp_path):
     assert pointer.ask(target).state == "unreachable"
     gone = publisher.choose(make_agent(tmp_path, confirm="url", url="http://127.0.0.1:9"))
     assert gone.ask(target).state == "unreachable"
+
+
+@pytest.fixture
+def at_a_node(tmp_path):
+    """Both publishers over HTTP at a node that does what it is given with each connection, with a short time-out."""
+    with contextlib.ExitStack() as stack:
+
+        def choose(kind, serve_one, **settings):
+            url = stack.enter_context(version_fixtures.listening(serve_one))
+            ours = {"kind": "pointer", "confirm": "url"} if kind == "pointer" else {"kind": kind, "path": None}
+            return publisher.choose(make_agent(tmp_path, **{**ours, "url": url, "timeout_seconds": 0.6, **settings}))
+
+        yield choose
+
+
+KINDS = pytest.mark.parametrize("kind", ["pointer", "reference"])
+
+
+@KINDS
+@pytest.mark.parametrize("before", [b"", b"HTTP/1.1 200 OK\r\n\r\n"], ids=["headers", "body"])
+def test_a_server_that_sends_a_byte_now_and_then_is_given_up_at_the_time_out(at_a_node, target, kind, before):
+    slow = at_a_node(kind, version_fixtures.drip(before))
+    began = time.monotonic()
+    assert slow.ask(target) == publisher.Answer("unreachable", f"{slow.settings.url}{path_of(kind)} does not answer within 0.6 s")
+    assert time.monotonic() - began < 2
+    if kind == "reference":
+        with pytest.raises(publisher.PublishFailedError, match=r"/load does not answer within 0\.6 s"):
+            slow.publish(target)
+        assert time.monotonic() - began < 4
+
+
+def path_of(kind):
+    return "/served/adjudication" if kind == "reference" else ""
+
+
+@KINDS
+def test_a_server_that_does_not_stop_talking_is_not_listened_to_the_end(at_a_node, target, kind):
+    talking = at_a_node(kind, version_fixtures.answer(b" " * 50_000_000), timeout_seconds=60)
+    answer = talking.ask(target)
+    assert (answer.state, "answers with more than 100,000 bytes" in answer.detail) == ("unreachable", True)
+
+
+@pytest.mark.parametrize("body", [b"[" * 99_000, b'{"adapter_digest": ' * 5_000], ids=["lists", "objects"])
+def test_an_answer_that_is_nested_too_deeply_confirms_nothing(at_a_node, target, body):
+    states = {kind: at_a_node(kind, version_fixtures.answer(body)).ask(target).state for kind in ("pointer", "reference")}
+    assert states == {"pointer": "different", "reference": "unreachable"}
+    with pytest.raises(publisher.PublishFailedError, match=r"refuses adjudication-v1.0-.*: status 500"):
+        at_a_node("reference", version_fixtures.answer(body, 500)).publish(target)
+
+
+def test_a_command_whose_answer_is_nested_too_deeply_confirms_nothing(tmp_path, target):
+    (tmp_path / "answer").write_bytes(b"[" * 99_000)
+    pointer = publisher.choose(make_agent(tmp_path, confirm="command", confirm_command=f"cat {tmp_path}/answer"))
+    assert pointer.ask(target).state == "different"
 
 
 def test_the_bare_base_is_confirmed_by_the_base_digest(reporting, tmp_path):

@@ -1,6 +1,11 @@
-"""Registered versions whose adapters are real files, and an agent whose server is two files and `cp`."""
+"""Registered versions whose adapters are real files, an agent whose server is two files and `cp`, and servers that misbehave."""
 
+import contextlib
+import socketserver
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from socket import socket
 
 from daemon import agents
 from storage import artifacts, registry
@@ -56,3 +61,44 @@ def copying(folder: Path) -> dict[str, str]:
         "confirm": "command",
         "confirm_command": f"cat {folder}/served.json",
     }
+
+
+@contextlib.contextmanager
+def listening(serve_one: Callable[[socket, threading.Event], None]) -> Iterator[str]:
+    """A server on loopback that reads each request and then leaves the connection to `serve_one`; yields its address."""
+    is_over = threading.Event()
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(100_000)
+            with contextlib.suppress(OSError):  # the client may hang up at any time
+                serve_one(self.request, is_over)
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        is_over.set()
+        server.shutdown()
+
+
+def drip(before: bytes = b"HTTP/1.1 200 OK\r\n\r\n") -> Callable[[socket, threading.Event], None]:
+    """Send a byte now and then, sooner than any read would give up, and never come to an end."""
+
+    def serve_one(connection: socket, is_over: threading.Event) -> None:
+        connection.sendall(before)
+        while not is_over.wait(0.1):
+            connection.sendall(b"H" if not before else b" ")
+
+    return serve_one
+
+
+def answer(body: bytes, status: int = 200) -> Callable[[socket, threading.Event], None]:
+    """Answer every request with this body."""
+
+    def serve_one(connection: socket, _: threading.Event) -> None:
+        connection.sendall(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % (status, len(body)) + body)
+
+    return serve_one

@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Look at model versions, their exams and their deployments.", no_args_is_help=True)
 Name = Annotated[str, typer.Argument(metavar="V", help="The version, such as v1.2.")]
+WITHOUT_DETAIL = {
+    "requested": "its server was not heard, another process had the right to speak to it",
+    "superseded": "a newer change of the champion came before its server confirmed",
+}
+GOES_ON = {
+    "unconfirmed": "`ratchet up` goes on trying, and an alarm is open",
+    "requested": "`ratchet up` goes on trying, and `ratchet versions history` shows what comes of it",
+}
 Reason = Annotated[str, typer.Option("--reason", help="Why; it is kept in the ledger.")]
 
 
@@ -127,9 +135,10 @@ def _change_champion(config: Any, agent: str | None, change: Callable[[Connectio
     if as_json:
         context.print_json({**{name: row[name] for name in shown}, "deployment": deployment, "seconds": seconds})
     else:
-        typer.echo(f"{row['agent']}: {row['previous'] or 'nothing'} → {row['version']}, {row['state']} after {seconds} s: {row['detail']}.")
-    if row["state"] in {"unconfirmed", "requested"}:
-        typer.echo(f"{row['version']} is the champion all the same: `ratchet up` goes on trying, and an alarm is open.", err=True)
+        why = row["detail"] or WITHOUT_DETAIL.get(row["state"], "nothing more is known")
+        typer.echo(f"{row['agent']}: {row['previous'] or 'nothing'} → {row['version']}, {row['state']} after {seconds} s: {why}.")
+    if row["state"] in GOES_ON:
+        typer.echo(f"{row['version']} is the champion all the same: {GOES_ON[row['state']]}.", err=True)
     if row["state"] not in {"confirmed", "unverified"}:
         raise typer.Exit(1)
 

@@ -11,14 +11,11 @@ import subprocess
 import tempfile
 from typing import Any, BinaryIO
 
-import httpx
 import structlog
 
 from daemon import agents
-from daemon.serving import publisher
+from daemon.serving import exchange, publisher
 from storage import artifacts
-
-MAX_ANSWER = 100_000
 
 log = structlog.get_logger()
 
@@ -56,21 +53,19 @@ class Pointer:
 
     def _ask_url(self, target: publisher.Target) -> publisher.Answer:
         try:
-            # No proxy of the environment: the server is ours.
-            with httpx.Client(timeout=self._ask_seconds(), trust_env=False) as client:
-                response = client.get(str(self.settings.url))
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            return publisher.Answer("unreachable", f"{self.settings.url} does not answer ({type(error).__name__})")
-        if response.is_error:
-            return publisher.Answer("unreachable", f"{self.settings.url} answers {response.status_code}")
-        return publisher.compare(target, _read_report(response.content))
+            reply = exchange.send_request("GET", str(self.settings.url), self._ask_seconds())
+        except exchange.NoAnswerError as error:
+            return publisher.Answer("unreachable", str(error))
+        if reply.is_error:
+            return publisher.Answer("unreachable", f"{self.settings.url} answers {reply.status}")
+        return publisher.compare(target, _read_report(reply.content))
 
     def _ask_command(self, target: publisher.Target) -> publisher.Answer:
         command = str(self.settings.confirm_command)
         with tempfile.TemporaryFile() as output:
             status = run_command(command, self._ask_seconds(), output)
             output.seek(0)
-            content = output.read(MAX_ANSWER)
+            content = output.read(exchange.MAX_ANSWER)
         if status != 0:
             return publisher.Answer("unreachable", f"`{command}` {_explain(status)}")
         return publisher.compare(target, _read_report(content))
@@ -127,7 +122,7 @@ def _explain(status: int | None) -> str:
 def _read_report(content: bytes) -> dict[str, Any]:
     """A server's report: a JSON object, or the digest as plain text."""
     try:
-        report = json.loads(content)
+        report = exchange.read_json(content)
     except ValueError:
         report = content.decode(errors="replace").strip()
     if isinstance(report, dict):

@@ -105,10 +105,13 @@ def check_files(target: Target) -> None:
     """
     if target.adapter is None or target.adapter_digest is None:
         return
+    remedy = f'restore it from a backup, or go to another version: `ratchet rollback --agent {target.agent} --to V --reason "…"`'
     try:
         artifacts.check(target.adapter, target.adapter_digest)
-    except (artifacts.DigestMismatchError, OSError) as error:
-        raise PublishFailedError(str(error)) from error
+    except artifacts.DigestMismatchError as error:
+        raise PublishFailedError(f"{target.adapter} is not the registered adapter of {target.version}: {remedy}") from error
+    except OSError as error:
+        raise PublishFailedError(f"the adapter of {target.version} can't be read ({error}): {remedy}") from error
 
 
 def compare(target: Target, report: Mapping[str, Any]) -> Answer:

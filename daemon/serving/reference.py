@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import urllib.parse
-from typing import Any
 
 import httpx
 
 from daemon import agents
-from daemon.serving import publisher
+from daemon.serving import exchange, publisher
 
 
 class Reference:
@@ -32,24 +31,26 @@ class Reference:
             "temperature": target.temperature,
         }
         try:
-            response = self._request("POST", "/load", self.settings.timeout_seconds, body)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise publisher.PublishFailedError(f"{self.url} does not answer ({type(error).__name__})") from error
-        if response.is_error:
-            raise publisher.PublishFailedError(f"{self.url} refuses {target.serving_name}: {_read_error(response)}")
+            reply = exchange.send_request("POST", f"{self.url}/load", self.settings.timeout_seconds, body)
+        except exchange.NoAnswerError as error:
+            raise publisher.PublishFailedError(str(error)) from error
+        if reply.is_error:
+            raise publisher.PublishFailedError(f"{self.url} refuses {target.serving_name}: {_read_error(reply)}")
 
     def ask(self, target: publisher.Target) -> publisher.Answer:
         """Whether the node serves the version on this base, with this prompt, labels and temperature."""
         seconds = min(publisher.ASK_SECONDS, self.settings.timeout_seconds)
         try:
-            response = self._request("GET", f"/served/{urllib.parse.quote(target.agent, safe='')}", seconds)
-            report: Any = response.json()
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-            return publisher.Answer("unreachable", f"{self.url} does not answer ({type(error).__name__})")
-        if response.status_code == httpx.codes.NOT_FOUND:
+            reply = exchange.send_request("GET", f"{self.url}/served/{urllib.parse.quote(target.agent, safe='')}", seconds)
+            report = exchange.read_json(reply.content)
+        except exchange.NoAnswerError as error:
+            return publisher.Answer("unreachable", str(error))
+        except ValueError as error:
+            return publisher.Answer("unreachable", f"{self.url} does not answer in JSON ({type(error).__name__})")
+        if reply.status == httpx.codes.NOT_FOUND:
             return publisher.Answer("different", f"{self.url} serves nothing for {target.agent}")
-        if response.is_error or not isinstance(report, dict):
-            return publisher.Answer("unreachable", f"{self.url} answers {response.status_code}")
+        if reply.is_error or not isinstance(report, dict):
+            return publisher.Answer("unreachable", f"{self.url} answers {reply.status}")
         expected = {"serving_name": target.serving_name, "labels": list(target.labels), "temperature": target.temperature}
         differing = [name for name, value in expected.items() if report.get(name) != value]
         answer = publisher.compare(target, {"base_digest": None, "prompt_digest": None, **report})
@@ -57,15 +58,10 @@ class Reference:
             return publisher.Answer("different", f"the node has the digest of {target.version} but another {', '.join(differing)}")
         return answer
 
-    def _request(self, method: str, path: str, seconds: float, body: Any = None) -> httpx.Response:
-        # No proxy of the environment: the node is ours.
-        with httpx.Client(timeout=seconds, trust_env=False) as client:
-            return client.request(method, self.url + path, json=body)
 
-
-def _read_error(response: httpx.Response) -> str:
+def _read_error(reply: exchange.Reply) -> str:
     """The node's sentence; it names folders and digests, never a claim."""
     try:
-        return str(response.json()["error"])[:500]
+        return str(exchange.read_json(reply.content)["error"])[:500]
     except (ValueError, KeyError, TypeError):
-        return f"status {response.status_code}"
+        return f"status {reply.status}"

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from consumers import schemas
+from consumers import announcements, schemas
 from daemon import agents, cli, config
 from daemon.web import app as web
 from storage import db
@@ -120,7 +120,7 @@ def write_cli() -> str:
 
 def write_schema(kind: str) -> str:
     """`docs/schemas/KIND.json`: the JSON Schema of one type of event."""
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": kind, **schemas.json_schemas()[kind]}
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": kind, **SCHEMAS[kind]}
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -220,11 +220,12 @@ def _type(schema: dict[str, Any]) -> str:
     return f"{schema.get('format') or schema.get('type', 'any')}"
 
 
+SCHEMAS = schemas.json_schemas() | announcements.json_schemas()
 PAGES: dict[str, Callable[[], str]] = {
     "configuration.md": write_configuration,
     "cli.md": write_cli,
     "http-api.md": write_http_api,
-    **{f"schemas/{kind}.json": functools.partial(write_schema, kind) for kind in schemas.json_schemas()},
+    **{f"schemas/{kind}.json": functools.partial(write_schema, kind) for kind in SCHEMAS},
 }
 
 

@@ -102,7 +102,7 @@ def check(folder: Path, digest: str) -> None:
     """Raise `DigestMismatchError` unless the folder's files are the ones that `digest` names."""
     actual = digest_folder(folder)
     if actual != digest:
-        message = f"{folder} has digest {actual}, not the registered {digest}: restore it from a backup or register it anew"
+        message = f"{folder} has digest {actual}, not the registered {digest}: restore it from a backup"
         raise DigestMismatchError(message)
 
 

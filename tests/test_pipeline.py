@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine
+from pydantic import TypeAdapter
+from sqlalchemy import Connection, Engine, select
 
+from consumers import announcements
 from daemon import deployments, launch, run_folders, training
 from daemon.agents import Exam, PromptFile, Triggers
 from storage import alarms, db, exams, leases, ledger, registry, reviews, runs, scores
+from storage.tables import Event
 from tests import model_fixtures
 from tests.pipeline_fixtures import ScriptedLauncher, World, always, make_base, make_settings
 from trainers import spec
@@ -136,6 +139,18 @@ def test_after_a_rollback_to_the_base_a_candidate_sits_a_real_exam(served: World
     served.settle()
     assert (champion(served), verdict(served, "v1.1")) == ("v0", None)
     assert open_exam(served)["champion"] == "v0"
+
+
+def test_whatever_is_announced_is_what_its_schema_says(served: World) -> None:
+    sit_exam(served, knows)
+    with db.writing(served.engine) as connection:
+        deployments.rollback(connection, AGENT, "ops", "to be sure", served.now)
+    served.settle()
+    with db.reading(served.engine) as connection:
+        sent = connection.execute(select(Event.type, Event.data).where(Event.state == "unsent")).all()
+    for row in sent:
+        TypeAdapter(announcements.ANNOUNCEMENTS[row.type]).validate_json(row.data or "")
+    assert {row.type for row in sent} == announcements.ANNOUNCEMENTS.keys() - {"ratchet.champion.reverted.v1"}
 
 
 def test_a_first_version_that_gold_shows_to_be_worse_is_rejected(world: World) -> None:

@@ -59,6 +59,11 @@ class Loop:
                 figures = f"{len(self.served) - first} claims, {len(self.expert.answered_at) - answered} answers"
                 bar.show(len(self.served) - first, limit, figures)
 
+    def stream_some(self, claims: int, title: str) -> None:
+        """Let so many claims come in."""
+        until = len(self.served) + claims
+        self.stream_until(lambda: len(self.served) >= until, title, claims + 1)
+
     def serve_batch(self) -> None:
         """The node answers the next claims, its answers go to the daemon, and the expert answers what is asked at once."""
         cases = self.stream[len(self.served) : len(self.served) + BATCH]

@@ -62,10 +62,10 @@ def running(made: Home, screen: Screen) -> Iterator[Loop]:
         state = made.folder / "node.json"
         node = [sys.executable, "-m", "trainers.serve", "--base", str(made.base), "--port", str(made.node_port), "--state", str(state)]
         node_log, daemon_log = made.folder / "node.log", made.folder / "daemon.log"
-        node_process = stack.enter_context(servers.started([*node, "--threads", "1"], node_log))
-        daemon_process = stack.enter_context(servers.started([servers.RATCHET, "up", "--config", str(made.config)], daemon_log))
         with screen.bar("starting the node and the daemon"):
+            node_process = stack.enter_context(servers.started([*node, "--threads", "1"], node_log))
             servers.await_answer(f"{node_url}/healthz", node_process, node_log)
+            daemon_process = stack.enter_context(servers.started([servers.RATCHET, "up", "--config", str(made.config)], daemon_log))
             servers.await_answer(f"http://127.0.0.1:{made.port}/login", daemon_process, daemon_log)
         engine = db.open_engine(config.load(made.config, {}).database.url)
         stack.callback(engine.dispose)
@@ -123,8 +123,7 @@ def improve(loop: Loop) -> None:
     loop.wait_until(lambda: loop.is_confirmed(BETTER), f"{BETTER} in service")
     loop.check_served(BETTER)
     loop.screen.say(f"{BETTER} is in service: the node reports its digest")
-    until = len(loop.served) + GAIN_CLAIMS
-    loop.stream_until(lambda: len(loop.served) >= until, f"claims that {BETTER} answers", GAIN_CLAIMS + 1)
+    loop.stream_some(GAIN_CLAIMS, f"claims that {BETTER} answers")
 
 
 def spoil(made: Home, loop: Loop, seed: int) -> None:
@@ -156,6 +155,7 @@ def force(made: Home, loop: Loop) -> None:
     if change is None or change["kind"] != "rollback" or change["actor"] != "ratchet":
         raise OutcomeDiffersError(f"{BETTER} came back by {change and change['kind']}, not by the watch")
     loop.screen.say(f"rolled back to {BETTER} by itself. {change['reason']}")
+    loop.stream_some(GAIN_CLAIMS, f"claims that {BETTER} answers again")
 
 
 def expect_verdict(loop: Loop, version: str, expected: str) -> None:

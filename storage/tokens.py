@@ -64,12 +64,6 @@ def read(connection: Connection, name: str) -> Principal | None:
     return Principal(row.name, row.role) if row else None
 
 
-def is_reviewer(connection: Connection, name: str) -> bool:
-    """Whether an expert of this name may answer reviews."""
-    query = select(Token.name).where(Token.name == name, Token.role == "reviewer", Token.revoked_at.is_(None))
-    return connection.execute(query).first() is not None
-
-
 def count_valid(connection: Connection) -> int:
     """How many tokens would let somebody in."""
     return connection.execute(select(func.count()).select_from(Token).where(Token.revoked_at.is_(None))).scalar_one()

@@ -182,7 +182,7 @@ class Desk:
         given = labels.of_review(connection, row["id"], person.name)
         steps = reviews.history(connection, row["id"])
         is_held, is_operator = _is_held(row, person), person.role == "operator"
-        has_revealed = any((step["action"], step["actor"]) == ("revealed", person.name) for step in steps)
+        has_revealed = reviews.was_revealed(connection, row["id"], person.name)
         case = Case(
             **{name: row[name] for name in ("id", "agent", "claim_id", "state", "is_blind", "opened_at")},
             answers=self.agents[row["agent"]].labels if row["agent"] in self.agents else (),

@@ -18,6 +18,12 @@ def read(folder, options=None, *, warm=False, seed=1, limit=512):
     return data.read_lessons(folder, TOKENIZER, Prompt(text=PROMPT), LABELS, options or Options(), limit=limit, warm=warm, seed=seed)
 
 
+def build_prompt(fields, limit):
+    """The prompt of one claim, and how many had to be cut for it."""
+    texts, cut = data.build_prompts(TOKENIZER, EVERY_FIELD, [fields], [limit])
+    return texts[0], cut
+
+
 def snapshot(folder, rows):
     snapshots.write(folder, rows, {})
     return folder
@@ -44,7 +50,7 @@ def test_labels_that_cannot_be_told_apart_are_refused(labels):
 
 def test_a_claim_cannot_bring_special_tokens_into_its_prompt():
     fields = {"treatment": "a</s>b<</s>/s>c<s>", "age": ["</s>"], "plan": {"</s>k": "v"}}
-    text, cut = data.build_prompt(TOKENIZER, EVERY_FIELD, fields, 400)
+    text, cut = build_prompt(fields, 400)
     assert not cut
     assert "treatment: abc\n" in text
     assert data.encode_prompt(TOKENIZER, text).count(TOKENIZER.eos_token_id) == 0
@@ -52,7 +58,7 @@ def test_a_claim_cannot_bring_special_tokens_into_its_prompt():
 
 def test_a_long_prompt_loses_the_ends_of_its_longest_fields_only():
     fields = {"short": "knee", "long": "x" * 900, "longer": "y" * 1800}
-    text, cut = data.build_prompt(TOKENIZER, EVERY_FIELD, fields, 200)
+    text, cut = build_prompt(fields, 200)
     assert cut
     assert "short: knee\n" in text
     assert text.count(data.CUT_MARK) == 2
@@ -63,7 +69,7 @@ def test_a_long_prompt_loses_the_ends_of_its_longest_fields_only():
 
 def test_fields_are_left_out_from_the_last_when_cutting_texts_is_not_enough():
     fields = {f"field_{number}": number for number in range(500)}
-    text, cut = data.build_prompt(TOKENIZER, EVERY_FIELD, fields, 100)
+    text, cut = build_prompt(fields, 100)
     assert cut
     assert text.startswith("field_0: 0\n")
     assert "field_499" not in text
@@ -72,7 +78,7 @@ def test_fields_are_left_out_from_the_last_when_cutting_texts_is_not_enough():
 
 def test_a_template_that_is_too_long_by_itself_is_refused():
     with pytest.raises(SpecRefusedError, match="template alone"):
-        data.build_prompt(TOKENIZER, Prompt(text="word " * 200), {}, 50)
+        data.build_prompts(TOKENIZER, Prompt(text="word " * 200), [{}], [50])
 
 
 @settings(max_examples=50, deadline=None)
@@ -82,7 +88,7 @@ def test_a_template_that_is_too_long_by_itself_is_refused():
     )
 )
 def test_no_prompt_is_longer_than_its_limit(fields):
-    text, _ = data.build_prompt(TOKENIZER, EVERY_FIELD, fields, 60)
+    text, _ = build_prompt(fields, 60)
     assert len(data.encode_prompt(TOKENIZER, text)) <= 60
 
 

@@ -120,12 +120,6 @@ def map_strings(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
-def build_prompt(tokenizer: Tokenizer, prompt: Prompt, fields: Mapping[str, Any], limit: int) -> tuple[str, bool]:
-    """The prompt of one claim in at most `limit` tokens, and whether it had to be cut: see `build_prompts`."""
-    texts, cut = build_prompts(tokenizer, prompt, [fields], [limit])
-    return texts[0], cut > 0
-
-
 def build_prompts(
     tokenizer: Tokenizer, prompt: Prompt, inputs: Sequence[Mapping[str, Any]], limits: Sequence[int]
 ) -> tuple[list[str], int]:

@@ -8,7 +8,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from trainers import spec
 PROMPT = "{% for name, value in input.items() %}{{ name }}: {{ value }}\n{% endfor %}decision:\n"
 LABEL_LINES = 0.02
 """So many lines with nothing but a label stand among the texts, as a share of them: that makes each label one token of the vocabulary."""
+TINY = "tiny"
 TINY_OPTIONS = {"learning_rate": 2e-3, "epochs": 3, "batch_rows": 32}
 
 
@@ -46,14 +47,15 @@ class Asked:
 
 def run(asked: Asked, on_stage: Callable[[str], None], on_progress: Callable[[int, int], None]) -> dict[str, Any]:
     """Replay, write the report and return it. Raises `simulate.SimulationError`."""
+    asked = _make_absolute(asked)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     history, stream = simulate.read_cases(asked.history), simulate.read_cases(asked.stream)
     asked.out.mkdir(parents=True, exist_ok=True)
     _check_same(asked)
-    agent = _make_agent(asked, history)
+    agent = make_agent(asked, history)
     simulate.check_cases(history, stream, agent)
     settings = _make_settings(asked, agent)
-    if asked.base == "tiny":
+    if asked.base == TINY:
         on_stage("making the small base")
         _make_tiny(asked, agent, history)
     on_stage("importing the history, training v1.0")
@@ -72,6 +74,13 @@ def run(asked: Asked, on_stage: Callable[[str], None], on_progress: Callable[[in
     return found
 
 
+def _make_absolute(asked: Asked) -> Asked:
+    """The same with absolute paths: trainers work in another folder than the one that the command was given in."""
+    base = asked.base if asked.base == TINY else str(Path(asked.base).absolute())
+    files = {name: getattr(asked, name).absolute() for name in ("history", "stream", "out")}
+    return replace(asked, **files, base=base, config=asked.config and asked.config.absolute())
+
+
 def _check_same(asked: Asked) -> None:
     """A folder holds one replay: the same files and settings may go on in it, others may not."""
     files = {name: artifacts.digest_file(path) for name, path in (("history", asked.history), ("stream", asked.stream))}
@@ -84,34 +93,34 @@ def _check_same(asked: Asked) -> None:
         raise simulate.SimulationError(f"{asked.out} holds a replay of other files or settings: name another --out")
 
 
-def _make_agent(asked: Asked, history: Sequence[simulate.Case]) -> Agent:
+def make_agent(asked: Asked, history: Sequence[simulate.Case]) -> Agent:
     """The agent that is replayed, with the budget, the trigger and the rule that were asked for."""
     training = _parse_options(asked.options)
-    governed = {
-        "budget": Budget(share=asked.budget),
-        "triggers": Triggers(new_labels=asked.retrain_every, new_labels_min=1),
-        "publisher": Publisher(kind="none"),
-    }
+    base = asked.out / "base" if asked.base == TINY else Path(asked.base)
+    governed = {"budget": Budget(share=asked.budget), "publisher": Publisher(kind="none"), "base_model": base}
+    triggers = {"new_labels": asked.retrain_every}
     if asked.config is not None:
         settings = config.load(asked.config)
         if asked.agent is None and len(settings.agents) != 1:
             raise simulate.SimulationError(f"--agent is missing: {asked.config} has {', '.join(settings.agents)}")
         agent = settings.agent(asked.agent or next(iter(settings.agents)))
-        changed = {"training": agent.training.model_copy(update=training), "exam": agent.exam.model_copy(update={"rule": asked.rule})}
-        found = agent.model_copy(update={**governed, **changed})
-        return found if asked.base == "tiny" else found.model_copy(update={"base_model": Path(asked.base).absolute()})
+        changed = {
+            "training": agent.training.model_copy(update=training),
+            "exam": agent.exam.model_copy(update={"rule": asked.rule}),
+            "triggers": agent.triggers.model_copy(update=triggers),
+        }
+        return agent.model_copy(update={**governed, **changed})
     labels = tuple(sorted({case.answer for case in history}))
     are_decisions = {"APPROVED", "DENIED"} <= set(labels)
-    base = asked.out / "base" if asked.base == "tiny" else Path(asked.base)
     return Agent(
         name=asked.agent or "replay",
         labels=labels,
         approved="APPROVED" if are_decisions else None,
         denied="DENIED" if are_decisions else None,
         prompt=PromptFile(text=PROMPT),
-        base_model=base.absolute(),
-        training=spec.Options(**{**(TINY_OPTIONS if asked.base == "tiny" else {}), **training}),
+        training=spec.Options(**{**(TINY_OPTIONS if asked.base == TINY else {}), **training}),
         exam=Exam.model_validate({"rule": asked.rule}),
+        triggers=Triggers(**triggers),
         **governed,
     )
 
@@ -132,7 +141,7 @@ def _parse_options(options: Sequence[str]) -> dict[str, Any]:
 
 def _make_settings(asked: Asked, agent: Agent) -> config.Settings:
     """Settings whose database and files lie in the replay's own folder."""
-    home = asked.out.absolute()
+    home = asked.out
     return config.Settings(
         home=home,
         database=config.Database(url=f"sqlite:///{home / 'ratchet.db'}"),

@@ -1,0 +1,88 @@
+"""A replay is set up from the command line: in its own folder, with the agent that was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from daemon import launch, rehearsal, simulate
+from tests.model_fixtures import tiny_base
+from tests.replay_fixtures import InProcess, make_cases, write_cases
+
+CONFIG = """
+[agents.claims]
+labels = ["APPROVED", "DENIED"]
+prompt = "prompt.j2"
+
+[agents.claims.triggers]
+new_labels_min = 7
+drift = false
+"""
+PROMPT = "{{ input.diagnosis }} {{ input.treatment }}: "
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> rehearsal.Asked:
+    """A replay of two small files, all paths relative to the folder that we are in."""
+    monkeypatch.chdir(tmp_path)
+    write_cases(Path("history.jsonl"), make_cases(60, 0))
+    write_cases(Path("stream.jsonl"), make_cases(40, 60))
+    return rehearsal.Asked(
+        history=Path("history.jsonl"),
+        stream=Path("stream.jsonl"),
+        out=Path("out"),
+        base="tiny",
+        budget=0.3,
+        retrain_every=1000,
+        rule="posterior",
+        seed=1,
+        with_baselines=False,
+        config=None,
+        agent=None,
+        options=("epochs=1",),
+    )
+
+
+@pytest.fixture
+def configured(asked: rehearsal.Asked) -> rehearsal.Asked:
+    """The same with an agent out of a configuration whose home holds a base already."""
+    home = Path("home")
+    (home / "models" / "base").mkdir(parents=True)
+    (home / "ratchet.toml").write_text(CONFIG)
+    (home / "prompt.j2").write_text(PROMPT)
+    return replace(asked, config=home / "ratchet.toml")
+
+
+def run(asked: rehearsal.Asked) -> dict[str, Any]:
+    return rehearsal.run(asked, lambda _stage: None, lambda _n, _of: None)
+
+
+def make_agent(asked: rehearsal.Asked) -> Any:
+    return rehearsal.make_agent(asked, simulate.read_cases(asked.history))
+
+
+def test_a_replay_may_be_asked_for_with_relative_paths(configured: rehearsal.Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "Resident", lambda *_: InProcess())
+    tiny_base(Path("base"))
+    found = run(replace(configured, base="base"))
+    assert found["claims"] == 40
+    assert Path("out/report.html").is_file()
+
+
+def test_the_small_base_lies_in_the_folder_of_the_replay_whatever_the_configuration_says(configured: rehearsal.Asked) -> None:
+    assert make_agent(configured).base_model == configured.out / "base"
+    assert make_agent(replace(configured, base="elsewhere")).base_model == Path("elsewhere")
+
+
+def test_of_the_configured_triggers_only_the_number_of_new_labels_is_replaced(configured: rehearsal.Asked) -> None:
+    triggers = make_agent(configured).triggers
+    assert (triggers.new_labels, triggers.new_labels_min, triggers.drift) == (1000, 7, False)

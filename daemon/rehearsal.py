@@ -51,8 +51,8 @@ def run(asked: Asked, on_stage: Callable[[str], None], on_progress: Callable[[in
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     history, stream = simulate.read_cases(asked.history), simulate.read_cases(asked.stream)
     asked.out.mkdir(parents=True, exist_ok=True)
-    _check_same(asked)
     agent = make_agent(asked, history)
+    check_same(asked, agent)
     simulate.check_cases(history, stream, agent)
     settings = _make_settings(asked, agent)
     if asked.base == TINY:
@@ -81,16 +81,24 @@ def _make_absolute(asked: Asked) -> Asked:
     return replace(asked, **files, base=base, config=asked.config and asked.config.absolute())
 
 
-def _check_same(asked: Asked) -> None:
-    """A folder holds one replay: the same files and settings may go on in it, others may not."""
-    files = {name: artifacts.digest_file(path) for name, path in (("history", asked.history), ("stream", asked.stream))}
-    names = ("base", "budget", "retrain_every", "rule", "seed", "with_baselines", "agent")
-    identity = {**files, **{name: getattr(asked, name) for name in names}, "options": list(asked.options)}
+def check_same(asked: Asked, agent: Agent) -> None:
+    """A folder holds one replay: the same files, settings and agent may go on in it, others may not. Raises `simulate.SimulationError`."""
+    files = {name: artifacts.digest_file(getattr(asked, name)) for name in ("history", "stream")}
+    names = ("base", "budget", "retrain_every", "rule", "seed", "with_baselines")
+    # Of paths only --base counts: a folder that was moved still holds the same replay.
+    described = {**agent.model_dump(mode="json", exclude={"base_model"}), "prompt": agent.prompt.digest}
+    settings = {f"agent.{name}": value for name, value in described.items()}
+    identity = {**files, **{name: getattr(asked, name) for name in names}, **settings}
     path = asked.out / "replay.json"
     if not path.exists():
         artifacts.write_atomically(path, json.dumps(identity, indent=2).encode())
-    elif json.loads(path.read_text()) != identity:
-        raise simulate.SimulationError(f"{asked.out} holds a replay of other files or settings: name another --out")
+        return
+    kept = json.loads(path.read_text())
+    other = sorted(name for name in kept.keys() | identity.keys() if kept.get(name) != identity.get(name))
+    if other:
+        raise simulate.SimulationError(
+            f"{asked.out} holds a replay with another {', '.join(other)}: ask for the same, or name another --out"
+        )
 
 
 def make_agent(asked: Asked, history: Sequence[simulate.Case]) -> Agent:

@@ -86,3 +86,18 @@ def test_the_small_base_lies_in_the_folder_of_the_replay_whatever_the_configurat
 def test_of_the_configured_triggers_only_the_number_of_new_labels_is_replaced(configured: rehearsal.Asked) -> None:
     triggers = make_agent(configured).triggers
     assert (triggers.new_labels, triggers.new_labels_min, triggers.drift) == (1000, 7, False)
+
+
+def test_a_folder_goes_on_with_the_agent_that_it_began_with_and_refuses_another(configured: rehearsal.Asked) -> None:
+    configured.out.mkdir()
+    for _ in range(2):
+        rehearsal.check_same(configured, make_agent(configured))
+    Path("home/prompt.j2").write_text(PROMPT + " ")
+    with pytest.raises(simulate.SimulationError, match=r"another agent\.prompt: ask for the same"):
+        rehearsal.check_same(configured, make_agent(configured))
+    Path("home/prompt.j2").write_text(PROMPT)
+    Path("home/ratchet.toml").write_text(CONFIG.replace("false", "true"))
+    with pytest.raises(simulate.SimulationError, match=r"another agent\.triggers: ask for the same"):
+        rehearsal.check_same(configured, make_agent(configured))
+    with pytest.raises(simulate.SimulationError, match=r"another agent\.triggers, seed: ask for the same"):
+        rehearsal.check_same(replace(configured, seed=2), make_agent(configured))

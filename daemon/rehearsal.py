@@ -7,16 +7,17 @@ import logging
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import orjson
 import structlog
+from pydantic import ValidationError
 
-from daemon import config, launch, report, simulate
-from daemon.agents import Agent, Budget, Exam, PromptFile, Publisher, Triggers
+from daemon import config, launch, report, simulate, training
+from daemon.agents import Agent, Budget, PromptFile, Publisher
 from storage import artifacts, datasets, db
 from trainers import spec
 
@@ -42,7 +43,7 @@ class Asked:
     with_baselines: bool
     config: Path | None
     agent: str | None
-    options: Sequence[str]
+    overrides: Mapping[str, Any]
 
 
 def run(asked: Asked, on_stage: Callable[[str], None], on_progress: Callable[[int, int], None]) -> dict[str, Any]:
@@ -96,55 +97,55 @@ def check_same(asked: Asked, agent: Agent) -> None:
     kept = json.loads(path.read_text())
     other = sorted(name for name in kept.keys() | identity.keys() if kept.get(name) != identity.get(name))
     if other:
-        raise simulate.SimulationError(
-            f"{asked.out} holds a replay with another {', '.join(other)}: ask for the same, or name another --out"
-        )
+        differing = ", ".join(other)
+        raise simulate.SimulationError(f"{asked.out} holds a replay with another {differing}: ask for the same, or name another --out")
 
 
 def make_agent(asked: Asked, history: Sequence[simulate.Case]) -> Agent:
-    """The agent that is replayed, with the budget, the trigger and the rule that were asked for."""
-    training = _parse_options(asked.options)
-    base = asked.out / "base" if asked.base == TINY else Path(asked.base)
-    governed = {"budget": Budget(share=asked.budget), "publisher": Publisher(kind="none"), "base_model": base}
-    triggers = {"new_labels": asked.retrain_every}
-    if asked.config is not None:
-        settings = config.load(asked.config)
-        if asked.agent is None and len(settings.agents) != 1:
-            raise simulate.SimulationError(f"--agent is missing: {asked.config} has {', '.join(settings.agents)}")
-        agent = settings.agent(asked.agent or next(iter(settings.agents)))
-        changed = {
-            "training": agent.training.model_copy(update=training),
-            "exam": agent.exam.model_copy(update={"rule": asked.rule}),
-            "triggers": agent.triggers.model_copy(update=triggers),
-        }
-        return agent.model_copy(update={**governed, **changed})
+    """The agent that is replayed, with the budget, the trigger, the rule and the options that were asked for.
+
+    Raises `simulate.SimulationError`, `config.ConfigRefusedError` and `training.OptionsRefusedError`.
+    """
+    found = _take_configured(asked, asked.config) if asked.config is not None else _make_up(asked, history)
+    if training.SEED in asked.overrides:
+        raise training.OptionsRefusedError(f"seed is {asked.overrides[training.SEED]!r}: a replay's is --seed")
+    options, warm_start = training.apply_overrides(found, asked.overrides)
+    changes = {
+        "base_model": asked.out / "base" if asked.base == TINY else Path(asked.base),
+        "budget": Budget(share=asked.budget),
+        "exam": found.exam.model_copy(update={"rule": asked.rule}),
+        "publisher": Publisher(kind="none"),
+        "training": options,
+        "triggers": found.triggers.model_copy(update={"new_labels": asked.retrain_every}),
+        "warm_start": warm_start,
+    }
+    return found.model_copy(update=changes)
+
+
+def _take_configured(asked: Asked, path: Path) -> Agent:
+    settings = config.load(path)
+    if asked.agent is None and len(settings.agents) != 1:
+        raise simulate.SimulationError(f"--agent is missing: {path} has {', '.join(settings.agents)}")
+    return settings.agent(asked.agent or next(iter(settings.agents)))
+
+
+def _make_up(asked: Asked, history: Sequence[simulate.Case]) -> Agent:
+    """An agent for the labels that occur, with a prompt of all input fields."""
     labels = tuple(sorted({case.answer for case in history}))
     are_decisions = {"APPROVED", "DENIED"} <= set(labels)
-    return Agent(
-        name=asked.agent or "replay",
-        labels=labels,
-        approved="APPROVED" if are_decisions else None,
-        denied="DENIED" if are_decisions else None,
-        prompt=PromptFile(text=PROMPT),
-        training=spec.Options(**{**(TINY_OPTIONS if asked.base == TINY else {}), **training}),
-        exam=Exam.model_validate({"rule": asked.rule}),
-        triggers=Triggers(**triggers),
-        **governed,
-    )
-
-
-def _parse_options(options: Sequence[str]) -> dict[str, Any]:
-    """`KEY=VALUE` training options, checked. Raises `simulate.SimulationError`."""
-    given: dict[str, Any] = {}
-    for option in options:
-        key, _, value = option.partition("=")
-        if key not in spec.Options.model_fields:
-            raise simulate.SimulationError(
-                f"--set {option}: {key!r} is no training option: use one of {', '.join(spec.Options.model_fields)}"
-            )
-        given[key] = orjson.loads(value)
-    checked = spec.Options(**given)
-    return {key: getattr(checked, key) for key in given}
+    try:
+        return Agent(
+            name=asked.agent or "replay",
+            labels=labels,
+            approved="APPROVED" if are_decisions else None,
+            denied="DENIED" if are_decisions else None,
+            prompt=PromptFile(text=PROMPT),
+            training=spec.Options(**(TINY_OPTIONS if asked.base == TINY else {})),
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        message = f"no agent can be made from the history: {'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r})"
+        raise simulate.SimulationError(message) from error
 
 
 def _make_settings(asked: Asked, agent: Agent) -> config.Settings:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import shutil
 import time
@@ -65,12 +66,13 @@ def apply_overrides(agent: Agent, overrides: Mapping[str, Any]) -> tuple[spec.Op
         if key in (SEED, WARM_START):
             continue
         *sections, name = key.split(".")
-        place = options
+        place: Any = options
         for section in sections:
-            place = place.get(section) or {}
-        if name not in place:
-            known = ", ".join([*options, SEED, WARM_START])
-            raise OptionsRefusedError(f"there is no training option {key!r}: use one of {known}")
+            place = place.get(section) if isinstance(place, dict) else None
+        if not isinstance(place, dict) or name not in place:
+            raise OptionsRefusedError(f"there is no training option {key!r}: use one of {', '.join(_name_options(agent))}")
+        if isinstance(place[name], dict):
+            raise OptionsRefusedError(f"{key} is {value!r}: name one of {', '.join(f'{key}.{inner}' for inner in place[name])}")
         place[name] = value
     warm_start = str(overrides.get(WARM_START, agent.warm_start))
     if warm_start not in ("candidate", "champion", "never"):
@@ -82,6 +84,13 @@ def apply_overrides(agent: Agent, overrides: Mapping[str, Any]) -> tuple[spec.Op
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise OptionsRefusedError(f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r})") from error
+
+
+def _name_options(agent: Agent) -> list[str]:
+    """The keys that `--set` takes; one that has keys of its own is named by those."""
+    options = agent.training.model_dump()
+    names = [[f"{name}.{inner}" for inner in value] if isinstance(value, dict) else [name] for name, value in options.items()]
+    return [*itertools.chain.from_iterable(names), SEED, WARM_START]
 
 
 def digest_question(agent: Agent) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from daemon import launch, rehearsal, simulate
+from daemon import cli, launch, rehearsal, simulate
 from tests.model_fixtures import tiny_base
 from tests.replay_fixtures import InProcess, make_cases, write_cases
 
@@ -48,7 +48,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> rehearsal.Asked:
         with_baselines=False,
         config=None,
         agent=None,
-        options=("epochs=1",),
+        overrides={"epochs": 1},
     )
 
 
@@ -101,3 +101,41 @@ def test_a_folder_goes_on_with_the_agent_that_it_began_with_and_refuses_another(
         rehearsal.check_same(configured, make_agent(configured))
     with pytest.raises(simulate.SimulationError, match=r"another agent\.triggers, seed: ask for the same"):
         rehearsal.check_same(replace(configured, seed=2), make_agent(configured))
+
+
+def test_an_option_is_set_as_for_a_training_by_hand(configured: rehearsal.Asked) -> None:
+    for asked in (configured, replace(configured, config=None)):
+        agent = make_agent(replace(asked, overrides={"lora.rank": 8, "warm_start": "never"}))
+        assert (agent.training.lora.rank, agent.training.lora.alpha, agent.warm_start) == (8, 32, "never")
+
+
+def test_a_history_from_which_no_agent_can_be_made_is_refused_with_the_reason(asked: rehearsal.Asked) -> None:
+    history = [replace(case, answer="DENIED") for case in make_cases(5, 0)]
+    with pytest.raises(simulate.SimulationError, match=r"labels: .*at least 2 items.*\('DENIED',\)"):
+        rehearsal.make_agent(asked, history)
+
+
+MISTAKES = {
+    "--set epochs": "'epochs' has no value: write KEY=VALUE",
+    "--set epochs=x": "epochs: Input should be a valid number, unable to parse string as a number (got 'x')",
+    "--set epochs=0": "epochs: Input should be greater than 0 (got 0)",
+    "--set epochs.x=1": "there is no training option 'epochs.x': use one of learning_rate, epochs,",
+    "--set lora=8": "lora is 8: name one of lora.rank, lora.alpha",
+    "--set rank=8": "there is no training option 'rank': use one of learning_rate,",
+    "--set seed=8": "seed is 8: a replay's is --seed",
+    "--rule foo": "'foo' is no rule: use posterior or anytime",
+    "--base nowhere": "nowhere holds no config.json: name the folder of a Hugging Face checkpoint, or tiny",
+    "--history nowhere.jsonl": "'nowhere.jsonl' does not exist",
+    "--stream nowhere.jsonl": "'nowhere.jsonl' does not exist",
+}
+
+
+@pytest.mark.usefixtures("asked")
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_on_the_command_line_is_named_with_what_would_be_right(mistake: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["simulate", "--history", "history.jsonl", "--stream", "stream.jsonl", "--out", "out", *mistake.split()]
+    assert cli.main(command) == 2
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert MISTAKES[mistake] in said
+    assert mistake.split(maxsplit=1)[0] in said
+    assert not Path("out/ratchet.db").exists()

@@ -203,7 +203,7 @@ def plan_training(machinery: Machinery, run: RowMapping, agent: Agent, made: Mak
         runs.set_dataset(connection, run["id"], number)
         dataset = datasets.read(connection, agent.name, number)
         recent = predictions.read_recent(connection, agent.name, agent.exam.claims, unlabelled_only=True)
-        begin = _find_beginning(connection, agent.name, made, warm_start)
+        begin = _find_beginning(connection, agent.name, made, options.lora, warm_start)
         champion = registry.read(connection, agent.name, registry.champion(connection, agent.name) or registry.BARE)
     folder = Path(run["folder"])
     score_sets = [
@@ -233,8 +233,8 @@ def _draw_seed(run: str, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{run}".encode()).digest()[:4]) >> 1
 
 
-def _find_beginning(connection: Connection, agent: str, made: Makeup, warm_start: str) -> RowMapping | None:
-    """The version whose adapter is trained on; None begins from the base: another base, prompt or label set is another beginning."""
+def _find_beginning(connection: Connection, agent: str, made: Makeup, shape: spec.LoraOptions, warm_start: str) -> RowMapping | None:
+    """The version whose adapter is trained on; None begins from the base: for another base, prompt, label set or shape of the adapter."""
     if warm_start == "never":
         return None
     champion = registry.champion(connection, agent)
@@ -244,7 +244,16 @@ def _find_beginning(connection: Connection, agent: str, made: Makeup, warm_start
     asked = (made.base_digest, made.prompt.digest, made.labels_digest)
     if begin is None or begin["adapter_path"] is None or (begin["base_digest"], begin["prompt_digest"], begin["labels_digest"]) != asked:
         return None
-    return begin
+    return begin if _has_shape(Path(begin["adapter_path"]), shape) else None
+
+
+def _has_shape(adapter: Path, shape: spec.LoraOptions) -> bool:
+    """Whether training on this adapter makes one of the rank and alpha that are asked for; of one that can't be read the trainer tells."""
+    try:
+        config = json.loads((adapter / artifacts.ADAPTER_CONFIG).read_bytes())
+    except (OSError, ValueError):
+        return True
+    return bool((config.get("r"), config.get("lora_alpha")) == (shape.rank, shape.alpha))
 
 
 def follow_all(machinery: Machinery, now: datetime) -> None:

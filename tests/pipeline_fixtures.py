@@ -116,6 +116,8 @@ def write_adapter(asked: spec.Spec, folder: Path) -> dict[str, Any]:
     place = folder / "adapters" / "candidate"
     place.mkdir(parents=True)
     (place / "adapter_model.safetensors").write_text(asked.run_id)
+    shape = {"r": asked.options.lora.rank, "lora_alpha": asked.options.lora.alpha}
+    (place / artifacts.ADAPTER_CONFIG).write_text(json.dumps(shape))
     return {
         "adapter": {"path": "adapters/candidate", "digest": artifacts.digest_folder(place)},
         "temperature": 1.5,

@@ -291,6 +291,14 @@ def test_another_prompt_is_another_major_version_that_begins_from_scratch(served
     assert open_exam(served)["candidate"] == "v2.0"
 
 
+@pytest.mark.parametrize("change", [{"lora.rank": 8}, {"lora.alpha": 16}])
+def test_an_adapter_of_another_shape_begins_from_scratch(served: World, change: dict[str, int]) -> None:
+    for overrides, begins_from_scratch in (({}, False), (change, True), (change, False)):
+        served.ask_for_run(**overrides)
+        served.settle()
+        assert (served.launcher.started[-1].init_adapter is None) == begins_from_scratch
+
+
 def test_a_refused_run_fails_at_once_with_its_reason_and_the_champion_stays(served: World) -> None:
     served.launcher.script = ["refused"]
     run = read_run(served, served.ask_for_run())

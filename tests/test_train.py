@@ -149,6 +149,17 @@ def test_a_warm_start_goes_on_from_its_adapter_and_replays_no_more_than_asked(tm
         torch.testing.assert_close(adapter_weights(tmp_path)[name], weight, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("lora", [{"rank": 8}, {"alpha": 16}])
+def test_an_adapter_of_another_shape_than_asked_is_not_trained_on(tmp_path, base, data, done, lora):
+    first = runs.result(done)["adapter"]
+    asked = runs.make_spec(
+        base, data, {"lora": lora}, init_adapter=done / "attempts" / "1" / first["path"], init_adapter_digest=first["digest"]
+    )
+    assert runs.perform(tmp_path, asked, NoWeights()) == spec.EXIT_REFUSED
+    assert "has rank 16 and alpha 32, asked are" in runs.result(tmp_path)["reason"]
+    assert "warm_start=never" in runs.result(tmp_path)["reason"]
+
+
 def test_early_stopping_keeps_the_weights_that_were_best_on_dev(tmp_path, base):
     wrong = {runs.LABELS[0]: runs.LABELS[1], runs.LABELS[1]: runs.LABELS[0]}
     rows = [runs.row(number, "train") for number in range(48)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -173,11 +174,14 @@ def _make_tiny(asked: Asked, agent: Agent, history: Sequence[simulate.Case]) -> 
 
 
 def write_texts(path: Path, agent: Agent, history: Iterable[simulate.Case]) -> None:
-    """Write what a small base is made from: the prompts without answers and without the groups that are gold, and the labels' names."""
-    texts = [
-        agent.prompt.render(case.input)
-        for case in history
-        if datasets.choose_split(agent.name, case.group, began_as_history=True) != "gold"
-    ]
+    """Write what a small base is made from: the prompts without answers and without the groups that are gold, and the labels' names.
+
+    A case that can't be rendered is left out here as in training, which counts them.
+    """
+    texts = []
+    for case in history:
+        if datasets.choose_split(agent.name, case.group, began_as_history=True) != "gold":
+            with contextlib.suppress(spec.SpecRefusedError):
+                texts.append(agent.prompt.render(case.input))
     texts += [f"{label}\n" for label in agent.labels for _ in range(math.ceil(LABEL_LINES * len(texts)))]
     path.write_bytes(b"".join(orjson.dumps({"text": text}) + b"\n" for text in texts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,22 @@ def test_a_replay_may_be_asked_for_with_relative_paths(configured: rehearsal.Ask
     found = run(replace(configured, base="base"))
     assert found["claims"] == 40
     assert Path("out/report.html").is_file()
+
+
+def test_a_case_that_cannot_be_rendered_costs_a_replay_only_that_case(configured: rehearsal.Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "Resident", lambda *_: InProcess())
+    tiny_base(Path("base"))
+    Path("home/prompt.j2").write_text("{{ input.diagnosis.upper() }}: ")
+    wordless = [replace(case, input={"treatment": "drug"}) for case in make_cases(61, 0)[::60]]
+    cases = [*wordless[:1], *make_cases(60, 0)[1:]], [*wordless[1:], *make_cases(40, 60)[1:]]
+    for path, some in zip((configured.history, configured.stream), cases, strict=True):
+        write_cases(path, some)
+    assert run(replace(configured, base="base"))["claims"] == 40
+    windows = json.loads(Path("out/windows/0000/window.json").read_text())
+    assert windows["right"]["champion"][0] is False
+    agent = make_agent(configured)
+    rehearsal.write_texts(Path("texts.jsonl"), agent, cases[0][:3])
+    assert len(Path("texts.jsonl").read_text().splitlines()) == 2 + len(agent.labels)
 
 
 def test_the_small_base_lies_in_the_folder_of_the_replay_whatever_the_configuration_says(configured: rehearsal.Asked) -> None:

@@ -125,6 +125,33 @@ def test_a_cut_prompt_is_counted_and_its_completion_is_whole(tmp_path):
     assert lessons.train[0].example.tokens <= 64
 
 
+SHOUTING = Prompt(text="{{ input.plan.upper() }}: ")
+
+
+def test_a_row_that_cannot_be_rendered_is_left_out_and_named_without_its_text(tmp_path):
+    rows = [row(number, split) for number, split in enumerate(["train"] * 20 + ["dev"] * 2)]
+    rows += [row(number, split, input='{"treatment": "secret"}') for number, split in ((22, "train"), (23, "dev"))]
+    lessons = data.read_lessons(snapshot(tmp_path / "set", rows), TOKENIZER, SHOUTING, LABELS, Options(), limit=512, warm=False, seed=1)
+    assert ([len(lessons.train), len(lessons.dev)], lessons.prompts_cut) == ([20, 2], 0)
+    assert [(one.set, one.row_ids) for one in lessons.left_out] == [("train", ["row-22"]), ("dev", ["row-23"])]
+    assert lessons.left_out[0].reason == "the prompt template can't be rendered: 'dict object' has no attribute 'plan'"
+
+
+def test_a_template_that_fails_on_more_than_a_tenth_of_the_rows_is_refused_with_the_remedy(tmp_path):
+    rows = [row(number, "train", input="{}" if number < 3 else json.dumps({"plan": "HMO"})) for number in range(29)]
+    with pytest.raises(SpecRefusedError, match=r"no attribute 'plan' \(so with 3 of the 29 rows of train, row row-0 for one\): let the"):
+        data.read_lessons(snapshot(tmp_path / "set", rows), TOKENIZER, SHOUTING, LABELS, Options(), limit=512, warm=False, seed=1)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ input[input.plan].x }}", "{{ input.plan.encode('utf-16-le').decode() }}", "{{ input.plan.index('b') }}"]
+)
+def test_what_is_said_of_a_template_that_fails_quotes_no_claim(template):
+    with pytest.raises(SpecRefusedError) as refused:
+        Prompt(text=template).render({"plan": "se\ud800cret"})
+    assert "cret" not in str(refused.value)
+
+
 def test_a_rationale_longer_than_half_a_row_is_left_out_and_counted(tmp_path):
     lessons = read(snapshot(tmp_path / "set", [row(0, "train", rationale="so " * 500)]), limit=128)
     assert lessons.rationales_left_out == 1

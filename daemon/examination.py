@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import structlog
 from sqlalchemy import Connection, RowMapping
@@ -142,14 +143,23 @@ def _is_scoring_due(connection: Connection, exam: RowMapping, agent: Agent, now:
     if _lacks_gold(connection, exam):
         return True
     unscored = find_unscored(connection, exam, agent)
-    if not unscored:
+    if not _is_worth_a_run(connection, exam, agent, len(unscored), now):
+        return False
+    # What can't be rendered would be due for ever. To render takes long, so it is asked only where a run would be queued.
+    lacking = find_lacking(connection, exam, unscored)
+    return _is_worth_a_run(connection, exam, agent, len(set().union(*lacking.values())), now)
+
+
+def _is_worth_a_run(connection: Connection, exam: RowMapping, agent: Agent, count: int, now: datetime) -> bool:
+    """Whether so many claims to answer are worth loading the base."""
+    if not count:
         return False
     if not scores.count_common(connection, agent.name, exam["candidate"], exam["champion"]) and exam["kind"] == "exam":
         return True
     last = runs.read_last(connection, agent.name, "score")
     scored_at = max(exam["opened_at"], last["created_at"]) if last else exam["opened_at"]
     is_low = exam["report"].get("asking", {}).get("left", 0) < POOL_LOW
-    return bool((len(unscored) >= SCORE_AT and is_low) or now - scored_at >= SCORE_EVERY)
+    return bool((count >= SCORE_AT and is_low) or now - scored_at >= SCORE_EVERY)
 
 
 def _lacks_gold(connection: Connection, exam: RowMapping) -> bool:
@@ -168,6 +178,25 @@ def find_unscored(connection: Connection, exam: RowMapping, agent: Agent) -> lis
     return sorted({one for name in names for one in scores.read_unscored(connection, agent.name, name, ordered)})
 
 
+def find_lacking(connection: Connection, exam: RowMapping, claims: list[str]) -> dict[str, set[str]]:
+    """Of these claims those that each compared version was not asked about, though its prompt can be rendered for them."""
+    rows = predictions.read_inputs(connection, claims)
+    lacking = {}
+    for name in (exam["candidate"], exam["champion"]):
+        prompt = spec.Prompt(text=registry.read(connection, exam["agent"], name)["prompt"])
+        unscored = scores.read_unscored(connection, exam["agent"], name, claims)
+        lacking[name] = {one for one in unscored if _can_render(prompt, rows[one]["input"])}
+    return lacking
+
+
+def _can_render(prompt: spec.Prompt, fields: Mapping[str, Any]) -> bool:
+    try:
+        prompt.render(fields)
+    except spec.SpecRefusedError:
+        return False
+    return True
+
+
 def plan_scoring(machinery: Machinery, run: RowMapping, agent: Agent) -> spec.Spec:
     """What a `score` run is asked: the versions of the open comparisons that share a base, on all claims that one of them lacks.
 
@@ -178,11 +207,12 @@ def plan_scoring(machinery: Machinery, run: RowMapping, agent: Agent) -> spec.Sp
         compared = exams.list_open(connection, agent.name)
         names = list(dict.fromkeys(name for exam in compared for name in (exam["champion"], exam["candidate"])))
         versions = [registry.read(connection, agent.name, name) for name in names]
-        unscored = sorted({one for exam in compared for one in find_unscored(connection, exam, agent)})
+        unanswered = [find_lacking(connection, exam, find_unscored(connection, exam, agent)) for exam in compared]
+        unscored = sorted({one for lacking in unanswered for claims in lacking.values() for one in claims})
         rows = sorted(predictions.read_inputs(connection, unscored).values(), key=lambda row: str(row["id"]))
         gold = next((exam for exam in compared if _lacks_gold(connection, exam)), None)
         made_by = find_folder(connection, agent.name, gold["candidate"]) if gold else None
-        lacking = {name for name in names if scores.read_unscored(connection, agent.name, name, unscored)}
+        lacking = {name for some in unanswered for name, claims in some.items() if claims}
     if gold is not None:
         lacking.add(gold["champion"])
     if not lacking:

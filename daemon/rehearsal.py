@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import orjson
 import structlog
+from pydantic import ValidationError
 
-from daemon import config, launch, report, simulate
-from daemon.agents import Agent, Budget, Exam, PromptFile, Publisher, Triggers
+from daemon import config, launch, report, simulate, training
+from daemon.agents import Agent, Budget, PromptFile, Publisher
 from storage import artifacts, datasets, db
 from trainers import spec
 
 PROMPT = "{% for name, value in input.items() %}{{ name }}: {{ value }}\n{% endfor %}decision:\n"
 LABEL_LINES = 0.02
 """So many lines with nothing but a label stand among the texts, as a share of them: that makes each label one token of the vocabulary."""
+TINY = "tiny"
 TINY_OPTIONS = {"learning_rate": 2e-3, "epochs": 3, "batch_rows": 32}
 
 
@@ -41,19 +44,20 @@ class Asked:
     with_baselines: bool
     config: Path | None
     agent: str | None
-    options: Sequence[str]
+    overrides: Mapping[str, Any]
 
 
 def run(asked: Asked, on_stage: Callable[[str], None], on_progress: Callable[[int, int], None]) -> dict[str, Any]:
     """Replay, write the report and return it. Raises `simulate.SimulationError`."""
+    asked = _make_absolute(asked)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     history, stream = simulate.read_cases(asked.history), simulate.read_cases(asked.stream)
     asked.out.mkdir(parents=True, exist_ok=True)
-    _check_same(asked)
-    agent = _make_agent(asked, history)
+    agent = make_agent(asked, history)
+    check_same(asked, agent)
     simulate.check_cases(history, stream, agent)
     settings = _make_settings(asked, agent)
-    if asked.base == "tiny":
+    if asked.base == TINY:
         on_stage("making the small base")
         _make_tiny(asked, agent, history)
     on_stage("importing the history, training v1.0")
@@ -72,67 +76,82 @@ def run(asked: Asked, on_stage: Callable[[str], None], on_progress: Callable[[in
     return found
 
 
-def _check_same(asked: Asked) -> None:
-    """A folder holds one replay: the same files and settings may go on in it, others may not."""
-    files = {name: artifacts.digest_file(path) for name, path in (("history", asked.history), ("stream", asked.stream))}
-    names = ("base", "budget", "retrain_every", "rule", "seed", "with_baselines", "agent")
-    identity = {**files, **{name: getattr(asked, name) for name in names}, "options": list(asked.options)}
+def _make_absolute(asked: Asked) -> Asked:
+    """The same with absolute paths: trainers work in another folder than the one that the command was given in."""
+    base = asked.base if asked.base == TINY else str(Path(asked.base).absolute())
+    files = {name: getattr(asked, name).absolute() for name in ("history", "stream", "out")}
+    return replace(asked, **files, base=base, config=asked.config and asked.config.absolute())
+
+
+def check_same(asked: Asked, agent: Agent) -> None:
+    """A folder holds one replay: the same files, settings and agent may go on in it, others may not. Raises `simulate.SimulationError`."""
+    files = {name: artifacts.digest_file(getattr(asked, name)) for name in ("history", "stream")}
+    names = ("base", "budget", "retrain_every", "rule", "seed", "with_baselines")
+    # Of paths only --base counts: a folder that was moved still holds the same replay.
+    described = {**agent.model_dump(mode="json", exclude={"base_model"}), "prompt": agent.prompt.digest}
+    settings = {f"agent.{name}": value for name, value in described.items()}
+    identity = {**files, **{name: getattr(asked, name) for name in names}, **settings}
     path = asked.out / "replay.json"
     if not path.exists():
         artifacts.write_atomically(path, json.dumps(identity, indent=2).encode())
-    elif json.loads(path.read_text()) != identity:
-        raise simulate.SimulationError(f"{asked.out} holds a replay of other files or settings: name another --out")
+        return
+    kept = json.loads(path.read_text())
+    other = sorted(name for name in kept.keys() | identity.keys() if kept.get(name) != identity.get(name))
+    if other:
+        differing = ", ".join(other)
+        raise simulate.SimulationError(f"{asked.out} holds a replay with another {differing}: ask for the same, or name another --out")
 
 
-def _make_agent(asked: Asked, history: Sequence[simulate.Case]) -> Agent:
-    """The agent that is replayed, with the budget, the trigger and the rule that were asked for."""
-    training = _parse_options(asked.options)
-    governed = {
+def make_agent(asked: Asked, history: Sequence[simulate.Case]) -> Agent:
+    """The agent that is replayed, with the budget, the trigger, the rule and the options that were asked for.
+
+    Raises `simulate.SimulationError`, `config.ConfigRefusedError` and `training.OptionsRefusedError`.
+    """
+    found = _take_configured(asked, asked.config) if asked.config is not None else _make_up(asked, history)
+    if training.SEED in asked.overrides:
+        raise training.OptionsRefusedError(f"seed is {asked.overrides[training.SEED]!r}: a replay's is --seed")
+    options, warm_start = training.apply_overrides(found, asked.overrides)
+    changes = {
+        "base_model": asked.out / "base" if asked.base == TINY else Path(asked.base),
         "budget": Budget(share=asked.budget),
-        "triggers": Triggers(new_labels=asked.retrain_every, new_labels_min=1),
+        "exam": found.exam.model_copy(update={"rule": asked.rule}),
         "publisher": Publisher(kind="none"),
+        "training": options,
+        "triggers": found.triggers.model_copy(update={"new_labels": asked.retrain_every}),
+        "warm_start": warm_start,
     }
-    if asked.config is not None:
-        settings = config.load(asked.config)
-        if asked.agent is None and len(settings.agents) != 1:
-            raise simulate.SimulationError(f"--agent is missing: {asked.config} has {', '.join(settings.agents)}")
-        agent = settings.agent(asked.agent or next(iter(settings.agents)))
-        changed = {"training": agent.training.model_copy(update=training), "exam": agent.exam.model_copy(update={"rule": asked.rule})}
-        found = agent.model_copy(update={**governed, **changed})
-        return found if asked.base == "tiny" else found.model_copy(update={"base_model": Path(asked.base).absolute()})
+    return found.model_copy(update=changes)
+
+
+def _take_configured(asked: Asked, path: Path) -> Agent:
+    settings = config.load(path)
+    if asked.agent is None and len(settings.agents) != 1:
+        raise simulate.SimulationError(f"--agent is missing: {path} has {', '.join(settings.agents)}")
+    return settings.agent(asked.agent or next(iter(settings.agents)))
+
+
+def _make_up(asked: Asked, history: Sequence[simulate.Case]) -> Agent:
+    """An agent for the labels that occur, with a prompt of all input fields."""
     labels = tuple(sorted({case.answer for case in history}))
     are_decisions = {"APPROVED", "DENIED"} <= set(labels)
-    base = asked.out / "base" if asked.base == "tiny" else Path(asked.base)
-    return Agent(
-        name=asked.agent or "replay",
-        labels=labels,
-        approved="APPROVED" if are_decisions else None,
-        denied="DENIED" if are_decisions else None,
-        prompt=PromptFile(text=PROMPT),
-        base_model=base.absolute(),
-        training=spec.Options(**{**(TINY_OPTIONS if asked.base == "tiny" else {}), **training}),
-        exam=Exam.model_validate({"rule": asked.rule}),
-        **governed,
-    )
-
-
-def _parse_options(options: Sequence[str]) -> dict[str, Any]:
-    """`KEY=VALUE` training options, checked. Raises `simulate.SimulationError`."""
-    given: dict[str, Any] = {}
-    for option in options:
-        key, _, value = option.partition("=")
-        if key not in spec.Options.model_fields:
-            raise simulate.SimulationError(
-                f"--set {option}: {key!r} is no training option: use one of {', '.join(spec.Options.model_fields)}"
-            )
-        given[key] = orjson.loads(value)
-    checked = spec.Options(**given)
-    return {key: getattr(checked, key) for key in given}
+    try:
+        return Agent(
+            name=asked.agent or "replay",
+            labels=labels,
+            approved="APPROVED" if are_decisions else None,
+            denied="DENIED" if are_decisions else None,
+            prompt=PromptFile(text=PROMPT),
+            training=spec.Options(**(TINY_OPTIONS if asked.base == TINY else {})),
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        message = f"no agent can be made from the history: {'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r})"
+        raise simulate.SimulationError(message) from error
 
 
 def _make_settings(asked: Asked, agent: Agent) -> config.Settings:
     """Settings whose database and files lie in the replay's own folder."""
-    home = asked.out.absolute()
+    home = asked.out
     return config.Settings(
         home=home,
         database=config.Database(url=f"sqlite:///{home / 'ratchet.db'}"),
@@ -155,11 +174,14 @@ def _make_tiny(asked: Asked, agent: Agent, history: Sequence[simulate.Case]) -> 
 
 
 def write_texts(path: Path, agent: Agent, history: Iterable[simulate.Case]) -> None:
-    """Write what a small base is made from: the prompts without answers and without the groups that are gold, and the labels' names."""
-    texts = [
-        agent.prompt.render(case.input)
-        for case in history
-        if datasets.choose_split(agent.name, case.group, began_as_history=True) != "gold"
-    ]
+    """Write what a small base is made from: the prompts without answers and without the groups that are gold, and the labels' names.
+
+    A case that can't be rendered is left out here as in training, which counts them.
+    """
+    texts = []
+    for case in history:
+        if datasets.choose_split(agent.name, case.group, began_as_history=True) != "gold":
+            with contextlib.suppress(spec.SpecRefusedError):
+                texts.append(agent.prompt.render(case.input))
     texts += [f"{label}\n" for label in agent.labels for _ in range(math.ceil(LABEL_LINES * len(texts)))]
     path.write_bytes(b"".join(orjson.dumps({"text": text}) + b"\n" for text in texts))

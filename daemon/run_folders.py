@@ -129,11 +129,13 @@ def newest_checkpoint(run_dir: Path) -> int:
 
 
 def read_scores(run_dir: Path, attempt: int, result: Result) -> dict[tuple[str, str], Answers]:
-    """The answers in `scores.parquet` by (score set, model)."""
+    """The answers in `scores.parquet` by (score set, model); none of a model whose prompt no row of the set could be rendered with."""
+    asked = spec.read_spec(run_dir)
     name = result.content.get("scores")
     path = find_attempt(run_dir, attempt) / str(name)
     columns = ["set", "row_id", "model", "decision", "confidence", "probabilities"]
-    grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    models = [*([asked.candidate] if asked.candidate else []), *asked.others]
+    grouped: dict[tuple[str, str], list[dict[str, Any]]] = {(one.name, model.name): [] for one in asked.score_sets for model in models}
     for row in pq.read_table(path, columns=columns).to_pylist() if name else ():
         grouped.setdefault((row["set"], row["model"]), []).append(row)
     return {key: Answers({row["row_id"]: row["decision"] for row in rows}, rows) for key, rows in grouped.items()}

@@ -31,6 +31,7 @@ from trainers import spec
 WINDOW = 250
 BATCH = 500
 MAX_ROUNDS = 200
+NOTHING = {"decision": None}
 EXPERT, NODE, ARCHIVE = (
     tokens.Principal("expert", "reviewer"),
     tokens.Principal("simulated-node", "producer"),
@@ -164,9 +165,15 @@ class Replay:
         answers = self._answer(folder, cases)
         served, version = answers["champion"], json.loads((folder / "served.json").read_text())
         before = self._count_labels()
-        self._tell(schemas.PREDICTION, [self._to_prediction(case, served[case.claim_id], version) for case in cases], NODE, now)
+        self._tell(
+            schemas.PREDICTION,
+            [self._to_prediction(case, served[case.claim_id], version) for case in cases if case.claim_id in served],
+            NODE,
+            now,
+        )
         self._settle(now)
-        right = {name: [given[case.claim_id]["decision"] == case.answer for case in cases] for name, given in answers.items()}
+        # A claim that a model's prompt can't be rendered for is one that it got wrong.
+        right = {name: [given.get(case.claim_id, NOTHING)["decision"] == case.answer for case in cases] for name, given in answers.items()}
         window = Window(right, self._count_labels() - before)
         trained = self._find_trained()
         self._learn_at_random(number, cases, window.labels, trained)

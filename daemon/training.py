@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import shutil
 import time
@@ -65,12 +66,13 @@ def apply_overrides(agent: Agent, overrides: Mapping[str, Any]) -> tuple[spec.Op
         if key in (SEED, WARM_START):
             continue
         *sections, name = key.split(".")
-        place = options
+        place: Any = options
         for section in sections:
-            place = place.get(section) or {}
-        if name not in place:
-            known = ", ".join([*options, SEED, WARM_START])
-            raise OptionsRefusedError(f"there is no training option {key!r}: use one of {known}")
+            place = place.get(section) if isinstance(place, dict) else None
+        if not isinstance(place, dict) or name not in place:
+            raise OptionsRefusedError(f"there is no training option {key!r}: use one of {', '.join(_name_options(agent))}")
+        if isinstance(place[name], dict):
+            raise OptionsRefusedError(f"{key} is {value!r}: name one of {', '.join(f'{key}.{inner}' for inner in place[name])}")
         place[name] = value
     warm_start = str(overrides.get(WARM_START, agent.warm_start))
     if warm_start not in ("candidate", "champion", "never"):
@@ -82,6 +84,13 @@ def apply_overrides(agent: Agent, overrides: Mapping[str, Any]) -> tuple[spec.Op
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise OptionsRefusedError(f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r})") from error
+
+
+def _name_options(agent: Agent) -> list[str]:
+    """The keys that `--set` takes; one that has keys of its own is named by those."""
+    options = agent.training.model_dump()
+    names = [[f"{name}.{inner}" for inner in value] if isinstance(value, dict) else [name] for name, value in options.items()]
+    return [*itertools.chain.from_iterable(names), SEED, WARM_START]
 
 
 def digest_question(agent: Agent) -> str:
@@ -194,7 +203,7 @@ def plan_training(machinery: Machinery, run: RowMapping, agent: Agent, made: Mak
         runs.set_dataset(connection, run["id"], number)
         dataset = datasets.read(connection, agent.name, number)
         recent = predictions.read_recent(connection, agent.name, agent.exam.claims, unlabelled_only=True)
-        begin = _find_beginning(connection, agent.name, made, warm_start)
+        begin = _find_beginning(connection, agent.name, made, options.lora, warm_start)
         champion = registry.read(connection, agent.name, registry.champion(connection, agent.name) or registry.BARE)
     folder = Path(run["folder"])
     score_sets = [
@@ -224,8 +233,8 @@ def _draw_seed(run: str, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{run}".encode()).digest()[:4]) >> 1
 
 
-def _find_beginning(connection: Connection, agent: str, made: Makeup, warm_start: str) -> RowMapping | None:
-    """The version whose adapter is trained on; None begins from the base: another base, prompt or label set is another beginning."""
+def _find_beginning(connection: Connection, agent: str, made: Makeup, shape: spec.LoraOptions, warm_start: str) -> RowMapping | None:
+    """The version whose adapter is trained on; None begins from the base: for another base, prompt, label set or shape of the adapter."""
     if warm_start == "never":
         return None
     champion = registry.champion(connection, agent)
@@ -235,7 +244,16 @@ def _find_beginning(connection: Connection, agent: str, made: Makeup, warm_start
     asked = (made.base_digest, made.prompt.digest, made.labels_digest)
     if begin is None or begin["adapter_path"] is None or (begin["base_digest"], begin["prompt_digest"], begin["labels_digest"]) != asked:
         return None
-    return begin
+    return begin if _has_shape(Path(begin["adapter_path"]), shape) else None
+
+
+def _has_shape(adapter: Path, shape: spec.LoraOptions) -> bool:
+    """Whether training on this adapter makes one of the rank and alpha that are asked for; of one that can't be read the trainer tells."""
+    try:
+        config = json.loads((adapter / artifacts.ADAPTER_CONFIG).read_bytes())
+    except (OSError, ValueError):
+        return True
+    return bool((config.get("r"), config.get("lora_alpha")) == (shape.rank, shape.alpha))
 
 
 def follow_all(machinery: Machinery, now: datetime) -> None:
@@ -363,7 +381,7 @@ def bring_in(machinery: Machinery, run: RowMapping, result: run_folders.Result, 
     """Take over what an attempt that is done has made: a candidate and its exam, or scores."""
     folder = Path(run["folder"])
     answers = run_folders.read_scores(folder, run["attempt"], result)
-    summary = {name: result.content.get(name) for name in ("training", "seconds", "scored_rows", "scored_prompts_cut")}
+    summary = {name: result.content.get(name) for name in ("training", "seconds", "scored_rows", "scored_prompts_cut", "left_out")}
     if run["kind"] == "score":
         sets = {one.name: one.path for one in spec.read_spec(folder).score_sets}
         if run_folders.GOLD in sets:

@@ -116,6 +116,8 @@ def write_adapter(asked: spec.Spec, folder: Path) -> dict[str, Any]:
     place = folder / "adapters" / "candidate"
     place.mkdir(parents=True)
     (place / "adapter_model.safetensors").write_text(asked.run_id)
+    shape = {"r": asked.options.lora.rank, "lora_alpha": asked.options.lora.alpha}
+    (place / artifacts.ADAPTER_CONFIG).write_text(json.dumps(shape))
     return {
         "adapter": {"path": "adapters/candidate", "digest": artifacts.digest_folder(place)},
         "temperature": 1.5,
@@ -132,12 +134,21 @@ def write_scores(asked: spec.Spec, folder: Path, models: dict[str, Answer]) -> N
         for model in models_asked
         for one in asked.score_sets
         for row in pq.read_table(one.path).to_pylist()
+        if can_render(model.prompt, row["input"])
     ]
     columns = {name: [row[name] for row in rows] for name in ("set", "row_id", "model", "decision", "confidence", "probabilities")}
     types = {"confidence": pa.float64(), "probabilities": pa.list_(pa.float64())}
     pq.write_table(
         pa.table({name: pa.array(column, types.get(name, pa.string())) for name, column in columns.items()}), folder / "scores.parquet"
     )
+
+
+def can_render(prompt: spec.Prompt, fields: str) -> bool:
+    try:
+        prompt.render(orjson.loads(fields))
+    except spec.SpecRefusedError:
+        return False
+    return True
 
 
 def make_score(score_set: str, model: str, row_id: str, decision: str) -> dict[str, Any]:

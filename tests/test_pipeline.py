@@ -10,12 +10,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from pydantic import TypeAdapter
 from sqlalchemy import Connection, Engine, select
 
 from consumers import announcements
-from daemon import deployments, launch, run_folders, training
+from daemon import deployments, examination, launch, run_folders, training
 from daemon.agents import Exam, PromptFile, Triggers
 from storage import alarms, db, exams, leases, ledger, registry, reviews, runs, scores
 from storage.tables import Event
@@ -291,6 +292,14 @@ def test_another_prompt_is_another_major_version_that_begins_from_scratch(served
     assert open_exam(served)["candidate"] == "v2.0"
 
 
+@pytest.mark.parametrize("change", [{"lora.rank": 8}, {"lora.alpha": 16}])
+def test_an_adapter_of_another_shape_begins_from_scratch(served: World, change: dict[str, int]) -> None:
+    for overrides, begins_from_scratch in (({}, False), (change, True), (change, False)):
+        served.ask_for_run(**overrides)
+        served.settle()
+        assert (served.launcher.started[-1].init_adapter is None) == begins_from_scratch
+
+
 def test_a_refused_run_fails_at_once_with_its_reason_and_the_champion_stays(served: World) -> None:
     served.launcher.script = ["refused"]
     run = read_run(served, served.ask_for_run())
@@ -490,6 +499,45 @@ def test_a_new_base_is_compared_with_the_old_one_by_a_run_of_its_own(served: Wor
     report = open_exam(served)["report"]
     assert report["pool"] > 0
     assert report["gold"]["rows"] > 10
+
+
+def test_a_claim_that_cannot_be_rendered_holds_up_no_exam_and_queues_no_runs(engine: Engine, now: Any, tmp_path: Path) -> None:
+    prompt = PromptFile(text="Claim for {{ input.treatment.upper() }}: ")
+    settings = make_settings(tmp_path, make_base(tmp_path / "base"), prompt=prompt)
+    world = World(engine, settings, ScriptedLauncher(), now, truth=knows)
+    world.import_history(60)
+    world.tick()
+    world.ask_for_run()
+    world.settle()
+    world.predict(60, model_version="v1.0")
+    world.predict(1, model_version="v1.0", input={"age": "4"})
+    world.launcher.models["candidate"] = knows
+    world.ask_for_run()
+    world.settle()
+    world.predict(1, model_version="v1.0", input={"age": "4"})
+    world.tick(hours=2)
+    world.settle()
+    assert open_exam(world)["report"]["pool"] == 60
+    assert [one.kind for one in world.launcher.started] == ["train", "train"]
+    world.predict(1, model_version="v1.0")
+    world.tick(hours=2)
+    world.settle()
+    assert open_exam(world)["report"]["pool"] == 61
+    assert [one.kind for one in world.launcher.started] == ["train", "train", "score"]
+
+
+def test_a_version_whose_prompt_fits_no_gold_row_has_answered_none_and_is_not_asked_again(served: World) -> None:
+    served.ask_for_run()
+    served.settle()
+    folder = served.launcher.started[-1].score_sets[0].path.parent
+    result = run_folders.read_result(folder, 1)
+    assert result is not None
+    path = launch.find_attempt(folder, 1) / "scores.parquet"
+    pq.write_table(pq.read_table(path, filters=[("model", "!=", "v1.0")]), path)
+    answers = run_folders.read_scores(folder, 1, result)
+    assert answers["gold", "v1.0"].decisions == {}
+    examination.keep_gold(folder, answers)
+    assert run_folders.read_answers(folder, "v1.0") == {}
 
 
 def test_two_agents_share_one_device_in_turn(served: World) -> None:

@@ -143,12 +143,12 @@ def test_a_long_prompt_is_cut_by_the_rule_of_training(adapters, node):
     node.load(serve.Load(**order(adapters[0], max_row_tokens=64)))
     fields = {"treatment": "surgery " * 500, "age": "41", "plan": "HMO"}
     limit = data.prompt_limit(node.tokenizer, LABELS, 64)
-    cut, was_cut = data.build_prompt(node.tokenizer, Prompt(text=PROMPT), fields, limit)
+    cut, was_cut = data.build_prompts(node.tokenizer, Prompt(text=PROMPT), [fields], [limit])
 
     answer = node.answer(serve.Ask(agent="adjudication", claims=(serve.Claim(input=fields),)))
 
     assert was_cut
-    assert answer[0]["probabilities"] == node.ask(node.served["adjudication"], [cut])[0].probabilities
+    assert answer[0]["probabilities"] == node.ask(node.served["adjudication"], cut)[0].probabilities
     assert Options().max_row_tokens == serve.Load(**order(None)).max_row_tokens
 
 

@@ -6,7 +6,6 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +20,10 @@ from daemon.config import Database, Settings, Storage, Training
 from storage import db
 from storage.tables import DatasetVersion, Prediction, Version
 from tests.model_fixtures import tiny_base
-from trainers import bases, spec, train
-from trainers.stopping import Stop
+from tests.replay_fixtures import InProcess, make_cases
+from trainers import spec
 
-START = datetime(2020, 1, 1, tzinfo=UTC)
 WINDOW = 40
-
-
-class InProcess:
-    """A launcher that trains in this process: the start of a Python with torch takes longer than these runs."""
-
-    def __init__(self) -> None:
-        self._held = bases.Bases()
-        self._status: dict[Path, int] = {}
-
-    def start(self, run_dir: Path, attempt: int) -> None:
-        self._status[run_dir / str(attempt)] = train.run(run_dir, attempt, self._held, Stop())[0]
-
-    def poll(self, run_dir: Path, attempt: int) -> int | None:
-        return self._status.get(run_dir / str(attempt))
-
-    def stop(self, run_dir: Path, attempt: int, *, at_once: bool = False) -> None:
-        pass
-
-    def is_working(self, run_dir: Path, attempt: int) -> bool:
-        return False
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,21 +34,6 @@ def _one_thread() -> None:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_base(tmp_path_factory.mktemp("base") / "base")
-
-
-def make_cases(count: int, start: int) -> list[simulate.Case]:
-    generator = random.Random(start)
-    return [
-        simulate.Case(
-            f"c{number}",
-            f"g{number}",
-            START + timedelta(hours=number),
-            {"diagnosis": generator.choice(["back pain", "asthma", "cancer"]), "treatment": generator.choice(["drug", "surgery"])},
-            {"plan": generator.choice(["hmo", "ppo"])},
-            generator.choice(["APPROVED", "DENIED"]),
-        )
-        for number in range(start, start + count)
-    ]
 
 
 def make_plan(

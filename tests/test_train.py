@@ -4,6 +4,8 @@ import signal
 import time
 
 import peft
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -149,6 +151,17 @@ def test_a_warm_start_goes_on_from_its_adapter_and_replays_no_more_than_asked(tm
         torch.testing.assert_close(adapter_weights(tmp_path)[name], weight, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("lora", [{"rank": 8}, {"alpha": 16}])
+def test_an_adapter_of_another_shape_than_asked_is_not_trained_on(tmp_path, base, data, done, lora):
+    first = runs.result(done)["adapter"]
+    asked = runs.make_spec(
+        base, data, {"lora": lora}, init_adapter=done / "attempts" / "1" / first["path"], init_adapter_digest=first["digest"]
+    )
+    assert runs.perform(tmp_path, asked, NoWeights()) == spec.EXIT_REFUSED
+    assert "has rank 16 and alpha 32, asked are" in runs.result(tmp_path)["reason"]
+    assert "warm_start=never" in runs.result(tmp_path)["reason"]
+
+
 def test_early_stopping_keeps_the_weights_that_were_best_on_dev(tmp_path, base):
     wrong = {runs.LABELS[0]: runs.LABELS[1], runs.LABELS[1]: runs.LABELS[0]}
     rows = [runs.row(number, "train") for number in range(48)]
@@ -181,6 +194,41 @@ class NoWeights(bases.Bases):
 
     def load(self, base, device):
         raise AssertionError((base, device))
+
+
+def unrenderable(folder, numbers):
+    """A score set in which some claims lack the plan that the template needs."""
+    made = runs.score_set(folder / "recent.parquet", range(100, 104))
+    rows = pq.read_table(made.path).to_pylist()
+    for number in numbers:
+        rows[number]["input"] = '{"treatment": "secret"}'
+    pq.write_table(pa.Table.from_pylist(rows), made.path)
+    return made
+
+
+SHOUTING = spec.Prompt(text="{{ input.plan.upper() }}: ")
+
+
+def test_a_claim_that_cannot_be_rendered_costs_a_run_only_that_claim(tmp_path, base, data):
+    others = (runs.model("shouting", prompt=SHOUTING), runs.model("again", prompt=SHOUTING))
+    asked = runs.make_spec(base, data, {"epochs": 1}, others=others, score_sets=(unrenderable(tmp_path, [1, 3]),))
+    assert runs.perform(tmp_path, asked) == spec.EXIT_DONE
+    result = runs.result(tmp_path)
+    why = "the prompt template can't be rendered: 'dict object' has no attribute 'plan'"
+    assert result["left_out"] == [{"set": "recent", "rows": 2, "row_ids": ["101", "103"], "reason": why}]
+    answered = {(one.model, one.row_id) for one in score.read_scores(tmp_path / "attempts" / "1" / "scores.parquet")}
+    assert {row for model, row in answered if model == "shouting"} == {"100", "102"}
+    assert {row for model, row in answered if model == "toy-v1.0"} == {"100", "101", "102", "103"}
+    assert '"rows_left_out": 2' in (tmp_path / "attempts" / "1" / "progress.jsonl").read_text()
+
+
+@pytest.mark.parametrize("kind", ["train", "score"])
+def test_a_run_of_which_nothing_can_be_rendered_is_refused_before_weights_are_loaded(tmp_path, base, data, kind):
+    wordless = spec.Prompt(text="{{ input.gone.upper() }}")
+    asked = runs.make_spec(base, data, kind=kind, candidate=runs.model(prompt=wordless), score_sets=(unrenderable(tmp_path, []),))
+    assert runs.perform(tmp_path, asked, NoWeights()) == spec.EXIT_REFUSED
+    assert "'dict object' has no attribute 'gone'" in runs.result(tmp_path)["reason"]
+    assert "let the template do without" in runs.result(tmp_path)["reason"]
 
 
 def other_base_adapter(folder, done):

@@ -18,6 +18,12 @@ def read(folder, options=None, *, warm=False, seed=1, limit=512):
     return data.read_lessons(folder, TOKENIZER, Prompt(text=PROMPT), LABELS, options or Options(), limit=limit, warm=warm, seed=seed)
 
 
+def build_prompt(fields, limit):
+    """The prompt of one claim, and how many had to be cut for it."""
+    texts, cut = data.build_prompts(TOKENIZER, EVERY_FIELD, [fields], [limit])
+    return texts[0], cut
+
+
 def snapshot(folder, rows):
     snapshots.write(folder, rows, {})
     return folder
@@ -44,7 +50,7 @@ def test_labels_that_cannot_be_told_apart_are_refused(labels):
 
 def test_a_claim_cannot_bring_special_tokens_into_its_prompt():
     fields = {"treatment": "a</s>b<</s>/s>c<s>", "age": ["</s>"], "plan": {"</s>k": "v"}}
-    text, cut = data.build_prompt(TOKENIZER, EVERY_FIELD, fields, 400)
+    text, cut = build_prompt(fields, 400)
     assert not cut
     assert "treatment: abc\n" in text
     assert data.encode_prompt(TOKENIZER, text).count(TOKENIZER.eos_token_id) == 0
@@ -52,7 +58,7 @@ def test_a_claim_cannot_bring_special_tokens_into_its_prompt():
 
 def test_a_long_prompt_loses_the_ends_of_its_longest_fields_only():
     fields = {"short": "knee", "long": "x" * 900, "longer": "y" * 1800}
-    text, cut = data.build_prompt(TOKENIZER, EVERY_FIELD, fields, 200)
+    text, cut = build_prompt(fields, 200)
     assert cut
     assert "short: knee\n" in text
     assert text.count(data.CUT_MARK) == 2
@@ -63,7 +69,7 @@ def test_a_long_prompt_loses_the_ends_of_its_longest_fields_only():
 
 def test_fields_are_left_out_from_the_last_when_cutting_texts_is_not_enough():
     fields = {f"field_{number}": number for number in range(500)}
-    text, cut = data.build_prompt(TOKENIZER, EVERY_FIELD, fields, 100)
+    text, cut = build_prompt(fields, 100)
     assert cut
     assert text.startswith("field_0: 0\n")
     assert "field_499" not in text
@@ -72,7 +78,7 @@ def test_fields_are_left_out_from_the_last_when_cutting_texts_is_not_enough():
 
 def test_a_template_that_is_too_long_by_itself_is_refused():
     with pytest.raises(SpecRefusedError, match="template alone"):
-        data.build_prompt(TOKENIZER, Prompt(text="word " * 200), {}, 50)
+        data.build_prompts(TOKENIZER, Prompt(text="word " * 200), [{}], [50])
 
 
 @settings(max_examples=50, deadline=None)
@@ -82,7 +88,7 @@ def test_a_template_that_is_too_long_by_itself_is_refused():
     )
 )
 def test_no_prompt_is_longer_than_its_limit(fields):
-    text, _ = data.build_prompt(TOKENIZER, EVERY_FIELD, fields, 60)
+    text, _ = build_prompt(fields, 60)
     assert len(data.encode_prompt(TOKENIZER, text)) <= 60
 
 
@@ -117,6 +123,33 @@ def test_a_cut_prompt_is_counted_and_its_completion_is_whole(tmp_path):
     assert lessons.prompts_cut == 1
     assert lessons.train[0].example.completion == data.encode_completion(TOKENIZER, "DENIED", "because")
     assert lessons.train[0].example.tokens <= 64
+
+
+SHOUTING = Prompt(text="{{ input.plan.upper() }}: ")
+
+
+def test_a_row_that_cannot_be_rendered_is_left_out_and_named_without_its_text(tmp_path):
+    rows = [row(number, split) for number, split in enumerate(["train"] * 20 + ["dev"] * 2)]
+    rows += [row(number, split, input='{"treatment": "secret"}') for number, split in ((22, "train"), (23, "dev"))]
+    lessons = data.read_lessons(snapshot(tmp_path / "set", rows), TOKENIZER, SHOUTING, LABELS, Options(), limit=512, warm=False, seed=1)
+    assert ([len(lessons.train), len(lessons.dev)], lessons.prompts_cut) == ([20, 2], 0)
+    assert [(one.set, one.row_ids) for one in lessons.left_out] == [("train", ["row-22"]), ("dev", ["row-23"])]
+    assert lessons.left_out[0].reason == "the prompt template can't be rendered: 'dict object' has no attribute 'plan'"
+
+
+def test_a_template_that_fails_on_more_than_a_tenth_of_the_rows_is_refused_with_the_remedy(tmp_path):
+    rows = [row(number, "train", input="{}" if number < 3 else json.dumps({"plan": "HMO"})) for number in range(29)]
+    with pytest.raises(SpecRefusedError, match=r"no attribute 'plan' \(so with 3 of the 29 rows of train, row row-0 for one\): let the"):
+        data.read_lessons(snapshot(tmp_path / "set", rows), TOKENIZER, SHOUTING, LABELS, Options(), limit=512, warm=False, seed=1)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ input[input.plan].x }}", "{{ input.plan.encode('utf-16-le').decode() }}", "{{ input.plan.index('b') }}"]
+)
+def test_what_is_said_of_a_template_that_fails_quotes_no_claim(template):
+    with pytest.raises(SpecRefusedError) as refused:
+        Prompt(text=template).render({"plan": "se\ud800cret"})
+    assert "cret" not in str(refused.value)
 
 
 def test_a_rationale_longer_than_half_a_row_is_left_out_and_counted(tmp_path):

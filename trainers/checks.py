@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from storage import artifacts, snapshots
 from trainers import bases, data, score
-from trainers.spec import Model, ScoreSet, Spec, SpecRefusedError
+from trainers.spec import LoraOptions, Model, ScoreSet, Spec, SpecRefusedError
 
 
 def check_spec(spec: Spec, held: bases.Bases) -> Any:
@@ -51,6 +51,17 @@ def check_lora(spec: Spec) -> None:
     check_dataset(the_dataset(spec), spec.dataset_digest)
     if spec.init_adapter:
         check_adapter(spec.init_adapter, spec.init_adapter_digest, spec.base.digest)
+        check_shape(spec.init_adapter, spec.options.lora)
+
+
+def check_shape(adapter: Path, options: LoraOptions) -> None:
+    """Check that the adapter to begin from has the shape that is asked for: training on can't change it."""
+    config = score.read_adapter_config(adapter)
+    if (config.r, config.lora_alpha) != (options.rank, options.alpha):
+        raise SpecRefusedError(
+            f"adapter {adapter} has rank {config.r} and alpha {config.lora_alpha}, asked are {options.rank} and {options.alpha}: "
+            "set lora.rank and lora.alpha to the adapter's own, or begin from scratch with warm_start=never"
+        )
 
 
 def check_dataset(dataset: Path, digest: str | None) -> None:

@@ -20,6 +20,9 @@ from trainers.spec import Options, Prompt, ScoreSet, SpecRefusedError
 
 Tokenizer = Any
 CUT_MARK = "…"
+ROWS_NAMED = 20
+MOST_LEFT_OUT = 0.1
+"""When more than this share of the training rows can't be rendered, the template is to be mended first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,28 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
+class Prompts:
+    """Prompts of many claims by their place, how many were cut, and for each claim of which none can be made, why."""
+
+    texts: dict[int, str]
+    cut: int
+    problems: dict[int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Rows of a set of which no prompt can be made, with the first one's reason. Never their text."""
+
+    set: str
+    row_ids: list[str]
+    reason: str
+
+    def describe(self) -> dict[str, Any]:
+        """What `result.json` says: how many, the first of them, and why."""
+        return {"set": self.set, "rows": len(self.row_ids), "row_ids": self.row_ids[:ROWS_NAMED], "reason": self.reason}
+
+
+@dataclass(frozen=True, slots=True)
 class Lessons:
     """What a run learns from. `dev` steers early stopping and the temperature; gold rows are in neither."""
 
@@ -54,6 +79,7 @@ class Lessons:
     dev: list[Case]
     prompts_cut: int
     rationales_left_out: int
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
@@ -120,34 +146,66 @@ def map_strings(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
-def build_prompt(tokenizer: Tokenizer, prompt: Prompt, fields: Mapping[str, Any], limit: int) -> tuple[str, bool]:
-    """The prompt of one claim in at most `limit` tokens, and whether it had to be cut: see `build_prompts`."""
-    texts, cut = build_prompts(tokenizer, prompt, [fields], [limit])
-    return texts[0], cut > 0
-
-
 def build_prompts(
     tokenizer: Tokenizer, prompt: Prompt, inputs: Sequence[Mapping[str, Any]], limits: Sequence[int]
 ) -> tuple[list[str], int]:
-    """The prompts of many claims, each in at most its limit of tokens, and how many had to be cut.
+    """The prompts of many claims by the rule of `render_prompts`, and how many had to be cut.
+
+    Raises `SpecRefusedError` when one of them has none.
+    """
+    rendered = render_prompts(tokenizer, prompt, inputs, limits)
+    for problem in rendered.problems.values():
+        raise SpecRefusedError(problem)
+    return list(rendered.texts.values()), rendered.cut
+
+
+def render_prompts(tokenizer: Tokenizer, prompt: Prompt, inputs: Sequence[Mapping[str, Any]], limits: Sequence[int]) -> Prompts:
+    """The prompts of many claims, each in at most its limit of tokens; what is wrong with one costs only that one.
 
     The rule: all text values are cut to one length, the greatest that fits, so the longest lose first and short ones nothing;
     a cut is marked with an ellipsis. When that is not enough, fields are left out from the last one backwards.
-    The template's own words are never cut: raises `SpecRefusedError` when they alone are too long.
+    The template's own words are never cut: a claim has no prompt when they alone are too long.
     """
     cleaned = [without_special_tokens(tokenizer, fields) for fields in inputs]
-    texts = [prompt.render(fields) for fields in cleaned]
-    lengths = [len(tokens) for tokens in encode_prompts(tokenizer, texts)]
+    texts: dict[int, str] = {}
+    problems: dict[int, str] = {}
     cut = 0
-    for index, (length, limit) in enumerate(zip(lengths, limits, strict=True)):
-        if length > limit:
-            texts[index] = cut_prompt(tokenizer, prompt, cleaned[index], limit)
-            cut += 1
-    return texts, cut
+    for index, fields in enumerate(cleaned):
+        try:
+            texts[index] = prompt.render(fields)
+        except SpecRefusedError as error:
+            problems[index] = str(error)
+    for index, tokens in zip(list(texts), encode_prompts(tokenizer, list(texts.values())), strict=True):
+        try:
+            if not tokens:
+                raise SpecRefusedError("a prompt is empty: the template must render to some text")  # noqa: TRY301  one place counts
+            if len(tokens) > limits[index]:
+                texts[index] = cut_prompt(tokenizer, prompt, cleaned[index], limits[index])
+                cut += 1
+        except SpecRefusedError as error:
+            problems[index] = str(error)
+            del texts[index]
+    return Prompts(texts, cut, dict(sorted(problems.items())))
+
+
+def list_left_out(name: str, row_ids: Sequence[str], rendered: Prompts) -> tuple[LeftOut, ...]:
+    """The rows of a set that have no prompt; none at all when each has one."""
+    if not rendered.problems:
+        return ()
+    return (LeftOut(name, [row_ids[index] for index in rendered.problems], next(iter(rendered.problems.values()))),)
+
+
+def check_left_out(left_out: LeftOut, rows: int, share: float) -> None:
+    """Raise `SpecRefusedError` when more than `share` of so many rows have no prompt."""
+    if len(left_out.row_ids) > share * rows:
+        raise SpecRefusedError(
+            f"{left_out.reason} (so with {len(left_out.row_ids)} of the {rows} rows of {left_out.set}, row {left_out.row_ids[0]} for one): "
+            "let the template do without what a claim may lack, as in {{ (input.FIELD or '').upper() }}"
+        )
 
 
 def cut_prompt(tokenizer: Tokenizer, prompt: Prompt, fields: Mapping[str, Any], limit: int) -> str:
-    """The longest prompt in at most `limit` tokens by the rule of `build_prompts`."""
+    """The longest prompt in at most `limit` tokens by the rule of `render_prompts`."""
 
     def render(characters: int, kept: int) -> str | None:
         some = dict(list(fields.items())[:kept])
@@ -208,28 +266,41 @@ def read_lessons(
     """The train and dev rows of a snapshot as tokens; a row of any other split is never even rendered.
 
     Weights: 1 for an imported row, `options.new_weight` for every other. A warm start replays at most `options.replay_rows` imported
-    train rows, drawn by `seed`; from scratch all are used.
+    train rows, drawn by `seed`; from scratch all are used. A row that can't be rendered is left out; raises `SpecRefusedError` when
+    more than `MOST_LEFT_OUT` of the train rows can't.
     """
     rows = {split: list(read_split(dataset, split)) for split in ("train", "dev")}
     if warm:
         rows["train"] = replay(rows["train"], options.replay_rows, seed)
-    chosen = rows["train"] + rows["dev"]
-    completions = [encode_answer(tokenizer, row, labels, limit) for row in chosen]
-    left_out = sum(was_left_out for _, was_left_out in completions)
-    prompts, cut = build_prompts(
-        tokenizer, prompt, [json.loads(row["input"]) for row in chosen], [limit - len(tokens) for tokens, _ in completions]
-    )
-    cases = [
-        Case(
-            row_id=row["row_id"],
-            prompt=text,
-            answer=labels.index(row["answer"]),
-            example=Example(tokens, completion, 1.0 if row["origin"] == snapshots.IMPORTED else options.new_weight),
-        )
-        for row, text, tokens, (completion, _) in zip(chosen, prompts, encode_prompts(tokenizer, prompts), completions, strict=True)
-    ]
-    count = len(rows["train"])
-    return Lessons(train=cases[:count], dev=cases[count:], prompts_cut=cut, rationales_left_out=left_out)
+    cases: dict[str, list[Case]] = {}
+    cut = rationales_left_out = 0
+    left_out: tuple[LeftOut, ...] = ()
+    for split, chosen in rows.items():
+        completions = [encode_answer(tokenizer, row, labels, limit) for row in chosen]
+        rationales_left_out += sum(was_left_out for _, was_left_out in completions)
+        limits = [limit - len(tokens) for tokens, _ in completions]
+        rendered = render_prompts(tokenizer, prompt, [json.loads(row["input"]) for row in chosen], limits)
+        cut += rendered.cut
+        left_out += list_left_out(split, [row["row_id"] for row in chosen], rendered)
+        encoded = encode_prompts(tokenizer, list(rendered.texts.values()))
+        cases[split] = [
+            Case(
+                row_id=chosen[index]["row_id"],
+                prompt=text,
+                answer=labels.index(chosen[index]["answer"]),
+                example=Example(tokens, completions[index][0], weigh(chosen[index], options)),
+            )
+            for (index, text), tokens in zip(rendered.texts.items(), encoded, strict=True)
+        ]
+    for rows_left_out in left_out:
+        if rows_left_out.set == "train":
+            check_left_out(rows_left_out, len(rows["train"]), MOST_LEFT_OUT)
+    return Lessons(cases["train"], cases["dev"], cut, rationales_left_out, left_out)
+
+
+def weigh(row: Mapping[str, Any], options: Options) -> float:
+    """What a row's loss counts."""
+    return 1.0 if row["origin"] == snapshots.IMPORTED else options.new_weight
 
 
 def read_split(dataset: Path, split: str) -> Iterator[dict[str, Any]]:

@@ -52,9 +52,16 @@ class Prompt(Frozen):
         """
         try:
             return compile_template(self.text).render(input=dict(fields))
-        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-            message = f"the prompt template can't be rendered: {error}"
+        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            message = f"the prompt template can't be rendered: {_tell(error, fields)}"
             raise SpecRefusedError(message) from error
+
+
+def _tell(error: Exception, fields: Mapping[str, Any]) -> str:
+    """What went wrong in a template, without a word of the claim: where a message may quote it, only the kind of error."""
+    said = str(error)
+    quotes = isinstance(error, LookupError | ValueError) or any(isinstance(text, str) and repr(text) in said for text in fields.values())
+    return type(error).__name__ if quotes else said
 
 
 class Model(Frozen):

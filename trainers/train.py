@@ -9,7 +9,7 @@ import argparse
 import hashlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from storage import artifacts, snapshots
 from trainers import attempts, bases, checks, data, loop, packing, score
 from trainers.attempts import Attempt, Progress
-from trainers.data import Example, Lessons
+from trainers.data import Example, LeftOut, Lessons
 from trainers.methods import lora, pretrain
 from trainers.spec import EXIT_DONE, EXIT_REFUSED, EXIT_RESUMABLE, Model, Spec, SpecRefusedError, read_spec
 from trainers.stopping import Stop, StoppedError
@@ -51,6 +51,17 @@ class Work:
         """The base's weights; from here on a run is no longer refused but fails."""
         self.progress.write("loading", now=True)
         return self.held.load(self.spec.base, self.spec.device)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """What a model is asked about one score set: a prompt for each row that has one."""
+
+    name: str
+    row_ids: list[str]
+    prompts: list[str]
+    cut: int
+    left_out: tuple[LeftOut, ...]
 
 
 def main() -> int:
@@ -103,7 +114,8 @@ def perform(spec: Spec, attempt: Attempt, held: bases.Bases, stop: Stop) -> dict
     work = Work(spec, attempt, progress, stop, held, tokenizer)
     try:
         if spec.kind == "score":
-            return score_models(work, work.load_base(), list(checks.scored_models(spec)))
+            sheets = read_sheets(work)
+            return score_models(work, work.load_base(), list(checks.scored_models(spec)), sheets) | describe_left_out(sheets)
         return train_model(work) if spec.method == "pretrain" else train_adapter(work)
     finally:
         progress.close()
@@ -112,7 +124,7 @@ def perform(spec: Spec, attempt: Attempt, held: bases.Bases, stop: Stop) -> dict
 def train_adapter(work: Work) -> dict[str, Any]:
     """Train the candidate's adapter on the snapshot, calibrate it on dev, and let it and the others answer the score sets."""
     spec, options = work.spec, work.spec.options
-    lessons = read_lessons(work)
+    lessons, sheets = read_lessons(work), read_sheets(work)
     examples, dev = ([case.example for case in cases] for cases in (lessons.train, lessons.dev))
     base = work.load_base()
     torch.manual_seed(spec.seed)
@@ -138,7 +150,9 @@ def train_adapter(work: Work) -> dict[str, Any]:
             "prompts_cut": lessons.prompts_cut,
             "rationales_left_out": lessons.rationales_left_out,
         },
-    } | score_models(work, base, [trained, *spec.others])
+        **score_models(work, base, [trained, *spec.others], sheets),
+        **describe_left_out(sheets, lessons.left_out),
+    }
 
 
 def train_model(work: Work) -> dict[str, Any]:
@@ -166,6 +180,7 @@ def read_lessons(work: Work) -> Lessons:
         warm=spec.init_adapter is not None,
         seed=spec.seed,
     )
+    note_left_out(work, lessons.left_out)
     if not lessons.train:
         raise SpecRefusedError(f"dataset {spec.dataset} has no rows to train on: import history or collect labels first")
     return lessons
@@ -219,19 +234,61 @@ def calibrate(work: Work, base: Any, trained: Model, lessons: Lessons) -> tuple[
     return score.fit_temperature(logprobs, answers), float((logprobs.argmax(axis=1) == answers).mean())
 
 
-def score_models(work: Work, base: Any, models: Sequence[Model]) -> dict[str, Any]:
-    """Let every model answer every score set and write `scores.parquet`."""
+def read_sheets(work: Work) -> list[list[Sheet]]:
+    """What each model is asked: a sheet for each score set, in the order of `checks.scored_models`; rendered before weights are loaded.
+
+    Raises `SpecRefusedError` when a run that only scores has nothing left to ask.
+    """
     sets = {score_set.name: data.read_score_set(score_set) for score_set in work.spec.score_sets}
+    known: dict[tuple[str, ...], list[Sheet]] = {}  # models that are asked in the same words share their sheets
+    asked = []
+    for model in checks.scored_models(work.spec):
+        key = (model.prompt.text, *model.labels)
+        if key not in known:
+            known[key] = [read_sheet(work, model, name, *rows) for name, rows in sets.items()]
+        asked.append(known[key])
+    sheets = [sheet for some in asked for sheet in some]
+    left_out = [one for sheet in sheets for one in sheet.left_out]
+    note_left_out(work, left_out)
+    if work.spec.kind == "score" and left_out and not any(sheet.prompts for sheet in sheets):
+        data.check_left_out(left_out[0], len(left_out[0].row_ids), 0)
+    return asked
+
+
+def read_sheet(work: Work, model: Model, name: str, row_ids: Sequence[str], inputs: Sequence[Mapping[str, Any]]) -> Sheet:
+    """What a model is asked about one score set."""
+    limit = data.prompt_limit(work.tokenizer, model.labels, work.row_limit)
+    rendered = data.render_prompts(work.tokenizer, model.prompt, inputs, [limit] * len(inputs))
+    return Sheet(
+        name=name,
+        row_ids=[row_ids[index] for index in rendered.texts],
+        prompts=list(rendered.texts.values()),
+        cut=rendered.cut,
+        left_out=data.list_left_out(name, row_ids, rendered),
+    )
+
+
+def note_left_out(work: Work, left_out: Sequence[LeftOut]) -> None:
+    """Tell of rows without a prompt as soon as that is known."""
+    for one in left_out:
+        work.progress.write("rendering", now=True, set=one.set, rows_left_out=len(one.row_ids), first_left_out=one.row_ids[0])
+
+
+def describe_left_out(asked: Sequence[Sequence[Sheet]], lessons: Sequence[LeftOut] = ()) -> dict[str, Any]:
+    """The rows that were left out because no prompt can be made of them; each set is told once for models asked in the same words."""
+    distinct = {id(sheet): sheet for some in asked for sheet in some}.values()
+    return {"left_out": [one.describe() for one in (*lessons, *(one for sheet in distinct for one in sheet.left_out))]}
+
+
+def score_models(work: Work, base: Any, models: Sequence[Model], asked: Sequence[Sequence[Sheet]]) -> dict[str, Any]:
+    """Let every model answer its sheets and write `scores.parquet`."""
     scores: list[score.Score] = []
-    cut = 0
-    for model in models if sets else ():
-        limit = data.prompt_limit(work.tokenizer, model.labels, work.row_limit)
-        for name, (row_ids, inputs) in sets.items():
-            prompts, shortened = data.build_prompts(work.tokenizer, model.prompt, inputs, [limit] * len(inputs))
-            cut += shortened
-            scores += score.judge(name, row_ids, model.name, model.labels, answer(work, base, model, prompts), model.temperature)
+    for model, sheets in zip(models, asked, strict=True):
+        for sheet in sheets:
+            logprobs = answer(work, base, model, sheet.prompts)
+            scores += score.judge(sheet.name, sheet.row_ids, model.name, model.labels, logprobs, model.temperature)
     score.write_scores(work.attempt.folder / SCORES, scores)
-    return {"scores": SCORES, "scored_rows": len(scores), "scored_prompts_cut": cut}
+    return {"scores": SCORES, "scored_rows": len(scores), "scored_prompts_cut": sum(sheet.cut for sheets in asked for sheet in sheets)}
 
 
 def answer(work: Work, base: Any, model: Model, prompts: Sequence[str]) -> np.ndarray:

@@ -64,6 +64,17 @@ class Opened:
         return None if name is None else self.settings.agent(name).name
 
 
+def parse_setting(setting: str) -> tuple[str, Any]:
+    """The key and the value of `epochs=2` or `lora.rank=8`: the value is JSON where it can be read as such, else text."""
+    key, is_there, value = setting.partition("=")
+    if not is_there:
+        raise typer.BadParameter(f"{setting!r} has no value: write KEY=VALUE", param_hint="--set")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
 def read_clock() -> datetime:
     """The time by the clock of this machine."""
     return datetime.now(UTC)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -22,21 +21,10 @@ def train(
     """Queue a training run, which the daemon starts as soon as a device is free; `ratchet runs follow` watches it."""
     from daemon import logs, training  # noqa: PLC0415 — `ratchet --help` needs none of it
 
-    overrides = dict(_parse(one) for one in settings or ())
+    overrides = dict(context.parse_setting(one) for one in settings or ())
     with context.opened(config) as opened:
         logs.configure("error", opened.settings.log.format)
         chosen = opened.pick_agent(agent)
         with opened.writing() as connection:
             run = training.queue(connection, chosen, "manual", reason, context.read_actor(), overrides, context.read_clock())
     context.print_item({"run": run, "agent": chosen.name, "state": "queued"}, as_json=as_json)
-
-
-def _parse(setting: str) -> tuple[str, Any]:
-    """`epochs=2` or `lora.rank=8`: the value is JSON where it can be read as such, else text."""
-    key, is_there, value = setting.partition("=")
-    if not is_there:
-        raise typer.BadParameter(f"{setting!r} has no value: write KEY=VALUE", param_hint="--set")
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value

@@ -46,8 +46,8 @@ SETTINGS = {
 }
 HISTORY = 60
 PRODUCER_PAUSE, EXPERT_PAUSE, RETRY_PAUSE = 0.4, 0.2, 0.1
-RUN_SECONDS = 6.0
-"""About as long as a run takes, until one was seen."""
+RUN_SECONDS, RUNS_BETWEEN = 6.0, 3
+"""About as long as a run takes, until one was seen; and in the time of so many runs there is one kill at least."""
 REST_SECONDS = 300
 REST_PAUSE, REST_LOOKS = 0.5, 8
 UNDER_WAY = "runs WHERE state IN ('queued', 'leased', 'running')"
@@ -198,7 +198,7 @@ class Loop:
     def do_harm(self, victim: str, users: list[Future[None]]) -> None:
         """Kill the daemon or a trainer at a moment that nobody chose."""
         span = self.measure_run()
-        self.sleep(self.fate.uniform(0, span), users)
+        self.sleep(self.fate.uniform(0, RUNS_BETWEEN * span), users)
         if victim == "trainer":
             self.kill_trainer(self.fate.uniform(0, span), users)
         else:
@@ -208,7 +208,7 @@ class Loop:
 
     def measure_run(self) -> float:
         """Seconds that the latest undisturbed runs took: kills are to fall into all parts of a run, on a slow machine too."""
-        took = "SELECT 86400 * (julianday(finished_at) - julianday(started_at)) FROM runs WHERE state = 'done' AND attempt = 1"
+        took = "SELECT (finished_at - started_at) / 1e6 FROM runs WHERE state = 'done' AND attempt = 1"
         with contextlib.closing(sqlite3.connect(self.home / "ratchet.db", timeout=30)) as connection:
             latest = [row[0] for row in connection.execute(f"{took} ORDER BY id DESC LIMIT 5")]
         return sum(latest) / len(latest) if latest else RUN_SECONDS

@@ -137,7 +137,7 @@ def _handle_predictions(connection: Connection, items: Sequence[Item], agents: M
 
 def _drop_under_review(connection: Connection, rows: Sequence[predictions.New]) -> list[predictions.New]:
     """Leave out what an expert is asked already: the same claim with the same input, predicted once more."""
-    asked = reviews.find_live_cases(connection, {row.claim_id for row in rows}) if rows else set()
+    asked = reviews.find_live_cases(connection, {row.claim_id for row in rows}, {row.id for row in rows}) if rows else set()
     new = []
     for row in rows:
         case = row.agent, row.claim_id, row.input_digest

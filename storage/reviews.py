@@ -5,16 +5,18 @@ open → leased → answered | expired ;  leased → open (the lease ran out, or
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, case, func, insert, select, update
+from sqlalchemy import Connection, RowMapping, bindparam, case, func, insert, select, update
 
 from storage import db, ids
 from storage.tables import Prediction, Review, ReviewStep
 
 LIVE = ("open", "leased")
+IS_LIVE = Review.state.in_(bindparam("live", LIVE, expanding=True, literal_execute=True))
+"""Written out in the SQL: an index over the live ones alone serves a query only when its text says that it means those."""
 EXAM_PRIORITY = 2.0
 
 
@@ -41,11 +43,15 @@ def open_new(connection: Connection, rows: Sequence[Mapping[str, Any]], now: dat
     db.insert_many(connection, ReviewStep, [{"review": row["id"], **same, "note": ", ".join(row["reasons"])} for row in opened])
 
 
-def find_live_cases(connection: Connection, claims: Iterable[str]) -> set[tuple[str, str, str]]:
-    """The cases of these claims that wait for an expert: agent, claim and digest of the input."""
-    query = select(Prediction.agent, Prediction.claim_id, Prediction.input_digest).join(Review, Review.prediction == Prediction.id)
-    query = query.where(db.is_one_of(connection, Prediction.claim_id, claims), Review.state.in_(LIVE))
-    return {(row.agent, row.claim_id, row.input_digest) for row in connection.execute(query)}
+def find_live_cases(connection: Connection, claims: Iterable[str], but: Collection[str]) -> set[tuple[str, str, str]]:
+    """The cases of these claims that wait for an expert, by other predictions than those in `but`: agent, claim, digest of the input."""
+    query = select(Prediction.id, Prediction.agent, Prediction.claim_id, Prediction.input_digest)
+    query = query.where(db.is_one_of(connection, Prediction.claim_id, claims))
+    cases = {row[0]: (row[1], row[2], row[3]) for row in connection.execute(query) if row[0] not in but}
+    if not cases:
+        return set()
+    live = select(Review.prediction).where(db.is_one_of(connection, Review.prediction, cases), IS_LIVE)
+    return {cases[prediction] for prediction in connection.execute(live).scalars()}
 
 
 def make_id(prediction: str, exam: str | None, now: datetime) -> str:
@@ -59,7 +65,7 @@ def _about(prediction: str, exam: str | None) -> str:
 
 def ask_for_exam(connection: Connection, prediction: Mapping[str, Any], agent: str, exam: str, reason: str, now: datetime) -> None:
     """Ask for a blind answer on a stored claim: a new review, or one more reason on the one that is open."""
-    live = select(Review.id, Review.reasons).where(Review.prediction == prediction["id"], Review.state.in_(LIVE))
+    live = select(Review.id, Review.reasons).where(Review.prediction == prediction["id"], IS_LIVE)
     known = connection.execute(live).first()
     if known is None:
         row = {
@@ -147,7 +153,7 @@ def last_holder(connection: Connection, review: str) -> str | None:
 def close_answered(connection: Connection, prediction: str, expert: str, now: datetime, review: str | None) -> str | None:
     """Close the live review that a label answers: the one it names, else the prediction's; returns its key, None if none was open."""
     target = Review.id == review if review is not None else Review.prediction == prediction
-    live = update(Review).where(target, Review.prediction == prediction, Review.state.in_(LIVE))
+    live = update(Review).where(target, Review.prediction == prediction, IS_LIVE)
     values = {"state": "answered", "closed_at": now, "leased_by": None, "lease_until": None}
     closed = connection.execute(live.values(values).returning(Review.id)).scalar()
     if closed is not None:
@@ -205,7 +211,7 @@ def was_revealed(connection: Connection, review: str, expert: str) -> bool:
 
 def count_live(connection: Connection, agent: str) -> dict[str, int]:
     """How many reviews wait, by state."""
-    query = select(Review.state, func.count()).where(Review.agent == agent, Review.state.in_(LIVE)).group_by(Review.state)
+    query = select(Review.state, func.count()).where(Review.agent == agent, IS_LIVE).group_by(Review.state)
     return dict.fromkeys(LIVE, 0) | {row[0]: row[1] for row in connection.execute(query)}
 
 
@@ -218,7 +224,7 @@ def count_opened(connection: Connection, agent: str, since: datetime) -> tuple[i
 
 def list_live(connection: Connection, agent: str | None = None, limit: int = 100) -> list[RowMapping]:
     """The queue, most urgent first, without claim contents."""
-    query = select(Review.__table__).where(Review.state.in_(LIVE)).order_by(Review.priority.desc(), Review.opened_at).limit(limit)
+    query = select(Review.__table__).where(IS_LIVE).order_by(Review.priority.desc(), Review.opened_at).limit(limit)
     if agent:
         query = query.where(Review.agent == agent)
     return list(connection.execute(query).mappings())

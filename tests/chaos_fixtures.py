@@ -272,13 +272,13 @@ class Tally:
 
     @property
     def finished(self) -> float:
-        """The share of the runs that are done."""
-        return self.runs.get("done", 0) / sum(self.runs.values())
+        """The share of the runs that are done, of those that were still wanted when they began: the others the loop cancels itself."""
+        return self.runs.get("done", 0) / (sum(self.runs.values()) - self.runs.get("cancelled", 0))
 
     @property
     def unfinished(self) -> int:
-        """Runs that are neither done nor parked."""
-        return sum(self.runs.values()) - self.runs.get("done", 0) - self.runs.get("parked", 0)
+        """Runs that are neither done nor parked, and are wanted still."""
+        return sum(self.runs.values()) - sum(self.runs.get(state, 0) for state in ("done", "parked", "cancelled"))
 
 
 APPLIED_TWICE = (

@@ -11,8 +11,6 @@ import csv
 import gzip
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks import replays
 from benchmarks.figures import Figure, finish
 
 HISTORY = 400
@@ -64,11 +63,8 @@ def replay(folder: Path, cases: Sequence[dict[str, Any]], seed: int) -> dict[str
         folder.mkdir(parents=True, exist_ok=True)
         for name, part in (("history", cases[:HISTORY]), ("stream", cases[HISTORY:])):
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(case) + "\n" for case in part))
-        console.print(f"{folder.name}: replaying")
-        command = [sys.executable, "-c", "from daemon import cli; raise SystemExit(cli.main())", "simulate", "--baselines"]
-        files = ["--history", folder / "history.jsonl", "--stream", folder / "stream.jsonl", "--out", folder]
-        subprocess.run([*command, *map(str, files), "--budget", BUDGET, "--seed", str(seed)], check=True, stdout=sys.stderr)
-    return dict(json.loads((folder / "report.json").read_text()))
+        replays.simulate(folder, "--budget", BUDGET, "--seed", str(seed))
+    return replays.read_report(folder)
 
 
 if __name__ == "__main__":

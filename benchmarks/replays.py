@@ -52,11 +52,20 @@ def replay(out: Path, stream: str, seed: int, rule: str, options: Sequence[str])
         first, last, begin, end = STREAMS[stream]
         imr.write_jsonl(folder / "history.jsonl", first, last)
         imr.write_jsonl(folder / "stream.jsonl", begin, end)
-        console.print(f"{folder.name}: replaying")
-        command = [sys.executable, "-c", "from daemon import cli; raise SystemExit(cli.main())", "simulate", "--baselines"]
-        files = ["--history", str(folder / "history.jsonl"), "--stream", str(folder / "stream.jsonl"), "--out", str(folder)]
-        changes = [part for option in options for part in ("--set", option)]
-        subprocess.run([*command, *files, "--rule", rule, "--seed", str(seed), *changes], check=True, stdout=sys.stderr)
+        simulate(folder, "--rule", rule, "--seed", str(seed), *(part for option in options for part in ("--set", option)))
+    return read_report(folder)
+
+
+def simulate(folder: Path, *options: str) -> None:
+    """Replay the history and the stream that lie in the folder, with all baselines, in a process of its own."""
+    console.print(f"{folder.name}: replaying")
+    command = [sys.executable, "-c", "from daemon import cli; raise SystemExit(cli.main())", "simulate", "--baselines"]
+    files = ["--history", str(folder / "history.jsonl"), "--stream", str(folder / "stream.jsonl"), "--out", str(folder)]
+    subprocess.run([*command, *files, *options], check=True, stdout=sys.stderr)
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """What a replay found."""
     return dict(json.loads((folder / "report.json").read_text()))
 
 

@@ -58,8 +58,9 @@ def deliver_as(
     results: list[Delivered | None] = []
     good: list[events.Incoming] = []
     contents: list[Any] = []
+    latest = now + AHEAD
     for item in items:
-        prepared = _prepare(item, labels_of, principal, now + AHEAD)
+        prepared = _prepare(item, labels_of, principal, latest)
         if isinstance(prepared, Delivered):
             results.append(prepared)
         else:
@@ -69,14 +70,11 @@ def deliver_as(
     receipts = events.append(connection, good, now, state)
     told = iter(receipts)
     delivered = [result or _to_delivered(next(told)) for result in results]
-    for receipt, one in zip(receipts, good, strict=True):
-        if receipt.outcome == "conflict":
-            _park(connection, one, receipt.ulid, now)
-    if state == "received":
-        return delivered, []
     new: dict[str, handlers.Item] = {}
     for receipt, one, data in zip(receipts, good, contents, strict=True):
-        if receipt.outcome == "stored" and receipt.ulid not in new:
+        if receipt.outcome == "conflict":
+            _park(connection, one, receipt.ulid, now)
+        elif receipt.outcome == "stored" and state == "handled" and receipt.ulid not in new:
             new[receipt.ulid] = events.to_stored(receipt.ulid, one, state, now), data
     return delivered, list(new.values())
 

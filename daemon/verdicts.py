@@ -247,7 +247,8 @@ def raise_drift(machinery: Machinery, agent: Agent, message: str, detail: Mappin
         known = alarms.list_since(connection, agent.name, since)
         if any(one["kind"] == DRIFT_ALARM and one["detail"].get("source") == detail["source"] for one in known):
             return
-        if alarms.raise_alarm(connection, agent.name, DRIFT_ALARM, message, detail, now):
+        # An open one stays as it is: its detail is what later observations of its source are compared with.
+        if alarms.raise_alarm(connection, agent.name, DRIFT_ALARM, message, detail, now, restate=False):
             log.warning("alarm_raised", agent=agent.name, kind=DRIFT_ALARM, source=detail["source"])
 
 

@@ -12,11 +12,12 @@ from storage import db, ids, ledger
 from storage.tables import Alarm
 
 
-def raise_alarm(connection: Connection, agent: str, kind: str, message: str, detail: Mapping[str, Any], now: datetime) -> bool:
-    """Open an alarm; returns False while one of this kind is open already, which then says the newer message.
+def raise_alarm(
+    connection: Connection, agent: str, kind: str, message: str, detail: Mapping[str, Any], now: datetime, *, restate: bool = True
+) -> bool:
+    """Open an alarm; returns False while one of this kind is open already, which then says the newer message, unless `restate` is off.
 
-    It is announced once: the newer message is no entry in the ledger. An alarm with a `source` stays as it is, for its detail is what later
-    observations of that source are compared with.
+    It is announced once: the newer message is no entry in the ledger.
     """
     row = {
         "id": ids.make_ulid(now, agent, kind),
@@ -29,7 +30,7 @@ def raise_alarm(connection: Connection, agent: str, kind: str, message: str, det
     is_new = connection.execute(db.insert_or_skip(connection, Alarm), [row]).rowcount == 1
     if is_new:
         ledger.append(connection, "alarm", agent, {"kind": kind, "message": message}, now)
-    elif "source" not in detail:
+    elif restate:
         _restate(connection, agent, kind, message, dict(detail))
     return is_new
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, case, func, select, update
+from sqlalchemy import Connection, RowMapping, and_, case, func, select, update
 from sqlalchemy.orm import aliased
 
 from storage import db
@@ -21,6 +21,8 @@ from storage.sampling import slice_key
 from storage.tables import Label, Prediction
 
 READS = ("review", "second_read")
+CASE = ("agent", "claim_id", "input_digest")
+"""What predictions of the same case share."""
 RANKS = (("late_truth",), ("adjudication",), READS, ("import",))
 
 
@@ -109,18 +111,13 @@ def of_predictions(connection: Connection, predictions: Iterable[str]) -> dict[s
     """The standing answers on the case of each prediction, whichever prediction of the same input they were given on."""
     labelled = aliased(Prediction)
     query = select(Prediction.id, Label.id, Label.kind, Label.expert, Label.answer, Label.answered_at)
-    query = query.join(labelled, (labelled.claim_id == Prediction.claim_id) & _is_same_case(labelled)).join(
-        Label, Label.prediction == labelled.id
-    )
+    is_same_case = and_(*(getattr(labelled, name) == getattr(Prediction, name) for name in CASE))
+    query = query.join(labelled, is_same_case).join(Label, Label.prediction == labelled.id)
     query = query.where(db.is_one_of(connection, Prediction.id, predictions), Label.superseded_by.is_(None))
     found: dict[str, list[Answer]] = {}
     for row in connection.execute(query):
         found.setdefault(row[0], []).append(Answer(*row[1:]))
     return found
-
-
-def _is_same_case(other: type[Prediction]) -> ColumnElement[bool]:
-    return (other.agent == Prediction.agent) & (other.input_digest == Prediction.input_digest)
 
 
 def of_claim(connection: Connection, claim_id: str, agent: str | None = None) -> list[RowMapping]:
@@ -152,12 +149,11 @@ def read_settled(connection: Connection, agent: str) -> list[Settled]:
     A case that was imported is left out when people have settled the same claim as it was served.
     Streams nothing: an agent's labelled cases are what experts had the time for.
     """
-    columns = (Label.id.label("label_id"), Label.kind, Label.expert, Label.answer, Label.answered_at, Label.rationale, Label.received_at)
+    columns = (Label.id.label("label_id"), Label.kind, Label.expert, Label.answer, Label.answered_at, Label.rationale)
     cases = (
         select(
             *columns,
             Prediction.id.label("prediction"),
-            Prediction.prediction_id,
             Prediction.claim_id,
             Prediction.group_key,
             Prediction.input,
@@ -199,7 +195,7 @@ def list_conflicts(connection: Connection, agent: str | None = None) -> list[tup
     read = read.where(Label.superseded_by.is_(None), Label.kind.in_(READS))
     if agent:
         read = read.where(Label.agent == agent)
-    disputed = read.group_by(Prediction.agent, Prediction.claim_id, Prediction.input_digest).having(func.count(Label.answer.distinct()) > 1)
+    disputed = read.group_by(*(getattr(Prediction, name) for name in CASE)).having(func.count(Label.answer.distinct()) > 1)
     found = of_predictions(connection, connection.execute(disputed).scalars())
     return [(prediction, answers) for prediction, answers in sorted(found.items()) if is_conflict(answers)]
 

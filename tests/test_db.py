@@ -130,7 +130,9 @@ def test_an_open_alarm_says_the_newest_and_is_announced_once(engine: Engine, now
 def test_a_drift_alarm_keeps_the_windows_that_it_was_raised_for(engine: Engine, now: datetime) -> None:
     with db.writing(engine) as connection:
         for first in ("a", "b"):
-            alarms.raise_alarm(connection, "adjudication", "drift", f"since {first}", {"source": "traffic", "first": first}, now)
+            alarms.raise_alarm(
+                connection, "adjudication", "drift", f"since {first}", {"source": "traffic", "first": first}, now, restate=False
+            )
         assert [(one["message"], one["detail"]["first"]) for one in alarms.list_open(connection)] == [("since a", "a")]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -11,7 +11,6 @@ from daemon.cli import context
 
 RULES = ("posterior", "anytime")
 TINY = "tiny"
-FILE: dict[str, Any] = {"exists": True, "dir_okay": False, "readable": True}
 
 
 def simulate(

@@ -180,7 +180,6 @@ class Desk:
 
     def _show(self, connection: Connection, row: RowMapping, person: tokens.Principal) -> Case:
         given = labels.of_review(connection, row["id"], person.name)
-        steps = reviews.history(connection, row["id"])
         is_held, is_operator = _is_held(row, person), person.role == "operator"
         has_revealed = reviews.was_revealed(connection, row["id"], person.name)
         case = Case(
@@ -197,7 +196,7 @@ class Desk:
             shown["yours"] = ExpertAnswer(ulid=last["id"], **{name: last[name] for name in ("answer", "rationale", "answered_at")})
         if given or is_operator or (is_held and has_revealed and not row["is_blind"]):
             shown["model"] = ModelAnswer(answer=row["decision"], confidence=row["confidence"], version=row["model_version"])
-            shown |= {"reasons": row["reasons"], "history": [Step(**step) for step in steps]}
+            shown |= {"reasons": row["reasons"], "history": [Step(**step) for step in reviews.history(connection, row["id"])]}
         return case.model_copy(update=shown)
 
 

@@ -110,10 +110,9 @@ def _check_expert(event: Any, principal: tokens.Principal) -> Delivered | None:
 
 
 def _park(connection: Connection, one: events.Incoming, known: str, now: datetime) -> None:
-    """Keep what a used identity came with, once, so that an operator can see both."""
+    """Keep what a used identity came with, once while it is parked, so that an operator can see both."""
     reason = f"its (source, id) was used for other content, stored as {known}; this content has the digest {one.digest[:16]}"
-    if not dead_letters.is_parked(connection, one.subject, reason):
-        dead_letters.park(connection, one.subject, reason, now, key=one.digest, payload=one.data)
+    dead_letters.park(connection, one.subject, reason, now, key=f"{known}/{one.digest}", payload=one.data)
 
 
 def _to_delivered(receipt: events.Receipt) -> Delivered:

@@ -24,16 +24,12 @@ def park_event(connection: Connection, event: events.Stored, reason: str, now: d
 def park(
     connection: Connection, origin: str, reason: str, now: datetime, *, key: str, event: str | None = None, payload: str | None = None
 ) -> str:
-    """Set something aside that never became an event. `key` makes parking the same thing twice one dead letter."""
+    """Set something aside that never became an event. While a letter of this `key` is parked, that one stands for both."""
     letter = ids.make_ulid(now, "dead letter", key)
-    row = {"id": letter, "event": event, "origin": origin, "reason": reason, "payload": payload, "state": "parked", "at": now}
-    connection.execute(db.insert_or_skip(connection, DeadLetter), [row])
-    return letter
-
-
-def is_parked(connection: Connection, origin: str, reason: str) -> bool:
-    """Whether this was set aside for this reason before."""
-    return connection.execute(select(DeadLetter.id).where(DeadLetter.origin == origin, DeadLetter.reason == reason)).first() is not None
+    told = {"id": letter, "key": key, "event": event, "origin": origin, "reason": reason, "payload": payload}
+    connection.execute(db.insert_or_skip(connection, DeadLetter), [{**told, "state": "parked", "at": now}])
+    parked = select(DeadLetter.id).where(DeadLetter.key == key, DeadLetter.state == "parked")
+    return connection.execute(parked).scalar_one()
 
 
 def list_parked(connection: Connection, limit: int = 100) -> list[RowMapping]:

@@ -408,6 +408,7 @@ class DeadLetter(Table):
 
     __tablename__ = "dead_letters"
     id: Mapped[str] = mapped_column(String(26), primary_key=True)
+    key: Mapped[str]
     event: Mapped[str | None]
     origin: Mapped[str]
     reason: Mapped[str] = mapped_column(Text)
@@ -420,6 +421,7 @@ class DeadLetter(Table):
     __table_args__ = (
         states("state", "parked", "replayed", "discarded"),
         partial("dead_letters_parked", "at", where="state = 'parked'"),
+        partial("one_parked_letter_of_a_key", "key", where="state = 'parked'", unique=True),
     )
 
 

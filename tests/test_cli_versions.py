@@ -149,13 +149,12 @@ def test_what_is_refused_is_one_sentence_and_exit_1(site, run):
         assert len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("command", ["versions list", "versions history", "datasets list", "datasets verify", "runs list", "alarms list"])
+LISTINGS = "versions list, versions history, datasets list, datasets verify, runs list, alarms list, labels conflicts, ledger show, why c1"
+
+
+@pytest.mark.parametrize("command", LISTINGS.split(", "))
 def test_a_listing_of_an_agent_that_is_not_there_is_refused(site, run, command):
     assert run(*command.split(), "--agent", "zz") == (1, "", f"ratchet: there is no agent 'zz': the configuration has {AGENT}\n")
-
-
-def test_conflicts_of_an_agent_that_is_not_there_are_refused(site, run):
-    assert run("labels", "conflicts", "-a", "zz")[2] == f"ratchet: there is no agent 'zz': the configuration has {AGENT}\n"
 
 
 def test_a_rollback_without_a_reason_is_called_wrongly(site, run):

@@ -231,3 +231,9 @@ def test_a_label_that_came_by_another_way_closes_the_case_and_the_holders_answer
     assert give(queued, case, "APPROVED", rationale="I read it too.").status_code == 202
     kinds = [(label["expert"], label["kind"], label["review"], label["rationale"]) for label in read_labels(queued)]
     assert kinds == [("ben", "review", case["id"], None), ("ann", "second_read", case["id"], "I read it too.")]
+
+
+def test_an_agent_that_is_not_there_is_refused_by_name_and_not_taken_for_one_without_cases(queued):
+    for who, path in (("ann", "/next"), ("ops", "")):
+        refused = call(queued, who, "GET", f"{path}?agent=zz")
+        assert (refused.status_code, refused.json()["error"]["value"]) == (422, "zz")

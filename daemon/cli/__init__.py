@@ -55,7 +55,7 @@ Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_
 
 @app.callback()
 def ratchet(version: Version = False) -> None:
-    """Keep a self-hosted claims model getting better, and never worse."""
+    """Improve a self-hosted claims model from the answers of experts, and take back a version that does harm."""
 
 
 app.command("init")(init.init)

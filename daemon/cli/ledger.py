@@ -23,7 +23,7 @@ def show(
     from storage import ledger  # noqa: PLC0415 — `ratchet --help` needs none of it
 
     with context.opened(config) as opened, opened.reading() as connection:
-        entries = ledger.show(connection, agent, limit)
+        entries = ledger.show(connection, opened.filter_agent(agent), limit)
     rows = [{**{name: entry[name] for name in ("seq", "at", "agent", "kind")}, "body": json.loads(entry["body"])} for entry in entries]
     if as_json:
         rows = [{**row, "previous": entry["previous"], "hash": entry["hash"]} for row, entry in zip(rows, entries, strict=True)]

@@ -32,7 +32,7 @@ def why(
     from storage import predictions  # noqa: PLC0415 — `ratchet --help` needs none of it
 
     with context.opened(config) as opened, opened.reading() as connection:
-        found = predictions.of_claim(connection, claim, agent)
+        found = predictions.of_claim(connection, claim, opened.filter_agent(agent))
         items = [_explain(connection, dict(prediction)) for prediction in found]
     if not items:
         raise UnknownClaimError(f"no prediction and no imported case has the claim id {claim!r}")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query, Response
+from fastapi import APIRouter, Depends, Path, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from consumers import schemas
@@ -17,7 +17,6 @@ from storage import db, reviews
 
 router = APIRouter(prefix="/v1/reviews", tags=["reviews"])
 ReviewId = Annotated[str, Path(pattern="^[0-7][0-9A-HJKMNP-TV-Z]{25}$", description="The review's id.")]
-AgentFilter = Annotated[str | None, Query(description="Only cases of this agent.")]
 
 
 class Given(BaseModel):
@@ -66,20 +65,26 @@ def translated(review: str) -> Iterator[None]:
         raise problems.refuse(422, error.refusal) from error
 
 
+def check_agent(site: SiteHere, agent: Annotated[str | None, Query(description="Only cases of this agent.")] = None) -> str | None:
+    """The agent that was asked for; one that is not there has no empty queue, but is refused by name."""
+    if agent is not None and agent not in site.agents:
+        raise problems.RequestRefusedError(422, "agent", schemas.shorten(agent), f"use one of {', '.join(site.agents)}")
+    return agent
+
+
+AgentFilter = Annotated[str | None, Depends(check_agent)]
+
+
 @router.get("", responses=problems.describe(401, 403, 422))
-def list_queue(
-    site: SiteHere, _: access.Operator, agent: AgentFilter = None, limit: Annotated[int, Query(ge=1, le=1000)] = 100
-) -> list[Queued]:
+def list_queue(site: SiteHere, _: access.Operator, agent: AgentFilter, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> list[Queued]:
     """The queue, most urgent first."""
     with db.reading(site.engine) as connection:
         return [Queued.model_validate(dict(row)) for row in reviews.list_live(connection, agent, limit)]
 
 
 @router.get("/next", responses={204: {"description": "Nothing waits for this expert."}, **problems.describe(401, 403, 422)})
-def take_next(site: SiteHere, caller: access.Reviewer, agent: AgentFilter = None) -> desk.Case:
+def take_next(site: SiteHere, caller: access.Reviewer, agent: AgentFilter) -> desk.Case:
     """Lease the next case: it is shown to nobody else until it is answered, skipped, or the lease runs out."""
-    if agent is not None and agent not in site.agents:
-        raise problems.RequestRefusedError(422, "agent", schemas.shorten(agent), f"use one of {', '.join(site.agents)}")
     case = site.desk.take_next(caller, agent)
     return case or Response(status_code=204)  # type: ignore[return-value]  # FastAPI passes a response on as it is
 

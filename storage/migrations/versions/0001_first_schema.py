@@ -55,6 +55,7 @@ def upgrade() -> None:
     op.create_table(
         "dead_letters",
         sa.Column("id", sa.String(length=26), nullable=False),
+        sa.Column("key", sa.String(), nullable=False),
         sa.Column("event", sa.String(), nullable=True),
         sa.Column("origin", sa.String(), nullable=False),
         sa.Column("reason", sa.Text(), nullable=False),
@@ -72,6 +73,14 @@ def upgrade() -> None:
         "dead_letters",
         ["at"],
         unique=False,
+        sqlite_where=sa.text("state = 'parked'"),
+        postgresql_where=sa.text("state = 'parked'"),
+    )
+    op.create_index(
+        "one_parked_letter_of_a_key",
+        "dead_letters",
+        ["key"],
+        unique=True,
         sqlite_where=sa.text("state = 'parked'"),
         postgresql_where=sa.text("state = 'parked'"),
     )

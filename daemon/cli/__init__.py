@@ -23,6 +23,7 @@ from daemon.cli import (
     labels,
     ledger,
     model,
+    plan,
     runs,
     simulate,
     status,
@@ -69,6 +70,7 @@ app.add_typer(db.app, name="db")
 app.command("import")(importing.import_history)
 app.add_typer(datasets.app, name="datasets")
 app.add_typer(labels.app, name="labels")
+app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.add_typer(runs.app, name="runs")
 app.add_typer(versions.app, name="versions")

@@ -1,0 +1,101 @@
+"""`ratchet plan`: what a training takes of a card, before it is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from daemon.cli import context
+
+if TYPE_CHECKING:
+    from daemon import estimates
+    from daemon import plan as planning
+
+SIZE = re.compile(r"(\d+(?:\.\d+)?) ?GB?", re.IGNORECASE)
+
+
+def plan(
+    agent: context.AgentName = None,
+    base: Annotated[
+        Path | None, typer.Option("--base", help="A checkpoint folder; its config.json is enough. Default: the agent's.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", metavar="SIZE", help="A card's memory, such as 12GB; by default the usual sizes.")
+    ] = None,
+    method: Annotated[str, typer.Option("--method", help="lora, qlora, full or pretrain.")] = "lora",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A training option, as for `ratchet train`; may be repeated.")
+    ] = None,
+    config: context.ConfigFile = context.CONFIG_FILE,
+    as_json: context.AsJson = False,
+) -> None:
+    """Print what a training takes of a card, the settings that make it fit, and what would help where none do; exit 1 if it fits none."""
+    from daemon import estimates, training  # noqa: PLC0415 — `ratchet --help` needs none of it
+    from daemon import plan as planning  # noqa: PLC0415
+
+    overrides = dict(context.parse_setting(one) for one in settings or ())
+    cards = [parse_card(gpu)] if gpu else [planning.Card(f"{size} GB", "cuda", size * planning.GB) for size in planning.CARDS]
+    with context.opened(config) as opened:
+        chosen = opened.pick_agent(agent)
+        options, _ = training.apply_overrides(chosen, overrides)
+        plans = estimates.plan_run(options, method, base or chosen.base_model, cards)
+        with opened.reading() as connection:
+            told = [(one, estimates.expect_time(connection, chosen.name, one)) for one in plans]
+    if as_json:
+        context.print_json([{**one.to_json(), "expected": time._asdict()} for one, time in told])
+    elif gpu:
+        context.print_item(describe(*told[0]), as_json=False)
+    else:
+        context.print_rows([describe(*one) for one in told], as_json=False)
+    if not any(one.fits for one in plans):
+        raise typer.Exit(1)
+
+
+def parse_card(size: str) -> planning.Card:
+    """A card of so much memory; a GB is 10^9 bytes here, so that a card never has less than its name says."""
+    from daemon import plan as planning  # noqa: PLC0415 — `ratchet --help` needs none of it
+
+    found = SIZE.fullmatch(size.strip())
+    if found is None:
+        raise typer.BadParameter(f"{size!r} is no size: write it as 12GB", param_hint="--gpu")
+    return planning.Card(f"{float(found[1]):g} GB", "cuda", round(float(found[1]) * planning.GB))
+
+
+def describe(planned: planning.MemoryPlan, expected: estimates.Duration) -> dict[str, Any]:
+    """A plan as a person reads it, sizes in GB."""
+    settings = planned.settings
+    return {
+        "card": planned.card.name,
+        "fits": "yes" if planned.fits else "no",
+        **{name: name_size(size) for name, size in dataclasses.asdict(planned.parts).items()},
+        "total": name_size(planned.parts.total),
+        "4 bits": "yes" if settings.is_4bit else "no",
+        "checkpointing": name_checkpointing(settings.checkpoint_every),
+        "tokens": settings.max_tokens,
+        "adapter": settings.adapter_dtype,
+        "optimizer": settings.optimizer,
+        "time": name_time(expected),
+        "would fit": "; ".join(planned.remedies) or None,
+    }
+
+
+def name_size(size: int) -> str:
+    """Bytes as GB."""
+    return f"{size / 10**9:.2f} GB"
+
+
+def name_checkpointing(every: int) -> str:
+    """Which layers' activations are computed twice."""
+    return {0: "none", 1: "all layers"}.get(every, f"1 layer in {every}")
+
+
+def name_time(expected: estimates.Duration) -> str:
+    """What is known of the time."""
+    if expected.tokens_per_second is None:
+        return "no run on this card yet"
+    pace = f"{expected.tokens_per_second:,.0f} tokens/s by {expected.runs} runs"
+    return pace if expected.seconds is None else f"{expected.seconds / 60:,.1f} min as large as the last ({pace})"

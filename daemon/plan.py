@@ -1,0 +1,341 @@
+"""What a run takes of its card, from the base's `config.json` alone, and the settings that make it fit.
+
+A decoder of the Llama kind saves, for each token and layer, what its backward pass reads: the inputs of both norms in fp32, the norms'
+outputs, queries, keys, values and what attention made of them, and in the MLP gate, its activation, up, and their product. Counted so,
+Llama 3 8B with bf16 adapters of rank 16 takes 180.3 KiB; 180.4 were measured (docs/hardware.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+GB = 10**9
+CARDS = (12, 24, 48, 80, 141)
+"""Sizes of cards in GB that remedies may name."""
+DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+NORM_BYTES = 4
+NF4_BYTES = 0.516
+"""Of a weight in NF4 with double quantisation (Dettmers et al. 2023, QLoRA): 4 bits and its share of the blocks' scales."""
+LOGIT_BYTES = 10
+"""Of one logit in forward and backward pass: bf16, its fp32 copy, and the log-softmax or the gradient."""
+CONTEXT_BYTES = 6 * GB // 10
+"""What CUDA and its libraries take before there is a tensor; on a CPU, the interpreter with torch."""
+FRAGMENTED = 0.05
+"""Of what is not weights, lost between blocks."""
+SUPERVISED = 0.05
+"""The share of a claim's tokens that are graded, where no run has told it."""
+LEAST_ROW = 256
+"""Remedies cut rows to so many tokens at the least."""
+EVERY = (4, 2)
+
+
+class ShapeUnknownError(ValueError):
+    """The `config.json` is of no decoder that can be counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A decoder by its sizes: `keys` is the width of all key heads together, `inner` that of the MLP."""
+
+    layers: int
+    width: int
+    inner: int
+    queries: int
+    keys: int
+    heads: int
+    vocabulary: int
+    is_tied: bool
+    context: int
+
+    @property
+    def linears(self) -> tuple[tuple[int, int], ...]:
+        """Input and output width of each matrix in a layer."""
+        narrow, wide = (self.width, self.keys), (self.width, self.inner)
+        return ((self.width, self.queries), narrow, narrow, (self.queries, self.width), wide, wide, (self.inner, self.width))
+
+    @property
+    def in_layers(self) -> int:
+        """Weights of the layers' matrices: what is quantised, and what adapters lie on."""
+        return self.layers * sum(inputs * outputs for inputs, outputs in self.linears)
+
+    @property
+    def embedded(self) -> int:
+        """Weights of the embedding and, unless it is the same, the language-model head."""
+        return self.vocabulary * self.width * (1 if self.is_tied else 2)
+
+    @property
+    def parameters(self) -> int:
+        """All weights."""
+        return self.in_layers + self.embedded + (2 * self.layers + 1) * self.width
+
+    def count_adapter(self, rank: int) -> int:
+        """Weights of an adapter on every matrix of every layer."""
+        return self.layers * rank * sum(inputs + outputs for inputs, outputs in self.linears)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How a run trains: `row_tokens` is the longest row, `max_tokens` the budget of a pass that is wished for."""
+
+    name: Literal["lora", "qlora", "full", "pretrain"]
+    rank: int
+    row_tokens: int
+    max_tokens: int
+    supervised: float = SUPERVISED
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the base's weights stay as they are."""
+        return self.name in ("lora", "qlora")
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A device: its memory and how much of that others have taken, in bytes."""
+
+    name: str
+    kind: Literal["cuda", "cpu"]
+    memory: int
+    taken: int = 0
+
+    @property
+    def free(self) -> int:
+        """What a run may take."""
+        return max(0, self.memory - self.taken)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What is chosen for a card. `checkpoint_every` n computes the activations of each n-th layer twice; 0 keeps all of them."""
+
+    is_4bit: bool
+    checkpoint_every: int
+    max_tokens: int
+    adapter_dtype: Literal["float32", "bfloat16"] | None
+    optimizer: Literal["adamw", "adamw_8bit", "paged_in_backward"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a run takes at its peak, in bytes; `overhead` is the driver, the libraries, and the gaps between blocks."""
+
+    weights: int
+    adapters: int
+    optimizer: int
+    activations: int
+    logits: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(dataclasses.astuple(self))
+
+    @property
+    def allocated(self) -> int:
+        """What torch itself would count: all but the overhead."""
+        return self.total - self.overhead
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """The settings for a run on a card, what it takes with them, and what would help where that is more than there is."""
+
+    card: Card
+    parameters: int
+    settings: Settings
+    parts: Parts
+    remedies: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether the card has so much to give."""
+        return self.parts.total <= self.card.free
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in `spec.json`."""
+        return {**dataclasses.asdict(self), "total": self.parts.total, "fits": self.fits}
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast a run on a card was: tokens a second through a base of so many weights."""
+
+    tokens_per_second: float
+    parameters: int
+
+
+def plan_memory(model_config: Mapping[str, Any], method: Method, card: Card) -> MemoryPlan:
+    """The fastest settings that fit, with what they take; where none fits, the smallest ones and what would help.
+
+    Raises `ShapeUnknownError` when `model_config` is not that of a decoder in `DECODERS`.
+    """
+    shape = read_shape(model_config)
+    found = _choose(shape, method, card)
+    return found if found.fits else dataclasses.replace(found, remedies=tuple(_find_remedies(shape, method, card)))
+
+
+def read_shape(model_config: Mapping[str, Any]) -> Shape:
+    """The sizes that a `config.json` tells. Raises `ShapeUnknownError`."""
+    config = model_config.get("text_config", model_config)
+    if config.get("model_type") not in DECODERS:
+        raise ShapeUnknownError(f"model_type is {config.get('model_type')!r}: memory can be planned for {', '.join(DECODERS)}")
+    try:
+        width, heads = config["hidden_size"], config["num_attention_heads"]
+        head = config.get("head_dim") or width // heads
+        return Shape(
+            layers=config["num_hidden_layers"],
+            width=width,
+            inner=config["intermediate_size"],
+            queries=heads * head,
+            keys=(config.get("num_key_value_heads") or heads) * head,
+            heads=heads,
+            vocabulary=config["vocab_size"],
+            is_tied=bool(config.get("tie_word_embeddings", False)),
+            context=config["max_position_embeddings"],
+        )
+    except KeyError as error:
+        raise ShapeUnknownError(f"{error.args[0]} is missing in config.json: is this a whole checkpoint?") from error
+
+
+def _choose(shape: Shape, method: Method, card: Card) -> MemoryPlan:
+    plans = [_weigh(shape, method, settings, card) for settings in list_settings(method, card)]
+    return next((plan for plan in plans if plan.fits), min(plans, key=lambda plan: plan.parts.total))
+
+
+def list_settings(method: Method, card: Card) -> Iterator[Settings]:
+    """Settings from the fastest to the most frugal: smaller passes cost least, then bf16 adapters, then computing layers twice."""
+    precisions: tuple[Any, ...] = ("float32", "bfloat16") if card.kind == "cuda" and method.name == "lora" else ("float32",)
+    if method.name == "qlora":
+        precisions = ("bfloat16",)
+    optimizers: tuple[Any, ...] = ("adamw",)
+    if card.kind == "cuda" and not method.has_adapter:
+        optimizers = ("adamw_8bit", "paged_in_backward")
+    for optimizer in optimizers:
+        for every in (0, *EVERY, 1):
+            for precision in precisions:
+                for tokens in _list_budgets(method):
+                    yield Settings(
+                        is_4bit=method.name == "qlora",
+                        checkpoint_every=every,
+                        max_tokens=tokens,
+                        adapter_dtype=precision if method.has_adapter else None,
+                        optimizer=optimizer,
+                    )
+
+
+def _list_budgets(method: Method) -> list[int]:
+    """Tokens of a pass: what is wished for, halved down to the longest row, which can't be split."""
+    budgets = [max(method.max_tokens, method.row_tokens)]
+    while budgets[-1] > method.row_tokens:
+        budgets.append(max(method.row_tokens, budgets[-1] // 2))
+    return budgets
+
+
+def _weigh(shape: Shape, method: Method, settings: Settings, card: Card) -> MemoryPlan:
+    """What these settings take of the card."""
+    return MemoryPlan(card, shape.parameters, settings, estimate(shape, method, settings, card.kind))
+
+
+def estimate(shape: Shape, method: Method, settings: Settings, kind: str) -> Parts:
+    """What a run takes at its peak, part by part, in bytes."""
+    value = 2 if kind == "cuda" else 4
+    adapter_value = 2 if settings.adapter_dtype == "bfloat16" else 4
+    rest = shape.parameters - shape.in_layers
+    weights = round(shape.in_layers * (NF4_BYTES if settings.is_4bit else value)) + rest * value
+    adapters = shape.count_adapter(method.rank) * adapter_value if method.has_adapter else 0
+    # Gradients and both of AdamW's moments have the dtype of what is trained.
+    optimizer = 3 * adapters if method.has_adapter else _count_full_optimizer(shape, settings, value)
+    activations = settings.max_tokens * _count_saved(shape, method, settings, value, adapter_value)
+    logits = round(settings.max_tokens * method.supervised) * shape.vocabulary * LOGIT_BYTES
+    unpacked = value * max(inputs * outputs for inputs, outputs in shape.linears) if settings.is_4bit else 0
+    fragments = round(FRAGMENTED * (adapters + optimizer + activations + logits))
+    overhead = CONTEXT_BYTES + unpacked + fragments
+    return Parts(weights=weights, adapters=adapters, optimizer=optimizer, activations=activations, logits=logits, overhead=overhead)
+
+
+def _count_full_optimizer(shape: Shape, settings: Settings, value: int) -> int:
+    """Gradients and moments of all weights; in the backward pass only the largest gradient is there, and the moments lie on the host."""
+    if settings.optimizer == "paged_in_backward":
+        largest = max(shape.vocabulary * shape.width, *(inputs * outputs for inputs, outputs in shape.linears))
+        return value * largest
+    moments = 2 if settings.optimizer == "adamw_8bit" else 2 * value
+    return shape.parameters * (value + moments)
+
+
+def _count_saved(shape: Shape, method: Method, settings: Settings, value: int, adapter_value: int) -> int:
+    """Bytes for each token of a pass: what all layers keep, the gradients that pass through one, and the last norm."""
+    layer = count_layer(shape, method, value, adapter_value)
+    passing = value * (3 * shape.inner + 2 * shape.width)
+    last = NORM_BYTES * shape.width
+    if not settings.checkpoint_every:
+        return shape.layers * layer + passing + last
+    thrown = -(-shape.layers // settings.checkpoint_every)
+    return (shape.layers - thrown) * layer + thrown * value * shape.width + layer + passing + last
+
+
+def count_layer(shape: Shape, method: Method, value: int, adapter_value: int) -> int:
+    """Bytes that one layer saves for each token, with values of `value` bytes and adapters of `adapter_value`."""
+    norms = 2 * NORM_BYTES * shape.width + 2 * value * shape.width
+    attention = 2 * value * (shape.queries + shape.keys) + NORM_BYTES * shape.heads
+    saved = norms + attention + 4 * value * shape.inner
+    if not method.has_adapter:
+        return saved + 2 * value * shape.width
+    saved += adapter_value * method.rank * len(shape.linears)
+    if adapter_value == value:
+        return saved
+    # PEFT casts the input of each of the seven matrices to the adapter's dtype; what was cast is then read by nobody else.
+    cast = 5 * shape.width + shape.queries + shape.inner
+    return saved + adapter_value * cast - value * (2 * shape.width + shape.inner)
+
+
+def _find_remedies(shape: Shape, method: Method, card: Card) -> Iterator[str]:
+    """What would make a run fit that does not, each tried: options, the memory that others hold, a larger card."""
+    found = [changes for changes in _list_changes(method, card) if _choose(shape, _change(method, changes), card).fits]
+    told: set[str] = set()
+    for changes in found:  # Of several values of one option the first that fits is the smallest change.
+        if not told & changes.keys():
+            told |= changes.keys()
+            yield "set " + " and ".join(f"{name} = {value}" for name, value in changes.items())
+    if card.taken and _choose(shape, method, dataclasses.replace(card, taken=0)).fits:
+        yield f"free the {card.taken / GB:.1f} GB that others hold on this card"
+    size = next((size for size in CARDS if _choose(shape, method, Card("", "cuda", size * GB)).fits), None)
+    yield f"use a card of {size} GB" if size else "FSDP would spread the weights over several cards: it is not in this version"
+
+
+def _list_changes(method: Method, card: Card) -> Iterator[dict[str, Any]]:
+    """Changes of options that take less memory, each alone and then 4 bits together with shorter rows."""
+    quantised = {"method": "qlora"} if method.name == "lora" and card.kind == "cuda" else {}
+    shorter = [{"max_row_tokens": rows} for rows in _halve(method.row_tokens)]
+    if quantised:
+        yield quantised
+    yield from shorter
+    if method.has_adapter:
+        yield from ({"lora.rank": rank} for rank in (32, 16, 8) if rank < method.rank)
+    if quantised:
+        yield from (quantised | rows for rows in shorter)
+
+
+def _change(method: Method, changes: Mapping[str, Any]) -> Method:
+    rows = changes.get("max_row_tokens", method.row_tokens)
+    return dataclasses.replace(
+        method,
+        name=changes.get("method", method.name),
+        rank=changes.get("lora.rank", method.rank),
+        row_tokens=rows,
+        max_tokens=min(method.max_tokens, rows) if "max_row_tokens" in changes else method.max_tokens,
+    )
+
+
+def _halve(tokens: int) -> Iterator[int]:
+    while (tokens := tokens // 2) >= LEAST_ROW:
+        yield tokens
+
+
+def expect_rate(parameters: int, paces: Sequence[Pace]) -> float | None:
+    """Tokens a second, from runs on the same card; of a base of another size by its number of weights. None without a run."""
+    return statistics.median(pace.tokens_per_second * pace.parameters for pace in paces) / parameters if paces else None

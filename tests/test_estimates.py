@@ -1,0 +1,68 @@
+"""`ratchet plan`: what a training takes of a card, told before it is asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from daemon import estimates, plan
+from storage import runs
+from tests.cli_fixtures import ask, home, opened, run
+from tests.test_plan import LLAMA_8B
+from trainers import spec
+
+__all__ = ("ask", "home", "opened", "run")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A folder with nothing but the configuration of Llama 3 8B."""
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA_8B))
+    return folder
+
+
+def test_the_parts_the_settings_and_the_remedy_are_told(ask: Any, run: Any, base: Path) -> None:
+    [told] = ask("plan", "--base", base, "--gpu", "12GB", "--method", "qlora", "--set", "lora.rank=64")
+    assert sum(told["parts"].values()) == told["total"] <= 12 * plan.GB
+    assert told["settings"] == {
+        "is_4bit": True,
+        "checkpoint_every": 1,
+        "max_tokens": 4096,
+        "adapter_dtype": "bfloat16",
+        "optimizer": "adamw",
+    }
+    status, out, _ = run("plan", "--base", base, "--gpu", "12 gb")
+    assert status == 1
+    assert "set method = qlora; use a card of 24 GB" in out
+    assert "no run on this card yet" in out
+
+
+def test_without_a_card_the_usual_sizes_are_compared(ask: Any, run: Any, base: Path) -> None:
+    assert [one["card"]["name"] for one in ask("plan", "--base", base)] == ["12 GB", "24 GB", "48 GB", "80 GB", "141 GB"]
+    assert [one["fits"] for one in ask("plan", "--base", base)] == [False, True, True, True, True]
+    assert "all layers" in run("plan", "--base", base)[1]
+
+
+def test_a_size_or_a_base_that_is_none_is_refused(run: Any, base: Path, tmp_path: Path) -> None:
+    assert run("plan", "--base", base, "--gpu", "large")[0] == 2
+    assert "name the folder of a Hugging Face checkpoint" in run("plan", "--base", tmp_path / "absent")[2]
+    (base / "config.json").write_text("[]")
+    assert "holds no object" in run("plan", "--base", base)[2]
+
+
+def test_the_time_is_that_of_runs_on_the_same_card(opened: Any, base: Path, now: Any) -> None:
+    [planned] = estimates.plan_run(spec.Options(), "lora", base, [plan.Card("RTX", "cuda", 24 * plan.GB)])
+    with opened.writing() as connection:
+        for card, speed in (("RTX", 500.0), ("other", 9000.0)):
+            asked = runs.queue(connection, "adjudication", "train", "manual", card, "ops", {}, now)
+            runs.lease(connection, runs.read(connection, asked), "cuda:0", 1, "/nowhere")
+            runs.begin(connection, runs.read(connection, asked), now)
+            told = {"plan": {"card": {"name": card}, "parameters": planned.parameters}}
+            result = {"training": {"tokens": 60_000, "tokens_per_second": speed}, "memory": told}
+            runs.finish(connection, runs.read(connection, asked), result, now)
+        assert estimates.expect_time(connection, "adjudication", planned) == (1, 500.0, 120.0)

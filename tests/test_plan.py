@@ -1,0 +1,197 @@
+"""What a run takes of its card: counted as a real model saves it, never less for more work, and never chosen where it does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as some
+
+from daemon import plan
+from tests import model_fixtures
+from trainers import data, packing
+
+LLAMA_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+}
+RANK, ROW = 8, 96
+GOALS = (("qlora", 10 * plan.GB), ("lora", 20 * plan.GB))
+
+METHODS = some.builds(
+    plan.Method,
+    name=some.sampled_from(("lora", "qlora", "full")),
+    rank=some.integers(1, 256),
+    row_tokens=some.integers(16, 8192),
+    max_tokens=some.integers(16, 32768),
+)
+CONFIGS = some.builds(
+    lambda layers, heads, keys, head, inner, words: {
+        **LLAMA_8B,
+        "num_hidden_layers": layers,
+        "hidden_size": heads * head,
+        "num_attention_heads": heads,
+        "num_key_value_heads": min(keys, heads),
+        "intermediate_size": inner,
+        "vocab_size": words,
+    },
+    some.integers(1, 90),
+    some.integers(1, 64),
+    some.integers(1, 8),
+    some.sampled_from((16, 64, 128)),
+    some.integers(64, 32768),
+    some.integers(300, 200_000),
+)
+CARDS = some.builds(
+    plan.Card,
+    name=some.just("card"),
+    kind=some.sampled_from(("cuda", "cpu")),
+    memory=some.integers(1, 200 * plan.GB),
+    taken=some.integers(0, 50 * plan.GB),
+)
+
+
+def measure_saved(model: Any, packed: packing.Pack) -> int:
+    """The bytes that a forward pass keeps for its backward pass, each storage once, weights and what came in not counted."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.is_floating_point() and storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with packing.packed_attention(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        losses = packing.token_losses(model, packed)
+    assert losses.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def make_pack() -> packing.Pack:
+    example = data.Example(prompt=list(range(3, ROW - 1)), completion=[5, 6], weight=1.0)
+    return packing.collate([example] * 4, "cpu")
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_a_layer_saves_what_the_plan_counts(tmp_path: Path, architecture: str, method: Any) -> None:
+    saved, pack = {}, make_pack()
+    for layers in (2, 3):
+        base = model_fixtures.tiny_base(
+            tmp_path / f"{layers}", architecture, num_hidden_layers=layers, hidden_size=64, intermediate_size=160
+        )
+        model = transformers.AutoModelForCausalLM.from_pretrained(base)
+        if method == "lora":
+            model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
+        saved[layers] = measure_saved(model, pack)
+    shape = plan.read_shape(json.loads((base / "config.json").read_bytes()))
+    counted = plan.count_layer(shape, plan.Method(method, RANK, ROW, ROW), 4, 4) * pack.tokens
+    # Attention over packed rows gathers its result anew where no kernel for rows of different lengths is at hand: 6 % here.
+    assert saved[3] - saved[2] == pytest.approx(counted, rel=0.07)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+def test_the_weights_are_counted_as_they_are(architecture: str) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.AutoConfig.for_model(architecture, **sizes, vocab_size=1000)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    shape = plan.read_shape(config.to_dict())
+    assert shape.parameters == pytest.approx(model.num_parameters(), rel=0.005)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert shape.count_adapter(RANK) == adapted.get_nb_trainable_parameters()[0]
+
+
+def test_what_was_measured_for_llama_3_8b_is_what_is_counted() -> None:
+    shape = plan.read_shape(LLAMA_8B)
+    lora, full = (plan.Method(name, 16, 2048, 4096) for name in ("lora", "full"))
+    kib = [plan.count_layer(shape, *one) / 1024 for one in ((lora, 2, 2), (lora, 2, 4), (full, 2, 2))]
+    assert kib == pytest.approx([180.4, 288.6, 196.1], abs=0.1)
+    assert (shape.parameters, shape.count_adapter(16)) == (8_030_261_248, 41_943_040)
+
+
+def test_qlora_and_lora_of_8b_take_what_was_set_as_goal_for_4096_tokens() -> None:
+    plans = [plan.plan_memory(LLAMA_8B, plan.Method(name, 16, 4096, 4096), plan.Card("", "cuda", size)) for name, size in GOALS]
+    assert all(one.fits for one in plans)
+    assert {one.settings.max_tokens for one in plans} == {4096}
+
+
+@settings(max_examples=40, deadline=None)
+@given(METHODS, CONFIGS, CARDS)
+def test_what_does_not_fit_is_never_chosen_and_what_helps_helps(method: plan.Method, config: dict[str, Any], card: plan.Card) -> None:
+    found = plan.plan_memory(config, method, card)
+    assert found.parts.total == sum(dataclasses.astuple(found.parts))
+    assert min(dataclasses.astuple(found.parts)) >= 0
+    every = [plan.estimate(plan.read_shape(config), method, one, card.kind).total for one in plan.list_settings(method, card)]
+    assert found.fits == (min(every) <= card.free)
+    assert found.fits or found.parts.total == min(every)
+    assert bool(found.remedies) == (not found.fits)
+    bigger = dataclasses.replace(card, memory=card.memory + plan.GB)
+    assert not found.fits or plan.plan_memory(config, method, bigger).fits
+
+
+@settings(max_examples=40, deadline=None)
+@given(METHODS, CONFIGS, some.sampled_from(("cuda", "cpu")), some.integers(1, 4096), some.integers(1, 64))
+def test_more_tokens_a_higher_rank_and_more_layers_never_take_less(
+    method: plan.Method, config: dict[str, Any], kind: Any, tokens: int, rank: int
+) -> None:
+    for chosen in plan.list_settings(method, plan.Card("", kind, 0)):
+
+        def total(method: plan.Method = method, config: dict[str, Any] = config, chosen: plan.Settings = chosen) -> int:
+            return plan.estimate(plan.read_shape(config), method, chosen, kind).total
+
+        assert total() < total(chosen=dataclasses.replace(chosen, max_tokens=chosen.max_tokens + tokens))
+        assert total() < total(config={**config, "num_hidden_layers": config["num_hidden_layers"] + 1})
+        assert total() <= total(method=dataclasses.replace(method, rank=method.rank + rank))
+
+
+@settings(max_examples=40, deadline=None)
+@given(METHODS, CONFIGS)
+def test_computing_more_layers_twice_never_takes_more(method: plan.Method, config: dict[str, Any]) -> None:
+    shape = plan.read_shape(config)
+    chosen = next(plan.list_settings(method, plan.Card("", "cuda", 0)))
+    totals = [plan.estimate(shape, method, dataclasses.replace(chosen, checkpoint_every=every), "cuda").activations for every in (1, 2, 4)]
+    assert totals == sorted(totals)
+
+
+def test_what_does_not_fit_is_told_with_what_would() -> None:
+    found = plan.plan_memory(LLAMA_8B, plan.Method("lora", 16, 2048, 4096), plan.Card("", "cuda", 12 * plan.GB))
+    assert not found.fits
+    assert found.remedies == ("set method = qlora", "use a card of 24 GB")
+    shared = plan.plan_memory(LLAMA_8B, plan.Method("lora", 16, 2048, 4096), plan.Card("", "cuda", 24 * plan.GB, 8 * plan.GB))
+    assert "free the 8.0 GB that others hold on this card" in shared.remedies
+    large = {**LLAMA_8B, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    huge = plan.plan_memory(large, plan.Method("full", 16, 2048, 4096), plan.Card("", "cuda", 141 * plan.GB))
+    assert huge.remedies[-1].startswith("FSDP")
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [({}, "model_type is None"), ({"model_type": "mixtral"}, "'mixtral'"), ({"model_type": "llama"}, "hidden_size is missing")],
+)
+def test_a_shape_that_is_not_known_is_refused(config: dict[str, Any], told: str) -> None:
+    with pytest.raises(plan.ShapeUnknownError, match=told):
+        plan.read_shape(config)
+
+
+def test_a_language_model_inside_another_is_found() -> None:
+    assert plan.read_shape({"model_type": "llava", "text_config": LLAMA_8B}) == plan.read_shape(LLAMA_8B)
+
+
+def test_the_pace_of_another_base_counts_by_its_weights() -> None:
+    assert plan.expect_rate(10, []) is None
+    assert plan.expect_rate(2_000, [plan.Pace(100, 1_000), plan.Pace(50, 2_000), plan.Pace(10, 1_000)]) == 50

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo
+from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationError, ValidationInfo
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from daemon.agents import Agent, HomePath, Section
+from daemon.kafka import Kafka
 from storage import db
 from trainers import spec
 
@@ -102,6 +103,7 @@ class Settings(Section):
     log: Log = Log()
     training: Training = Training()
     storage: Storage = Storage()
+    kafka: Kafka = Kafka()
     agents: Mapping[str, Agent] = Field(default={}, description="One table for each agent.")
 
     def agent(self, name: str) -> Agent:
@@ -261,16 +263,19 @@ def _sentence(detail: ErrorDetails, sources: Mapping[tuple[str, ...], str], path
     where = str(path) if source == FILE else source
     key = ".".join(loc)
     if detail["type"] == "extra_forbidden":
-        return f"{where}: unknown key {key} = {_show(detail['input'])}: {_suggest(loc)}"
+        return f"{where}: unknown key {key} = {_show(detail['input'], loc)}: {_suggest(loc)}"
     if detail["type"] == "missing":
         return f"{where}: {key} is missing: it is {_describe(_general(loc))}"
     if detail["type"] == "string_pattern_mismatch":
-        return f"{where}: {key} = {_show(detail['input'])}: should be {_describe(_general(loc))}"
+        return f"{where}: {key} = {_show(detail['input'], loc)}: should be {_describe(_general(loc))}"
     message = detail["msg"].removeprefix("Value error, ").replace("Input should", "should").replace("String should", "should")
-    return f"{where}: {key} = {_show(detail['input'])}: {message}"
+    return f"{where}: {key} = {_show(detail['input'], loc)}: {message}"
 
 
-def _show(value: Any) -> str:
+def _show(value: Any, loc: tuple[str, ...]) -> str:
+    is_known = _general(loc) in dict(describe())
+    if loc[0] == "kafka" and (not is_known or "password" in loc[-1]):
+        return "***"  # a password, perhaps under a misspelt key or in the section as a whole
     text = json.dumps(value, ensure_ascii=False, default=str)
     shown = db.mask_passwords(text)
     return shown if len(shown) <= 120 else shown[:120] + "…"  # noqa: PLR2004
@@ -306,4 +311,4 @@ def _takes_text(annotation: Any) -> bool:
     origin = typing.get_origin(annotation)
     if origin in {typing.Union, types.UnionType}:
         return all(part is type(None) or _takes_text(part) for part in typing.get_args(annotation))
-    return origin is Literal or (isinstance(annotation, type) and issubclass(annotation, str | Path | spec.Prompt))
+    return origin is Literal or (isinstance(annotation, type) and issubclass(annotation, str | Path | SecretStr | spec.Prompt))

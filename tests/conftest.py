@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import Engine
 
 from storage import db
+from tests import broker_fixtures
 
 NOW = datetime(2026, 3, 2, 9, 30, tzinfo=UTC)
 
@@ -37,3 +38,11 @@ def outside_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("RATCHET_TEST_DATA names no folder: data outside the project is absent")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[broker_fixtures.Broker]:
+    """A real Kafka broker, the same for all tests of this process: each test takes topics and groups of its own."""
+    broker = broker_fixtures.make_broker(tmp_path_factory.mktemp("kafka"))
+    yield broker
+    broker.kill()

@@ -28,6 +28,7 @@ from daemon.cli import (
     simulate,
     status,
     tokens,
+    topics,
     train,
     up,
     versions,
@@ -80,6 +81,7 @@ app.command("why")(why.why)
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(alarms.app, name="alarms")
 app.add_typer(deadletters.app, name="dead-letters")
+app.add_typer(topics.app, name="topics")
 app.add_typer(tokens.app, name="tokens")
 
 

@@ -1,0 +1,119 @@
+"""A real Kafka broker for tests, without Docker: one for each test process, with topics of their own for each test."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from daemon.kafka import Kafka
+
+START = Path(__file__).parents[1] / "deploy" / "kafka" / "start_kafka.sh"
+SCRAM_USER, PLAIN_USER, PASSWORD = "ann", "bob", "right-horse"
+FIRST_PORT, LAST_PORT, STEP = 21000, 29000, 2
+EXTRA = """\
+listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller},SASL_SSL://127.0.0.1:{secure}
+advertised.listeners=PLAINTEXT://127.0.0.1:{port},SASL_SSL://127.0.0.1:{secure}
+sasl.enabled.mechanisms=SCRAM-SHA-512,PLAIN
+listener.name.sasl_ssl.scram-sha-512.sasl.jaas.config=org.apache.kafka.common.security.scram.ScramLoginModule required;
+listener.name.sasl_ssl.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required user_{user}="{password}";
+listener.name.sasl_ssl.ssl.keystore.type=PKCS12
+listener.name.sasl_ssl.ssl.keystore.location={folder}/broker.p12
+listener.name.sasl_ssl.ssl.keystore.password={password}
+listener.name.sasl_ssl.ssl.key.password={password}
+"""
+
+
+@dataclass(frozen=True)
+class Broker:
+    """A broker in a folder: `bootstrap` takes plain connections, `secure` takes TLS with SASL; `certificate` is its own authority."""
+
+    folder: Path
+    port: int
+
+    @property
+    def bootstrap(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def secure(self) -> str:
+        return f"127.0.0.1:{self.port + 1}"
+
+    @property
+    def certificate(self) -> Path:
+        return self.folder / "broker.pem"
+
+    def start(self) -> None:
+        """Start it, or start it again with its data; returns when it answers."""
+        if not self.certificate.exists():
+            self._make_certificate()
+        extra = self.folder / "extra.properties"
+        names = {"port": self.port, "secure": self.port + 1, "controller": self.port + 10000}
+        extra.write_text(EXTRA.format(**names, user=PLAIN_USER, password=PASSWORD, folder=self.folder))
+        scram = f"--add-scram SCRAM-SHA-512=[name={SCRAM_USER},password={PASSWORD}]"
+        self._call("start", str(self.port), KAFKA_EXTRA=str(extra), KAFKA_FORMAT_ARGS=scram, KAFKA_HEAP="256m")
+
+    def stop(self) -> None:
+        self._call("stop")
+
+    def kill(self) -> None:
+        """End it as a power cut does."""
+        self._call("kill")
+
+    def _call(self, command: str, *arguments: str, **environment: str) -> None:
+        done = subprocess.run(
+            [START, command, self.folder, *arguments], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+    def _make_certificate(self) -> None:
+        shared = ["-alias", "broker", "-keystore", self.folder / "broker.p12", "-storetype", "PKCS12", "-storepass", PASSWORD]
+        made = ["-genkeypair", "-keyalg", "EC", "-dname", "CN=broker", "-ext", "san=dns:localhost,ip:127.0.0.1", "-validity", "30"]
+        subprocess.run(["keytool", *made, *shared], check=True, capture_output=True)
+        subprocess.run(["keytool", "-exportcert", "-rfc", "-file", self.certificate, *shared], check=True, capture_output=True)
+
+
+def find_missing() -> str | None:
+    """What a broker needs and this machine lacks; None when there is nothing."""
+    missing = [name for name in ("java", "keytool", "mvn") if shutil.which(name) is None]
+    return f"{' and '.join(missing)} is absent: install openjdk-17-jre-headless and maven" if missing else None
+
+
+def find_port() -> int:
+    """A port whose neighbour, and whose controller's port, are free as well."""
+    for port in range(FIRST_PORT + os.getpid() % 1000 * STEP, LAST_PORT, STEP):
+        if all(map(_is_free, (port, port + 1, port + 10000))):
+            return port
+    raise AssertionError("no free port")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def make_broker(folder: Path) -> Broker:
+    """A running broker; skips the test when Java or Maven is absent."""
+    missing = find_missing()
+    if missing:
+        pytest.skip(missing)
+    broker = Broker(folder, find_port())
+    broker.start()
+    return broker
+
+
+def name_topics(broker: Broker, name: str) -> Kafka:
+    """The configuration of one test: topics and a group that no other test has."""
+    topics = {"predictions": f"{name}-predictions", "labels": f"{name}-labels", "queue": f"{name}-queue"}
+    topics |= {"events": f"{name}-events", "dead_letters": f"{name}-dead-letters", "partitions": 2}
+    return Kafka.model_validate({"bootstrap": broker.bootstrap, "group": name, "topics": topics})

@@ -40,7 +40,6 @@ FIELDS = ("diagnosis_category", "diagnosis_subcategory", "treatment_category", "
 WINDOW, RECENT, RETRAIN_LABELS, NEW_WEIGHT, GOLD_SHARE = 250, 500, 75, 5.0, 0.05
 PRIOR_VARIANCE = 0.6
 BUDGET = routing.RoutingPolicy(budget_share=0.1)
-EXAM_PLACES = round(routing.allow_exam(BUDGET, routing.BudgetState(is_examining=True), WINDOW)[1])
 PUBLISHED = {  # the table by which the design was chosen: honest, share of the gain, spoiled, null, promotions on null
     "never": (0.587, 0.0, 0.587, 0.663, 0.0),
     "always": (0.610, 1.0, 0.581, 0.650, 22.0),
@@ -147,14 +146,14 @@ class Replay:
         chances = self.champion.predict_proba(self.cases.columns[claims.start : claims.stop])
         decisions, confidences = chances.argmax(axis=1), chances.max(axis=1)
         if self.rule != "never":
-            demand = self.count_opened(claims.start) / EXAM_PLACES
+            spent = self.read_spent(claims.start)
             for case, decision, confidence in zip(claims, decisions, confidences, strict=True):
-                self.route(case, LABELS[decision], float(confidence), demand)
+                self.route(case, LABELS[decision], float(confidence), spent)
         return int((decisions == self.truth[claims.start : claims.stop]).sum())
 
-    def route(self, case: int, decision: str, confidence: float, demand: float) -> None:
+    def route(self, case: int, decision: str, confidence: float, spent: routing.Spent) -> None:
         prediction = routing.Prediction(self.agent, self.cases.keys[case], decision, confidence)
-        routed = routing.route(prediction, BUDGET, self.window.state(is_examining=demand > 0, exam_demand=demand))
+        routed = routing.route(prediction, BUDGET, self.window.state(spent))
         self.window.add_routed(prediction, routed, BUDGET, {})
         if self.candidate is not None:
             self.candidate.claims.append(case)
@@ -180,9 +179,9 @@ class Replay:
         if self.rule == "always":
             self.conclude(self.candidate, "promote")
 
-    def count_opened(self, now: int) -> int:
+    def read_spent(self, now: int) -> routing.Spent:
         """Exam reviews opened in the last window of claims: the uncertain claims of the next one give way to as many."""
-        return sum(at > now - WINDOW for at in self.opened)
+        return routing.Spent(examined=sum(at > now - WINDOW for at in self.opened))
 
     def find_pool(self, candidate: Candidate) -> list[int]:
         """The scored claims on which the two differ and nobody has answered yet."""
@@ -197,8 +196,9 @@ class Replay:
     def examine(self, candidate: Candidate, now: int) -> None:
         """Ask about some of the claims on which the two differ, then judge."""
         pool = {self.cases.keys[case]: case for case in self.find_pool(candidate)}
-        allowed = min(EXAM_PLACES - self.count_opened(now), self.policy.max_asked - len(candidate.asked))
-        for key in gate.choose_items(list(pool), self.agent, candidate.name, allowed):
+        places = routing.count_places(BUDGET, self.window.state(self.read_spent(now))).exam
+        allowed = min(places, self.policy.max_asked - len(candidate.asked))
+        for key in gate.choose_items(list(pool), self.agent, candidate.name, round(allowed)):
             candidate.asked.append(pool[key])
             self.opened.append(now)
             self.answer(pool[key])

@@ -181,29 +181,19 @@ def _settle_repeated(connection: Connection, event: events.Stored, prediction_id
 
 def _route_all(connection: Connection, agent: Agent, items: Sequence[Item], now: datetime) -> list[predictions.New]:
     policy = agent.policy
-    day = now.replace(hour=0, minute=0, second=0, microsecond=0)
     counts_by_slice = labels.count_by_attributes(connection, agent.name, policy.slice_by) if policy.explore_share else {}
     window = read_window(connection, agent.name, policy, counts_by_slice)
-    open_kinds = exams.open_kinds(connection, agent.name)
-    is_examining, is_watching = "exam" in open_kinds, "watch" in open_kinds
-    opened_today = examined_today = 0
-    if policy.budget_per_day is not None:
-        opened_today, examined_today = reviews.count_opened(connection, agent.name, day)
+    spent = read_spent(connection, agent.name, policy, now)
     rows = []
     for event, data in items:
         asked = routing.Prediction(
             agent.name, data["claim_id"], data["decision"], data.get("confidence"), data["input"], data.get("attributes") or {}
         )
-        state = window.state(
-            opened_today=opened_today,
-            examined_today=examined_today,
-            is_examining=is_examining,
-            is_watching=is_watching,
-            slice_labels=counts_by_slice,
-        )
+        state = window.state(spent, counts_by_slice)
         decision = routing.route(asked, policy, state)
         window.add_routed(asked, decision, policy, counts_by_slice)
-        opened_today += decision.is_routed
+        if decision.is_routed:
+            spent = spent._replace(opened_today=spent.opened_today + 1)
         rows.append(_to_row(event, data, agent, decision, now))
     return rows
 
@@ -219,6 +209,19 @@ def read_window(connection: Connection, agent: str, policy: routing.RoutingPolic
         for confidence, reasons in predictions.read_confidences(connection, agent, policy.window):
             window.add(confidence, is_must_review=forced in reasons)
     return window
+
+
+def read_spent(connection: Connection, agent: str, policy: routing.RoutingPolicy, now: datetime) -> routing.Spent:
+    """What the agent's budget went to lately; without a budget nobody needs to know."""
+    spent = routing.NOTHING_SPENT
+    if policy.budget_share is not None:
+        asked = exams.count_asked(connection, agent, predictions.find_window_start(connection, agent, policy.window))
+        spent = spent._replace(watched=asked["watch"], examined=asked["exam"])
+    if policy.budget_per_day is not None:
+        opened, examined = reviews.count_opened(connection, agent, now.replace(hour=0, minute=0, second=0, microsecond=0))
+        is_examining = exams.is_asking(connection, agent)
+        spent = spent._replace(opened_today=opened, examined_today=examined, is_examining=is_examining)
+    return spent
 
 
 def _to_row(event: events.Stored, data: Any, agent: Agent, decision: routing.Decision, now: datetime) -> predictions.New:

@@ -93,9 +93,9 @@ def _number(value: Any) -> float | None:
 class RoutingPolicy:
     """An agent's threshold, rules and budget. Shares are of the traffic, except `exam_share` and `watch_share`.
 
-    Those two are of what the budget leaves after must-review and audit. `explore_share` is the chance that a claim of a slice which
-    was never labelled is drawn; it falls as the slice's labels grow. Without a budget the fixed threshold decides. A decision that is
-    not one of `labels`, where they are known, always goes to an expert.
+    Those two are of what the budget leaves a window of claims after must-review and audit. `explore_share` is the chance that a claim of a
+    slice which was never labelled is drawn; it falls as the slice's labels grow. Without a budget the fixed threshold decides. A decision
+    that is not one of `labels`, where they are known, always goes to an expert.
     """
 
     threshold: float = 0.7
@@ -139,24 +139,35 @@ class RoutingPolicy:
         return False
 
 
-class BudgetState(NamedTuple):
-    """What routing knows beside the claim: the last predictions in sum, today's reviews, and which exams wait for answers.
+class Spent(NamedTuple):
+    """What the budget went to. `opened_today` counts all reviews of the day, `examined_today` those that an exam or a watch asked for.
 
-    `confidences` are the known ones of claims that no rule sends to review, sorted. `opened_today` counts all reviews of the day,
-    `examined_today` those of them that an exam or a watch asked for. `slice_labels` has keys like `region=west`. `exam_demand` is the part
-    of its reserve that the exam has use for: fewer differing claims than places leave the rest to the uncertain ones.
+    `watched` and `examined` are the reviews that a watch and an exam opened while the last window of claims came in. `is_examining`: one of
+    them has more to ask about.
+    """
+
+    opened_today: int = 0
+    examined_today: int = 0
+    watched: int = 0
+    examined: int = 0
+    is_examining: bool = False
+
+
+NOTHING_SPENT = Spent()
+
+
+class BudgetState(NamedTuple):
+    """What routing knows beside the claim: the last predictions in sum, and what was spent.
+
+    `confidences` are the known ones of claims that no rule sends to review, sorted. `slice_labels` has keys like `region=west`.
     """
 
     confidences: tuple[float, ...] = ()
     seen: int = 0
     must_review: int = 0
     rarity: float = 0.0
-    opened_today: int = 0
-    examined_today: int = 0
-    is_examining: bool = False
-    is_watching: bool = False
+    spent: Spent = NOTHING_SPENT
     slice_labels: Mapping[str, int] = MappingProxyType({})
-    exam_demand: float = 1.0
 
 
 class Decision(NamedTuple):
@@ -174,14 +185,23 @@ class Decision(NamedTuple):
 
 
 class Lanes(NamedTuple):
-    """The budget divided, as shares of the traffic. `uncertain` and `explore_scale` are rates for the claims no rule sends to review."""
+    """The budget divided, as shares of the traffic. `uncertain` and `explore_scale` are rates for the claims no rule sends to review.
+
+    `examined` is what exam and watch took of it before.
+    """
 
     must_review: float
     audit: float
-    watch: float
-    exam: float
+    examined: float
     uncertain: float
     explore_scale: float
+
+
+class Places(NamedTuple):
+    """How many reviews each may open now."""
+
+    watch: float
+    exam: float
 
 
 class Window:
@@ -219,19 +239,9 @@ class Window:
         if confidence is not None:
             del self._confidences[bisect.bisect_left(self._confidences, confidence)]
 
-    def state(
-        self,
-        *,
-        opened_today: int = 0,
-        examined_today: int = 0,
-        is_examining: bool = False,
-        is_watching: bool = False,
-        slice_labels: Mapping[str, int] = MappingProxyType({}),
-        exam_demand: float = 1.0,
-    ) -> BudgetState:
+    def state(self, spent: Spent = NOTHING_SPENT, slice_labels: Mapping[str, int] = MappingProxyType({})) -> BudgetState:
         """The window in sum, as a value that later predictions don't change."""
-        sums = (tuple(self._confidences), len(self._recent), self._must_review, self._rarity)
-        return BudgetState(*sums, opened_today, examined_today, is_examining, is_watching, slice_labels, exam_demand)
+        return BudgetState(tuple(self._confidences), len(self._recent), self._must_review, self._rarity, spent, slice_labels)
 
     def health(self) -> Health:
         """Whether these confidences can rank claims at all."""
@@ -265,59 +275,65 @@ def route(prediction: Prediction, policy: RoutingPolicy, state: BudgetState) -> 
 def divide_budget(policy: RoutingPolicy, state: BudgetState) -> Lanes:
     """What each lane gets of the traffic. Must-review and audit come first and are never cut.
 
-    Of the rest a watch takes its share, then an exam takes its share of what remains; exploration and uncertainty divide the remainder.
-    Exam and watch reviews are opened later, on stored claims: at most `exam` (or `watch`) times the claims that came in.
+    Exam and watch ask at once, on stored claims, and the claims of the next window give way to as many. Exploration and uncertainty divide
+    the remainder.
     """
-    forced = state.must_review / state.seen if state.seen else 0.0
+    forced = _share_forced(state)
     others = 1 - forced
     audit = others * policy.audit_share
-    watch_part, exam_part = _reserved_parts(policy, state)
+    is_open = _is_day_open(policy, state.spent)
     if policy.budget_share is None:
-        is_open = _is_day_open(policy, state, watch_part + exam_part)
-        return Lanes(forced, audit, watch_part, exam_part, float(is_open), float(is_open))
-    left = max(0.0, policy.budget_share - forced - audit)
-    own = left * (1 - watch_part - exam_part)
-    if not _is_day_open(policy, state, watch_part + exam_part) or own <= 0:
-        return Lanes(forced, audit, left * watch_part, left * exam_part, 0.0, 0.0)
+        return Lanes(forced, audit, 0.0, float(is_open), float(is_open))
+    examined = (state.spent.watched + state.spent.examined) / policy.window
+    own = _leave(policy, state) - examined
+    if not is_open or own <= 0:
+        return Lanes(forced, audit, examined, 0.0, 0.0)
     wanted = policy.explore_share * state.rarity / state.seen if state.seen else 0.0
     scale = min(1.0, own / wanted) if wanted > 0 else 1.0
     explored = min(1.0, wanted * scale / others) if others else 0.0
     missed = (1 - policy.audit_share) * (1 - explored)
     rate = policy.audit_share + own / others if others else 0.0
     uncertain = min(1.0, max(0.0, 1 - (1 - rate) / missed)) if missed > 0 else 0.0
-    return Lanes(forced, audit, left * watch_part, left * exam_part, uncertain, scale)
+    return Lanes(forced, audit, examined, uncertain, scale)
 
 
-def allow_exam(policy: RoutingPolicy, state: BudgetState, arrived: int) -> tuple[float, float]:
-    """How many reviews a watch and an exam may open for `arrived` new claims; fractions are the caller's to carry over.
+def count_places(policy: RoutingPolicy, state: BudgetState) -> Places:
+    """How many reviews a watch and an exam may open now: its part of a window's budget, less what it opened in the last window.
 
-    Without any budget it is no limit (infinity): an exam asks at most its own number.
+    Must-review and audit come first, then the watch, then the exam. Without any budget it is no limit (infinity): an exam asks at most its
+    own number.
     """
-    plan = divide_budget(policy, state)
-    parts = _reserved_parts(policy, state)
-    watch, exam = (math.inf if part else 0.0 for part in parts)
-    if policy.budget_share is not None:
-        watch, exam = plan.watch * arrived, plan.exam * arrived
+    spent = state.spent
+    left = math.inf if policy.budget_share is None else _leave(policy, state) * policy.window
+    watch = _take_part(policy.watch_share, left, spent.watched)
+    exam = _take_part(policy.exam_share, left - spent.watched, spent.examined)
     if policy.budget_per_day is not None:
-        today = max(0, policy.budget_per_day - state.opened_today)
-        own = max(0.0, policy.budget_per_day * sum(parts) - state.examined_today)
-        room = min(today, own) / (sum(parts) or 1.0)
-        watch, exam = min(watch, room * parts[0]), min(exam, room * parts[1])
-    return watch, exam
+        today = max(0, policy.budget_per_day - spent.opened_today)
+        watch = min(watch, today, _take_part(policy.watch_share, policy.budget_per_day, spent.examined_today))
+        exam = min(exam, today, _take_part(policy.exam_share, policy.budget_per_day, spent.examined_today))
+    return Places(watch, exam)
 
 
-def _reserved_parts(policy: RoutingPolicy, state: BudgetState) -> tuple[float, float]:
-    """Which parts of what is left are kept for watch and exam reviews."""
-    watch = policy.watch_share if state.is_watching else 0.0
-    return watch, policy.exam_share * (1 - watch) * min(1.0, state.exam_demand) if state.is_examining else 0.0
+def _take_part(share: float, of: float, taken: int) -> float:
+    return max(0.0, share * of - taken) if share else 0.0
 
 
-def _is_day_open(policy: RoutingPolicy, state: BudgetState, reserved: float) -> bool:
+def _share_forced(state: BudgetState) -> float:
+    return state.must_review / state.seen if state.seen else 0.0
+
+
+def _leave(policy: RoutingPolicy, state: BudgetState) -> float:
+    """The share of the traffic that the budget leaves after must-review and audit."""
+    forced = _share_forced(state)
+    return max(0.0, (policy.budget_share or 0.0) - forced - (1 - forced) * policy.audit_share)
+
+
+def _is_day_open(policy: RoutingPolicy, spent: Spent) -> bool:
     """Whether today's budget has room for a review that no rule, audit, exam or watch asks for."""
     if policy.budget_per_day is None:
         return True
-    own = state.opened_today - state.examined_today
-    return state.opened_today < policy.budget_per_day and own < policy.budget_per_day * (1 - reserved)
+    own = policy.budget_per_day * (1 - policy.exam_share if spent.is_examining else 1)
+    return spent.opened_today < policy.budget_per_day and spent.opened_today - spent.examined_today < own
 
 
 def _uncertain_chance(confidence: float | None, policy: RoutingPolicy, state: BudgetState, plan: Lanes) -> tuple[float, float]:

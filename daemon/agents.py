@@ -254,8 +254,8 @@ class Agent(Section):
     threshold: Share = Field(default=0.7, description="A prediction less sure than this goes to an expert.")
     budget: Budget = Budget()
     audit_share: Share = Field(default=0.02, description="Share of all predictions reviewed at random; 0.001 or more.")
-    exam_share: Share = Field(default=0.8, description="Share of what the budget leaves that an exam may ask for.")
-    watch_share: Share = Field(default=0.4, description="Share of what the budget leaves that a watch may ask for.")
+    exam_share: Share = Field(default=0.8, description="Share of what the budget leaves a window that an exam may ask for.")
+    watch_share: Share = Field(default=0.4, description="Share of what the budget leaves a window that a watch may ask for.")
     explore_share: Share = Field(default=0.0, description="Share of the predictions reviewed for being of a rarely labelled slice.")
     window: int = Field(default=250, ge=1, description="With a budget, a prediction is ranked among so many recent ones.")
     must_review: tuple[Rule, ...] = Field(

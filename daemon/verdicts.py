@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -17,7 +16,7 @@ from consumers import handlers, routing
 from daemon import examination, gate, run_folders, watch
 from daemon.agents import Agent
 from daemon.machinery import Machinery
-from storage import alarms, db, exams, ids, labels, predictions, registry, reviews, scores
+from storage import alarms, db, exams, ids, labels, registry, reviews, scores
 
 ACTOR = "ratchet"
 DRIFT_ALARM = "drift"
@@ -27,7 +26,7 @@ log = structlog.get_logger()
 
 
 def ask(machinery: Machinery, agent: Agent, now: datetime) -> None:
-    """Open blind reviews on a random sample of the differing claims, as many as the budget earned since the last time."""
+    """Open blind reviews on a random sample of the differing claims, as many as the budget has places for."""
     for kind in examination.KINDS:
         with db.writing(machinery.engine) as connection:
             exam = exams.read_open(connection, agent.name, kind)
@@ -36,24 +35,26 @@ def ask(machinery: Machinery, agent: Agent, now: datetime) -> None:
 
 
 def _ask_about(connection: Connection, exam: RowMapping, agent: Agent, now: datetime) -> None:
-    before = exam["report"].get("asking", {})
-    arrived = predictions.count_from(connection, agent.name, ids.after(exam["opened_at"]))
     asked = len(reviews.of_exam(connection, exam["id"]))
     pool = _read_pool(connection, exam)
-    room = (agent.exam if exam["kind"] == "exam" else agent.watch).max_asked - asked
-    # While there was nothing to ask about, other lanes had this one's share: it earned nothing.
-    earned = _allow(connection, exam["kind"], agent, arrived - before.get("arrived", 0), now) if before.get("is_open", True) else 0.0
-    allowed = min(before.get("carry", 0.0) + earned, room)
-    count = min(len(pool), math.floor(allowed))
+    room = max(0, (agent.exam if exam["kind"] == "exam" else agent.watch).max_asked - asked)
+    count = round(min(_count_places(connection, exam["kind"], agent, now), room, len(pool)))
     for prediction in gate.choose_items(list(pool), agent.name, exam["id"], count):
         claim = {"id": prediction, "claim_id": pool[prediction].claim_id}
         reviews.ask_for_exam(connection, claim, agent.name, exam["id"], exam["kind"], now)
     left = len(pool) - count
-    asking = {"arrived": arrived, "carry": allowed % 1, "left": left, "is_open": left > 0 and room > count}
-    if asking != before:
+    asking = {"left": left, "is_open": left > 0 and room > count}
+    if asking != exam["report"].get("asking"):
         exams.update_report(connection, exam["id"], {**exam["report"], "asking": asking})
     if count:
         log.info("exam_asked", agent=agent.name, exam=exam["id"], kind=exam["kind"], reviews=count, left=left)
+
+
+def _count_places(connection: Connection, kind: str, agent: Agent, now: datetime) -> float:
+    policy = agent.routing_policy
+    window = handlers.read_window(connection, agent.name, policy, {})
+    places = routing.count_places(policy, window.state(handlers.read_spent(connection, agent.name, policy, now)))
+    return places.exam if kind == "exam" else places.watch
 
 
 def _read_pool(connection: Connection, exam: RowMapping) -> dict[str, scores.Differing]:
@@ -69,23 +70,6 @@ def read_differing(connection: Connection, exam: RowMapping) -> list[scores.Diff
     """The claims of a comparison on which its two versions differ."""
     names = exam["candidate"], exam["champion"]
     return scores.read_differing(connection, exam["agent"], *names, since=examination.find_since(exam))
-
-
-def _allow(connection: Connection, kind: str, agent: Agent, arrived: int, now: datetime) -> float:
-    """How many reviews the claims that arrived have earned, within what today has room for."""
-    policy = agent.routing_policy
-    open_kinds = exams.open_kinds(connection, agent.name)
-    window = handlers.read_window(connection, agent.name, policy, labels.count_by_attributes(connection, agent.name, policy.slice_by))
-    day = now.replace(hour=0, minute=0, second=0, microsecond=0)
-    opened_today, examined_today = reviews.count_opened(connection, agent.name, day)
-    state = window.state(
-        opened_today=opened_today,
-        examined_today=examined_today,
-        is_examining=kind == "exam" or "exam" in open_kinds,
-        is_watching=kind == "watch" or "watch" in open_kinds,
-    )
-    for_watch, for_exam = routing.allow_exam(policy, state, arrived)
-    return for_exam if kind == "exam" else for_watch
 
 
 def judge_exam(machinery: Machinery, agent: Agent, now: datetime, *, is_last: bool = False) -> None:

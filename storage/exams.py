@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from sqlalchemy import Connection, RowMapping, select, update
+from sqlalchemy import Connection, RowMapping, func, select, update
 
 from storage import db, events, ids, ledger, reviews
-from storage.tables import Exam
+from storage.tables import Exam, Review
 
 Kind = Literal["exam", "watch"]
 
@@ -48,10 +49,17 @@ def list_open(connection: Connection, agent: str) -> list[RowMapping]:
     return list(connection.execute(query).mappings())
 
 
-def open_kinds(connection: Connection, agent: str) -> set[str]:
-    """Which of exam and watch have claims to ask about, for the router's budget; the others leave it their share."""
-    rows = connection.execute(select(Exam.kind, Exam.report).where(Exam.agent == agent, Exam.state == "open"))
-    return {kind for kind, report in rows if report.get("asking", {}).get("is_open", True)}
+def is_asking(connection: Connection, agent: str) -> bool:
+    """Whether an exam or a watch has claims to ask about, for the router's budget; else others have what is left of the day."""
+    reports = connection.execute(select(Exam.report).where(Exam.agent == agent, Exam.state == "open")).scalars()
+    return any(report.get("asking", {}).get("is_open", True) for report in reports)
+
+
+def count_asked(connection: Connection, agent: str, since: datetime) -> Counter[Kind]:
+    """How many reviews exam and watch opened since then."""
+    query = select(Exam.kind, func.count()).join(Review, Review.exam == Exam.id).group_by(Exam.kind)
+    rows = connection.execute(query.where(Review.agent == agent, Review.opened_at >= since)).all()
+    return Counter({cast("Kind", row[0]): row[1] for row in rows})
 
 
 def update_report(connection: Connection, exam: str, report: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, RowMapping, Text, cast, exists, func, select
@@ -112,10 +112,11 @@ def has_served(connection: Connection, agent: str, names: Sequence[str]) -> bool
     return connection.execute(query.limit(1)).first() is not None
 
 
-def count_from(connection: Connection, agent: str, since: str) -> int:
-    """How many served predictions there are from the identifier `since` on."""
-    query = select(func.count()).select_from(Prediction).where(Prediction.agent == agent, Prediction.origin == "served")
-    return connection.execute(query.where(Prediction.id >= since)).scalar_one()
+def find_window_start(connection: Connection, agent: str, size: int) -> datetime:
+    """When the oldest of the newest `size` served predictions came; the epoch when there are fewer."""
+    query = select(Prediction.received_at).where(Prediction.agent == agent, Prediction.origin == "served")
+    found = connection.execute(query.order_by(Prediction.id.desc()).offset(size - 1).limit(1)).scalar()
+    return found or datetime.fromtimestamp(0, UTC)
 
 
 def read_between(connection: Connection, agent: str, first: str, last: str) -> list[RowMapping]:

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 import pytest
 from sqlalchemy import Engine
 
-from storage import db, exams, ids, labels, predictions, registry, scores
+from storage import db, exams, ids, labels, predictions, registry, reviews, scores
 from tests.event_fixtures import ANN, handle, make_agent, make_label, make_prediction, send
 
 
@@ -37,7 +37,6 @@ def test_only_differing_claims_are_read_and_a_watch_sees_what_came_since(scored:
         assert [one.claim_id for one in scores.read_differing(connection, "adjudication", "v1.1", "v1.0", since)] == ["c4"]
         assert scores.count_common(connection, "adjudication", "v1.1", "v1.0") == 6
         assert scores.count_common(connection, "adjudication", "v1.1", "v1.0", since) == 2
-        assert predictions.count_from(connection, "adjudication", since) == 2
 
 
 def test_labelled_audits_are_what_a_version_is_measured_on(scored: Engine, now: datetime) -> None:
@@ -57,13 +56,32 @@ def test_it_is_known_which_versions_have_answered_real_claims(scored: Engine) ->
         assert not predictions.has_served(connection, "adjudication", ["v0"])
 
 
-def test_an_exam_that_has_nothing_to_ask_leaves_its_share_of_the_budget_to_others(engine: Engine, now: datetime) -> None:
+def test_an_exam_that_has_nothing_to_ask_leaves_its_part_of_the_day_to_others(engine: Engine, now: datetime) -> None:
     made = registry.Made("b", "sha256:b", None, None, "sha256:t", "p", "sha256:p", ["A", "B"], "sha256:l")
     with db.writing(engine) as connection:
         registry.register_bare(connection, "adjudication", made, now)
         candidate = registry.register(connection, "adjudication", made, now)
         exam = exams.open_new(connection, "adjudication", "exam", candidate, "v0", now, {"defect": None})
-        assert exams.open_kinds(connection, "adjudication") == {"exam"}
+        assert exams.is_asking(connection, "adjudication")
         exams.update_report(connection, exam, {"asking": {"is_open": False}})
-        assert exams.open_kinds(connection, "adjudication") == set()
+        assert not exams.is_asking(connection, "adjudication")
         assert [row["id"] for row in exams.list_open(connection, "adjudication")] == [exam]
+
+
+def test_what_an_exam_asked_counts_until_a_whole_window_of_claims_has_come(engine: Engine, now: datetime) -> None:
+    made = registry.Made("b", "sha256:b", None, None, "sha256:t", "p", "sha256:p", ["A", "B"], "sha256:l")
+    with db.writing(engine) as connection:
+        registry.register_bare(connection, "adjudication", made, now)
+        exam = exams.open_new(connection, "adjudication", "exam", registry.register(connection, "adjudication", made, now), "v0", now)
+    counts = []
+    for day in range(4):
+        at = now + timedelta(days=day)
+        send(engine, [make_prediction(day, at, confidence=0.99)], at)
+        handle(engine, make_agent(), at)
+        with db.writing(engine) as connection:
+            if day == 1:
+                [newest] = predictions.newest_ids(connection, "adjudication", "", 1)
+                reviews.ask_for_exam(connection, {"id": newest, "claim_id": "c1"}, "adjudication", exam, "exam", at)
+            since = predictions.find_window_start(connection, "adjudication", 2)
+            counts.append(exams.count_asked(connection, "adjudication", since))
+    assert counts == [{}, {"exam": 1}, {"exam": 1}, {}]

@@ -1,6 +1,7 @@
 """Who goes to an expert: every claim has a chance, the budget holds, and the chance that is stored is the chance that was."""
 
 import itertools
+import math
 import random
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consumers import routing
-from consumers.routing import MustReview, Prediction, RoutingPolicy, Window, route
+from consumers.routing import MustReview, Prediction, RoutingPolicy, Spent, Window, route
 from storage.sampling import bucket
 
 shares = st.floats(0, 1, allow_nan=False)
@@ -38,21 +39,20 @@ def states(draw):
     window = Window(draw(st.integers(1, 40)))
     for confidence, is_must_review in draw(st.lists(st.tuples(confidences, st.booleans()), max_size=50)):
         window.add(confidence, is_must_review=is_must_review, rarity=draw(st.sampled_from([0.0, 0.3, 1.0])))
+    counts = st.integers(0, 60)
     return window.state(
-        opened_today=draw(st.integers(0, 60)),
-        is_examining=draw(st.booleans()),
-        is_watching=draw(st.booleans()),
-        slice_labels=draw(st.dictionaries(st.sampled_from(["region=west", "region=east"]), st.integers(0, 99))),
+        draw(st.builds(routing.Spent, opened_today=counts, watched=counts, examined=counts, is_examining=st.booleans())),
+        draw(st.dictionaries(st.sampled_from(["region=west", "region=east"]), st.integers(0, 99))),
     )
 
 
-def stream(values, policy, *, agent="claims", must_every=0, **flags):
+def stream(values, policy, spent=routing.NOTHING_SPENT, *, agent="claims", must_every=0):
     """Route claims with these confidences one after another, as the handler does."""
     window, decisions = Window(policy.window), []
     for number, confidence in enumerate(values):
         word = "PENDING" if must_every and number % must_every == 0 else "DENIED"
         prediction = Prediction(agent, f"c{number}", word, confidence)
-        decision = route(prediction, policy, window.state(**flags))
+        decision = route(prediction, policy, window.state(spent))
         window.add_routed(prediction, decision, policy, {})
         decisions.append(decision)
     return decisions
@@ -163,38 +163,61 @@ def test_must_review_and_audit_are_never_cut_and_take_their_share_first():
     assert share(others) == pytest.approx(0.02, abs=0.01)
 
 
-def test_a_waiting_exam_and_a_watch_take_their_part_of_what_is_left():
+def test_the_uncertain_claims_give_way_to_what_exam_and_watch_asked():
     policy = RoutingPolicy(budget_share=0.1)
-    state = _full_window().state(is_examining=True)
-    assert routing.divide_budget(policy, state).exam == pytest.approx(0.8 * 0.08)
-    assert share(stream(beta_confidences(5000), policy, is_examining=True)) == pytest.approx(0.02 + 0.2 * 0.08, abs=0.008)
-    both = routing.divide_budget(policy, _full_window().state(is_examining=True, is_watching=True))
-    assert (both.watch, both.exam) == pytest.approx((0.4 * 0.08, 0.8 * 0.6 * 0.08))
-    assert routing.allow_exam(policy, state, 250) == pytest.approx((0, 16))
+    for examined, watched in ((16, 0), (0, 16), (4, 4), (20, 0)):
+        drawn = stream(beta_confidences(5000), policy, Spent(examined=examined, watched=watched))
+        left = max(0, 20 - examined - watched) / 250
+        assert share(drawn) == pytest.approx(0.02 + left, abs=0.008)
+        assert mean_chance(drawn) == pytest.approx(0.02 + left, abs=0.004)
 
 
-def test_what_an_exam_has_no_use_for_goes_to_the_uncertain_claims():
+def test_a_watch_and_an_exam_ask_at_once_for_their_part_of_a_window_s_budget():
     policy = RoutingPolicy(budget_share=0.1)
-    drawn = stream(beta_confidences(5000), policy, is_examining=True, exam_demand=0.25)
-    assert share(drawn) == pytest.approx(0.02 + 0.8 * 0.08, abs=0.008)
+    assert routing.count_places(policy, _full_window().state()) == pytest.approx((0.4 * 20, 0.8 * 20))
+    assert routing.count_places(policy, Window().state()) == pytest.approx((8, 16)), "also before the first window is full"
+    assert routing.count_places(policy, _full_window().state(Spent(watched=8))) == pytest.approx((0, 0.8 * 12))
+    assert routing.count_places(policy, _full_window().state(Spent(watched=8, examined=9))) == pytest.approx((0, 0.6))
+    assert routing.count_places(policy, _full_window().state(Spent(examined=16))) == pytest.approx((8, 0)), "an exam never bars a watch"
+    assert routing.count_places(RoutingPolicy(), _full_window().state()) == (math.inf, math.inf)
+    assert routing.count_places(RoutingPolicy(exam_share=0), _full_window().state()).exam == 0
+
+
+def test_the_budget_holds_while_exams_ask_whenever_they_may():
+    """Ask after every claim for all places there are, as a daemon that ticks often does."""
+    policy, window, asked, routed = RoutingPolicy(budget_share=0.1), Window(), [], 0
+    for number, confidence in enumerate(beta_confidences(5000)):
+        spent = Spent(examined=sum(at > number - policy.window for at in asked))
+        prediction = Prediction("claims", f"c{number}", "DENIED", confidence)
+        decision = route(prediction, policy, window.state(spent))
+        window.add_routed(prediction, decision, policy, {})
+        routed += decision.is_routed
+        spent = Spent(examined=sum(at > number + 1 - policy.window for at in asked))
+        asked += [number + 1] * round(routing.count_places(policy, window.state(spent)).exam)
+    assert len(asked) == pytest.approx(0.8 * 0.08 * 5000, rel=0.06)
+    assert (len(asked) + routed) / 5000 == pytest.approx(0.1, abs=0.006)
 
 
 def test_the_day_s_budget_closes_the_lanes_but_not_audit_and_rules():
     policy = RoutingPolicy(budget_per_day=10)
-    closed = _full_window().state(opened_today=10)
+    closed = _full_window().state(Spent(opened_today=10))
     doubtful = [route(Prediction("claims", f"c{n}", "DENIED", 0.1), policy, closed) for n in range(2000)]
     assert {reason for d in doubtful for reason in d.reasons} == {routing.AUDIT}
     assert all(d.inclusion_probability == pytest.approx(0.02) for d in doubtful)
     assert route(Prediction("claims", "c", "PENDING", 0.1), policy, closed).is_routed
-    assert routing.BELOW_THRESHOLD in route(Prediction("claims", "c", "DENIED", 0.1), policy, _full_window().state(opened_today=9)).reasons
+    assert (
+        routing.BELOW_THRESHOLD
+        in route(Prediction("claims", "c", "DENIED", 0.1), policy, _full_window().state(Spent(opened_today=9))).reasons
+    )
 
 
 def test_a_waiting_exam_keeps_its_part_of_the_day():
     policy = RoutingPolicy(budget_per_day=10)
-    own_part_used = _full_window().state(opened_today=2, is_examining=True)
+    own_part_used = _full_window().state(Spent(opened_today=2, is_examining=True))
     assert not set(route(Prediction("claims", "c", "DENIED", 0.1), policy, own_part_used).reasons) & {routing.BELOW_THRESHOLD}
-    assert routing.allow_exam(policy, own_part_used, 250) == (0, 8)
-    assert routing.allow_exam(policy, _full_window().state(opened_today=10, examined_today=8, is_examining=True), 250) == (0, 0)
+    assert routing.count_places(policy, own_part_used) == (4, 8)
+    assert routing.count_places(policy, _full_window().state(Spent(opened_today=10, examined_today=8, is_examining=True))) == (0, 0)
+    assert routing.count_places(policy, _full_window().state(Spent(opened_today=5, examined_today=3))) == (1, 5)
 
 
 def test_without_a_budget_the_threshold_decides_and_a_missing_confidence_is_seen():

@@ -266,6 +266,12 @@ class Agent(Section):
     warm_start: Literal["candidate", "champion", "never"] = Field(
         default="candidate", description="Train on from the latest candidate that was not rejected, from the champion, or from the base."
     )
+    texts: HomePath | None = Field(
+        default=None, description="What `pretrain` reads: a `.txt` file, a `.jsonl` file of lines with the key `text`, or a folder of them."
+    )
+    general_texts: HomePath | None = Field(
+        default=None, description="General text that `pretrain` replays among `texts`, so that less is forgotten."
+    )
     training: spec.Options = spec.Options()
     exam: Exam = Exam()
     watch: Watch = Watch()
@@ -297,6 +303,12 @@ class Agent(Section):
                 raise ValueError(f"`{key}` = {label!r} should be one of the labels {', '.join(self.labels)}")
         if (self.approved is None) != (self.denied is None) or (self.denied is not None and self.approved == self.denied):
             raise ValueError("`approved` and `denied` should be two different labels, or both left out")
+        return self
+
+    @model_validator(mode="after")
+    def _pretraining_has_texts(self) -> Self:
+        if self.training.method == "pretrain" and self.texts is None:
+            raise ValueError("`texts` is missing: training.method `pretrain` reads text files, say where they are")
         return self
 
     @property

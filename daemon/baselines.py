@@ -39,7 +39,9 @@ class RandomLabels:
         if not (ours / "spec.json").exists():
             manifest = snapshots.write(ours / "snapshot", self._rows(theirs.dataset), {})
             init = self.newest
+            is_base = theirs.options.makes_base
             update = {
+                "base": init.base if init and init.base and is_base else theirs.base,
                 "run_id": f"random-{version}",
                 "dataset": ours / "snapshot",
                 "dataset_digest": manifest["root"],
@@ -51,8 +53,11 @@ class RandomLabels:
             spec.write_spec(ours, theirs.model_copy(update=update))
         attempt = self.perform(ours)
         result = json.loads((attempt / "result.json").read_text())
-        adapter = {"adapter": attempt / result["adapter"]["path"], "adapter_digest": result["adapter"]["digest"]}
-        self.newest = theirs.candidate.model_copy(update={**adapter, "temperature": result["temperature"]})
+        trained = result.get("adapter") or result["model"]
+        made: dict[str, Any] = {"adapter": attempt / trained["path"], "adapter_digest": trained["digest"]}
+        if "model" in result:
+            made = {"base": spec.Base(path=attempt / trained["path"], digest=trained["digest"])}
+        self.newest = theirs.candidate.model_copy(update={**made, "temperature": result["temperature"]})
 
     def _rows(self, dataset: Path) -> Iterator[snapshots.Row]:
         yield from imported_rows(dataset)

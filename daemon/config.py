@@ -91,6 +91,9 @@ class Storage(Section):
 
     snapshots: HomePath = Field(default=Path("snapshots"), description="Dataset versions.")
     adapters: HomePath = Field(default=Path("adapters"), description="Trained adapters, each in a folder named by its digest.")
+    bases: HomePath = Field(
+        default=Path("bases"), description="Bases that `full` and `pretrain` made, each in a folder named by its digest."
+    )
     runs: HomePath = Field(default=Path("runs"), description="Run folders of the trainers.")
 
 

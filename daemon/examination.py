@@ -198,7 +198,9 @@ def _can_render(prompt: spec.Prompt, fields: Mapping[str, Any]) -> bool:
 
 
 def plan_scoring(machinery: Machinery, run: RowMapping, agent: Agent) -> spec.Spec:
-    """What a `score` run is asked: the versions of the open comparisons that share a base, on all claims that one of them lacks.
+    """What a `score` run is asked: the versions of the open comparisons, on all claims that one of them lacks.
+
+    Versions on other bases are answered in the same run, one base after the other.
 
     Raises `NothingToScoreError` when the comparisons ended while the run waited.
     """
@@ -217,7 +219,6 @@ def plan_scoring(machinery: Machinery, run: RowMapping, agent: Agent) -> spec.Sp
         lacking.add(gold["champion"])
     if not lacking:
         raise NothingToScoreError("its exam ended before it began")
-    # A process holds one base: versions on another one get the next run.
     base = next(one for one in versions if one["name"] in lacking)
     score_sets = run_folders.write_recent(folder, rows)
     if made_by is not None:
@@ -227,7 +228,7 @@ def plan_scoring(machinery: Machinery, run: RowMapping, agent: Agent) -> spec.Sp
         kind="score",
         agent=agent.name,
         base=spec.Base(path=Path(base["base_path"]).resolve(), digest=base["base_digest"]),
-        others=tuple(run_folders.describe_model(one) for one in versions if one["base_digest"] == base["base_digest"]),
+        others=tuple(run_folders.describe_model(one) for one in versions),
         score_sets=tuple(score_sets),
         options=agent.training,
         device=run["device"],

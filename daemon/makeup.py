@@ -44,7 +44,7 @@ def advise(folder: Path) -> str:
 def read(machinery: Machinery, agent: Agent) -> Makeup | None:
     """The agent's makeup; the base's files are read again only when one of them changed."""
     folder = agent.base_model
-    if not (folder / CONFIG).is_file() or not any(folder.glob(WEIGHTS)):
+    if not is_checkpoint(folder):
         return None
     fingerprint = _take_fingerprint(folder)
     known = machinery.memory.digests.get(folder)
@@ -53,6 +53,11 @@ def read(machinery: Machinery, agent: Agent) -> Makeup | None:
         known = machinery.memory.digests[folder] = (fingerprint, digests)
     base_digest, tokenizer_digest = known[1]
     return Makeup(folder, base_digest, tokenizer_digest, spec.Prompt(text=agent.prompt.text), agent.labels)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a checkpoint in safetensors lies in the folder."""
+    return (folder / CONFIG).is_file() and any(folder.glob(WEIGHTS))
 
 
 def describe(made: Makeup) -> registry.Made:

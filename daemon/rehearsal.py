@@ -155,7 +155,7 @@ def _make_settings(asked: Asked, agent: Agent) -> config.Settings:
     return config.Settings(
         home=home,
         database=config.Database(url=f"sqlite:///{home / 'ratchet.db'}"),
-        storage=config.Storage(snapshots=home / "snapshots", adapters=home / "adapters", runs=home / "runs"),
+        storage=config.Storage(snapshots=home / "snapshots", adapters=home / "adapters", bases=home / "bases", runs=home / "runs"),
         training=config.Training(devices=("cpu",), seed=asked.seed, backoff_seconds=0),
         agents={agent.name: agent},
     )

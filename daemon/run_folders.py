@@ -87,6 +87,7 @@ def describe_model(version: RowMapping) -> spec.Model:
     """A registered version as a trainer asks it."""
     return spec.Model(
         name=version["name"],
+        base=spec.Base(path=Path(version["base_path"]).resolve(), digest=version["base_digest"]),
         adapter=Path(version["adapter_path"]).resolve() if version["adapter_path"] else None,
         adapter_digest=version["adapter_digest"],
         prompt=spec.Prompt(text=version["prompt"]),

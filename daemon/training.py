@@ -11,7 +11,7 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -60,30 +60,46 @@ def queue(connection: Connection, agent: Agent, trigger: str, reason: str, actor
 
 
 def apply_overrides(agent: Agent, overrides: Mapping[str, Any]) -> tuple[spec.Options, str]:
-    """The training options and the warm start of a run with these overrides, such as `epochs` or `lora.rank`."""
-    options = agent.training.model_dump()
+    """The training options and the warm start of a run with these overrides, such as `method`, `epochs` or `lora.rank`.
+
+    With another method only what the agent's configuration chose against its own method's defaults is kept.
+    """
+    known, options = agent.training.model_dump(), agent.training.choices()
     for key, value in overrides.items():
-        if key in (SEED, WARM_START):
-            continue
-        *sections, name = key.split(".")
-        place: Any = options
-        for section in sections:
-            place = place.get(section) if isinstance(place, dict) else None
-        if not isinstance(place, dict) or name not in place:
-            raise OptionsRefusedError(f"there is no training option {key!r}: use one of {', '.join(_name_options(agent))}")
-        if isinstance(place[name], dict):
-            raise OptionsRefusedError(f"{key} is {value!r}: name one of {', '.join(f'{key}.{inner}' for inner in place[name])}")
-        place[name] = value
+        if key not in (SEED, WARM_START):
+            _check_option(agent, known, key, value)
+            *sections, name = key.split(".")
+            place = options
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[name] = value
     warm_start = str(overrides.get(WARM_START, agent.warm_start))
     if warm_start not in ("candidate", "champion", "never"):
         raise OptionsRefusedError(f"warm_start is {warm_start!r}: use candidate, champion or never")
     if not isinstance(overrides.get(SEED, 0), int):
         raise OptionsRefusedError(f"seed is {overrides[SEED]!r}: use a whole number")
     try:
-        return spec.Options.model_validate(options), warm_start
+        chosen = spec.Options.model_validate(options)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise OptionsRefusedError(f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r})") from error
+        got = f" (got {first['input']!r})" if first["loc"] else ""
+        message = f"{'.'.join(map(str, first['loc'])) or 'options'}: {first['msg'].removeprefix('Value error, ')}{got}"
+        raise OptionsRefusedError(message) from error
+    if chosen.method == "pretrain" and agent.texts is None:
+        raise OptionsRefusedError(f"agents.{agent.name}.texts is missing: method pretrain reads text files, say where they are")
+    return chosen, warm_start
+
+
+def _check_option(agent: Agent, known: Mapping[str, Any], key: str, value: Any) -> None:
+    """Raise `OptionsRefusedError` unless there is such an option and it takes a value."""
+    *sections, name = key.split(".")
+    place: Any = known
+    for section in sections:
+        place = place.get(section) if isinstance(place, dict) else None
+    if not isinstance(place, dict) or name not in place:
+        raise OptionsRefusedError(f"there is no training option {key!r}: use one of {', '.join(_name_options(agent))}")
+    if isinstance(place[name], dict):
+        raise OptionsRefusedError(f"{key} is {value!r}: name one of {', '.join(f'{key}.{inner}' for inner in place[name])}")
 
 
 def _name_options(agent: Agent) -> list[str]:
@@ -203,9 +219,13 @@ def plan_training(machinery: Machinery, run: RowMapping, agent: Agent, made: Mak
         runs.set_dataset(connection, run["id"], number)
         dataset = datasets.read(connection, agent.name, number)
         recent = predictions.read_recent(connection, agent.name, agent.exam.claims, unlabelled_only=True)
-        begin = _find_beginning(connection, agent.name, made, options.lora, warm_start)
+        begin = _find_beginning(connection, agent, made, options, warm_start)
         champion = registry.read(connection, agent.name, registry.champion(connection, agent.name) or registry.BARE)
     folder = Path(run["folder"])
+    base = spec.Base(path=made.base_path.resolve(), digest=made.base_digest)
+    if begin is not None and options.makes_base:
+        base = spec.Base(path=Path(begin["base_path"]).resolve(), digest=begin["base_digest"])
+    adapter = begin if not options.makes_base else None
     score_sets = [
         *run_folders.write_gold(folder, Path(dataset["folder"]), made.labels, agent.slices),
         *run_folders.write_recent(folder, recent),
@@ -214,13 +234,15 @@ def plan_training(machinery: Machinery, run: RowMapping, agent: Agent, made: Mak
         run_id=run["id"],
         kind="train",
         agent=agent.name,
-        base=spec.Base(path=made.base_path.resolve(), digest=made.base_digest),
+        base=base,
         dataset=Path(dataset["folder"]).resolve(),
         dataset_digest=dataset["root"],
-        init_adapter=Path(begin["adapter_path"]).resolve() if begin else None,
-        init_adapter_digest=begin["adapter_digest"] if begin else None,
+        texts=agent.texts and agent.texts.resolve(),
+        general_texts=agent.general_texts and agent.general_texts.resolve(),
+        init_adapter=Path(adapter["adapter_path"]).resolve() if adapter else None,
+        init_adapter_digest=adapter["adapter_digest"] if adapter else None,
         candidate=spec.Model(name=run_folders.CANDIDATE, prompt=made.prompt, labels=made.labels),
-        others=(run_folders.describe_model(champion),) if champion["base_digest"] == made.base_digest else (),
+        others=(run_folders.describe_model(champion),) if makeup.is_checkpoint(Path(champion["base_path"])) else (),
         score_sets=tuple(score_sets),
         options=options,
         seed=run["options"]["overrides"].get(SEED, _draw_seed(run["id"], machinery.settings.training.seed)),
@@ -233,18 +255,26 @@ def _draw_seed(run: str, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{run}".encode()).digest()[:4]) >> 1
 
 
-def _find_beginning(connection: Connection, agent: str, made: Makeup, shape: spec.LoraOptions, warm_start: str) -> RowMapping | None:
-    """The version whose adapter is trained on; None begins from the base: for another base, prompt, label set or shape of the adapter."""
+def _find_beginning(connection: Connection, agent: Agent, made: Makeup, options: spec.Options, warm_start: str) -> RowMapping | None:
+    """The version that is trained on: its adapter, or its base where the method makes one.
+
+    None begins from the agent's base: for another base, prompt, label set or shape of the adapter, or for a version of the other kind.
+    """
     if warm_start == "never":
         return None
-    champion = registry.champion(connection, agent)
-    begin = registry.latest_candidate(connection, agent) if warm_start == "candidate" else None
+    champion = registry.champion(connection, agent.name)
+    begin = registry.latest_candidate(connection, agent.name) if warm_start == "candidate" else None
     if warm_start == "champion" and champion is not None:
-        begin = registry.read(connection, agent, champion)
-    asked = (made.base_digest, made.prompt.digest, made.labels_digest)
-    if begin is None or begin["adapter_path"] is None or (begin["base_digest"], begin["prompt_digest"], begin["labels_digest"]) != asked:
+        begin = registry.read(connection, agent.name, champion)
+    if begin is None or (begin["prompt_digest"], begin["labels_digest"]) != (made.prompt.digest, made.labels_digest):
         return None
-    return begin if _has_shape(Path(begin["adapter_path"]), shape) else None
+    if options.makes_base:
+        # Such a version's base is its own: what it came from is told by what its run was asked.
+        is_ours = begin["adapter_path"] is None and begin["run"] is not None
+        return begin if is_ours and runs.read(connection, begin["run"])["options"].get("asks") == digest_question(agent) else None
+    if begin["adapter_path"] is None or begin["base_digest"] != made.base_digest:
+        return None
+    return begin if _has_shape(Path(begin["adapter_path"]), options.lora) else None
 
 
 def _has_shape(adapter: Path, shape: spec.LoraOptions) -> bool:
@@ -393,8 +423,9 @@ def bring_in(machinery: Machinery, run: RowMapping, result: run_folders.Result, 
     elif not _bring_in_candidate(machinery, run, answers, result, summary, now):
         return
     log.info("run_finished", run=run["id"], agent=run["agent"], kind=run["kind"], attempt=run["attempt"])
-    for checkpoints in (folder / "attempts").glob("*/checkpoints"):
-        shutil.rmtree(checkpoints, ignore_errors=True)
+    for name in ("attempts/*/checkpoints", "attempts/*/model", "tokens"):  # a base lies among the bases now
+        for spent in folder.glob(name):
+            shutil.rmtree(spent, ignore_errors=True)
 
 
 def _bring_in_candidate(
@@ -405,11 +436,13 @@ def _bring_in_candidate(
     summary: Mapping[str, Any],
     now: datetime,
 ) -> bool:
-    """Publish the adapter, register the version, and open its exam; one that waits gets its last look, and is superseded."""
-    folder, adapter = Path(run["folder"]), result.content["adapter"]
-    place, digest = artifacts.publish(launch.find_attempt(folder, run["attempt"]) / adapter["path"], machinery.settings.storage.adapters)
-    if digest != adapter["digest"]:
-        retry(machinery, run, f"the adapter has digest {digest}, its result says {adapter['digest']}", now)
+    """Publish what was trained, register the version, and open its exam; one that waits gets its last look, and is superseded."""
+    folder, storage = Path(run["folder"]), machinery.settings.storage
+    kind, store = ("model", storage.bases) if "model" in result.content else ("adapter", storage.adapters)
+    trained = result.content[kind]
+    place, digest = artifacts.publish(launch.find_attempt(folder, run["attempt"]) / trained["path"], store)
+    if digest != trained["digest"]:
+        retry(machinery, run, f"the {kind} has digest {digest}, its result says {trained['digest']}", now)
         return False
     asked = spec.read_spec(folder)
     defect = next((one.defect for (_, model), one in answers.items() if model == run_folders.CANDIDATE and one.defect), None)
@@ -420,7 +453,7 @@ def _bring_in_candidate(
     with db.writing(machinery.engine) as connection:
         if not runs.finish(connection, run, summary, now):
             return False
-        made = _describe_candidate(connection, run, asked, place, digest, result.content["temperature"])
+        made = _describe_candidate(connection, run, asked, place, result)
         version = registry.register(connection, run["agent"], made, now)
         runs.set_version(connection, run["id"], version)
         examination.store_scores(connection, run["agent"], answers, {run_folders.CANDIDATE: version}, now)
@@ -432,28 +465,37 @@ def _bring_in_candidate(
 
 
 def _describe_candidate(
-    connection: Connection, run: RowMapping, asked: spec.Spec, place: Path, digest: str, temperature: float
+    connection: Connection, run: RowMapping, asked: spec.Spec, place: Path, result: run_folders.Result
 ) -> registry.Made:
     """What the run asked for and made, as the registry keeps it."""
     if asked.candidate is None:
         raise spec.SpecRefusedError(f"{run['folder']}/spec.json names no candidate: restore the folder or cancel the run")
-    known = registry.list_all(connection, run["agent"])
-    parent = next((one["name"] for one in known if asked.init_adapter_digest and one["adapter_digest"] == asked.init_adapter_digest), None)
+    adapter, model = result.content.get("adapter"), result.content.get("model")
+    base = place.resolve() if model else asked.base.path
     return registry.Made(
-        base_path=str(asked.base.path),
-        base_digest=asked.base.digest,
-        adapter_path=str(place.resolve()),
-        adapter_digest=digest,
-        tokenizer_digest=makeup.digest_tokenizer(asked.base.path),
+        base_path=str(base),
+        base_digest=model["digest"] if model else asked.base.digest,
+        adapter_path=str(place.resolve()) if adapter else None,
+        adapter_digest=adapter["digest"] if adapter else None,
+        tokenizer_digest=makeup.digest_tokenizer(base),
         prompt=asked.candidate.prompt.text,
         prompt_digest=asked.candidate.prompt.digest,
         labels=list(asked.candidate.labels),
         labels_digest=spec.digest_labels(asked.candidate.labels),
-        temperature=temperature,
-        parent=parent,
+        temperature=result.content["temperature"],
+        parent=_find_parent(registry.list_all(connection, run["agent"]), asked),
         dataset=run["dataset"],
         run=run["id"],
     )
+
+
+def _find_parent(versions: Sequence[RowMapping], asked: spec.Spec) -> str | None:
+    """The version that training went on from."""
+    if asked.options.makes_base:
+        trained = [one for one in versions if one["run"] and one["adapter_digest"] is None]
+        return next((one["name"] for one in trained if one["base_digest"] == asked.base.digest), None)
+    digest = asked.init_adapter_digest
+    return next((one["name"] for one in versions if digest and one["adapter_digest"] == digest), None)
 
 
 def stop_all(machinery: Machinery, clock: Callable[[], datetime], seconds: float) -> None:

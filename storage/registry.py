@@ -243,6 +243,6 @@ def predecessor(connection: Connection, agent: str) -> str | None:
 def latest_candidate(connection: Connection, agent: str) -> RowMapping | None:
     """The newest trained version that was neither rejected nor rolled back: where the next run continues."""
     harmful = select(Deployment.previous).where(Deployment.agent == agent, Deployment.kind == "rollback", Deployment.previous.is_not(None))
-    query = select(Version.__table__).where(Version.agent == agent, Version.adapter_digest.is_not(None), Version.name.not_in(harmful))
+    query = select(Version.__table__).where(Version.agent == agent, Version.name != BARE, Version.name.not_in(harmful))
     query = query.where(func.coalesce(Version.verdict, "") != "reject").order_by(Version.major.desc(), Version.minor.desc()).limit(1)
     return connection.execute(query).mappings().first()

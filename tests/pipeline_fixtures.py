@@ -48,7 +48,7 @@ def make_settings(home: Path, base: Path, **agent: Any) -> config.Settings:
     }
     return config.Settings(
         home=home,
-        storage=config.Storage(snapshots=home / "snapshots", adapters=home / "adapters", runs=home / "runs"),
+        storage=config.Storage(snapshots=home / "snapshots", adapters=home / "adapters", runs=home / "runs", bases=home / "bases"),
         training=config.Training(devices=("cpu",), backoff_seconds=60, threads=1),
         agents={"adjudication": Agent(name="adjudication", **wanted)},
     )
@@ -94,7 +94,7 @@ class ScriptedLauncher:
         fence = json.loads((folder / "attempt.json").read_text())["fence"]
         result = {"schema": 1, "run_id": asked.run_id, "attempt": attempt, "fence": fence, "status": status}
         if status == "done":
-            result |= {"scores": "scores.parquet", "seconds": 1.0, **(write_adapter(asked, folder) if asked.kind == "train" else {})}
+            result |= {"scores": "scores.parquet", "seconds": 1.0, **(write_trained(asked, folder) if asked.kind == "train" else {})}
             write_scores(asked, folder, self.models)
         else:
             result["reason"] = f"it was {status}"
@@ -112,7 +112,11 @@ class ScriptedLauncher:
             self.ended[run_dir, attempt] = -9 if at_once else 75
 
 
-def write_adapter(asked: spec.Spec, folder: Path) -> dict[str, Any]:
+def write_trained(asked: spec.Spec, folder: Path) -> dict[str, Any]:
+    if asked.options.makes_base:
+        place = make_base(folder / "model")
+        (place / "model.safetensors").write_text(asked.run_id)
+        return {"model": {"path": "model", "digest": artifacts.digest_folder(place)}, "temperature": 1.5, "training": {"rows": 1}}
     place = folder / "adapters" / "candidate"
     place.mkdir(parents=True)
     (place / "adapter_model.safetensors").write_text(asked.run_id)

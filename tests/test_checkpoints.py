@@ -3,19 +3,19 @@ import json
 import pytest
 import torch
 
-from trainers import checkpoints
+from trainers import checkpoints, optimizers
+from trainers.spec import Options
 
 
 def model_and_optimizer(seed=0):
     torch.manual_seed(seed)
     model = torch.nn.Linear(3, 2)
-    return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+    return model, optimizers.choose(list(model.parameters()), Options(learning_rate=0.1))
 
 
 def step(model, optimizer):
     model(torch.ones(1, 3)).square().sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    optimizer.update()
 
 
 def save(run_dir, model, optimizer, at, attempt=1, signature="s", best=None):

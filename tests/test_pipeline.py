@@ -18,7 +18,7 @@ from sqlalchemy import Connection, Engine, select
 from consumers import announcements
 from daemon import deployments, examination, launch, run_folders, training
 from daemon.agents import Exam, PromptFile, Triggers
-from storage import alarms, db, exams, leases, ledger, registry, reviews, runs, scores
+from storage import alarms, artifacts, db, exams, leases, ledger, registry, reviews, runs, scores
 from storage.tables import Event
 from tests import model_fixtures
 from tests.pipeline_fixtures import ScriptedLauncher, World, always, make_base, make_settings
@@ -300,6 +300,43 @@ def test_an_adapter_of_another_shape_begins_from_scratch(served: World, change: 
         assert (served.launcher.started[-1].init_adapter is None) == begins_from_scratch
 
 
+def test_what_all_weights_were_trained_for_is_a_new_base_and_the_next_run_goes_on_from_it(served: World) -> None:
+    served.launcher.models["candidate"] = served.launcher.models["v2.0"] = knows
+    run = served.ask_for_run(method="full")
+    served.settle()
+    with db.reading(served.engine) as connection:
+        new, old = (registry.read(connection, AGENT, name) for name in ("v2.0", "v1.0"))
+        assert runs.read(connection, run)["version"] == "v2.0"
+    assert (new["adapter_path"], new["adapter_digest"]) == (None, None)
+    place = Path(new["base_path"])
+    assert place.parent == served.settings.storage.bases
+    assert artifacts.digest_folder(place) == new["base_digest"] != old["base_digest"]
+    assert not list(served.settings.storage.runs.glob("*/attempts/*/model")), "it lies among the bases alone"
+    for method, begins_at in (("full", place), ("lora", served.agent.base_model)):
+        served.ask_for_run(method=method)
+        served.settle()
+        asked = served.launcher.started[-1]
+        assert (asked.base.path, asked.init_adapter) == (begins_at.resolve(), None)
+        assert asked.options.epochs == {"full": 5, "lora": 4}[method]
+    with db.reading(served.engine) as connection:
+        names = [(one["name"], one["parent"]) for one in registry.list_all(connection, AGENT)]
+    assert names == [("v0", None), ("v1.0", None), ("v2.0", None), ("v3.0", "v2.0"), ("v4.0", None)]
+
+
+def test_a_rollback_crosses_bases(served: World) -> None:
+    served.launcher.models["candidate"] = served.launcher.models["v2.0"] = is_wrong
+    served.ask_for_run(method="full")
+    served.settle()
+    with db.writing(served.engine) as connection:
+        deployments.promote(connection, AGENT, "v2.0", "ops", "I know better", served.now, force=True)
+    for _ in range(4):
+        served.predict(60, model_version="v2.0")
+        served.settle()
+        served.answer_all()
+        served.settle()
+    assert champion(served) == "v1.0"
+
+
 def test_a_refused_run_fails_at_once_with_its_reason_and_the_champion_stays(served: World) -> None:
     served.launcher.script = ["refused"]
     run = read_run(served, served.ask_for_run())
@@ -485,7 +522,7 @@ def test_a_waiting_candidate_is_examined_against_whoever_is_champion_now(served:
     assert open_exam(served, "watch") is None
 
 
-def test_a_new_base_is_compared_with_the_old_one_by_a_run_of_its_own(served: World, tmp_path: Path) -> None:
+def test_a_candidate_on_a_new_base_and_the_champion_on_the_old_one_answer_in_one_run(served: World, tmp_path: Path) -> None:
     served.import_history(400)
     other = make_base(tmp_path / "other")
     (other / "config.json").write_text('{"other": true}')
@@ -493,9 +530,10 @@ def test_a_new_base_is_compared_with_the_old_one_by_a_run_of_its_own(served: Wor
     served.restart()
     served.launcher.models["candidate"] = served.launcher.models["v2.0"] = knows
     served.settle()
-    asked = served.launcher.started[-2:]
-    assert [(one.kind, [model.name for model in one.others]) for one in asked] == [("train", []), ("score", ["v1.0"])]
-    assert asked[0].base.digest != asked[1].base.digest
+    asked = served.launcher.started[-1]
+    assert (asked.kind, [model.name for model in asked.others]) == ("train", ["v1.0"])
+    assert asked.others[0].base is not None
+    assert asked.base.digest != asked.others[0].base.digest
     report = open_exam(served)["report"]
     assert report["pool"] > 0
     assert report["gold"]["rows"] > 10
@@ -563,7 +601,16 @@ def test_overrides_reach_the_trainer_and_wrong_ones_are_refused(served: World) -
     served.settle()
     asked = served.launcher.started[-1]
     assert (asked.options.epochs, asked.options.lora.rank, asked.seed, asked.init_adapter) == (1, 4, 7, None)
-    for wrong in ({"epoch": 1}, {"epochs": -1}, {"warm_start": "maybe"}, {"seed": "x"}, {"lora.ranks": 1}):
+    for wrong in (
+        {"method": "full", "load_in_4bit": True},
+        {"method": "pretrain"},
+        {"method": "more"},
+        {"epoch": 1},
+        {"epochs": -1},
+        {"warm_start": "maybe"},
+        {"seed": "x"},
+        {"lora.ranks": 1},
+    ):
         with pytest.raises(training.OptionsRefusedError, match=next(iter(wrong)).split(".")[0]):
             served.ask_for_run(**wrong)
 

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -12,6 +13,7 @@ from daemon import cli
 from tests import training_fixtures as runs
 from tests.model_fixtures import PROMPT, claim
 from trainers import data, loop, packing, score, spec, stopping, tiny
+from trainers import texts as corpora
 
 TEMPLATE = spec.Prompt(text=PROMPT)
 
@@ -30,7 +32,10 @@ def make(texts, out, epochs=3):
 def mean_loss(folder, texts):
     model, tokenizer = score.load_base(folder, "cpu")
     with packing.packed_attention(model):
-        return loop.mean_loss(model, data.read_texts(texts, tokenizer, 512), 4096)
+        corpus = corpora.tokenize(texts, tokenizer, 512, folder.parent / ".cache", str(folder))
+        found = loop.mean_loss(model, list(corpus), 4096)
+    shutil.rmtree(folder.parent / ".cache")
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 import json
 import os
 import signal
-import time
 
 import peft
 import pyarrow as pa
@@ -58,19 +57,6 @@ def uninterrupted(tmp_path_factory, base, data):
 def adapter_weights(run_dir, attempt=1):
     folder = run_dir / "attempts" / str(attempt)
     return load_file(folder / runs.result(run_dir, attempt)["adapter"]["path"] / "adapter_model.safetensors")
-
-
-def wait_for(condition, process):
-    """Wait until something is there that a running process makes."""
-    deadline = time.monotonic() + 90
-    while not condition():
-        assert process.is_alive()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def last_step(run_dir):
-    return max((int(path.name.removeprefix("step-")) for path in run_dir.glob("attempts/*/checkpoints/step-*")), default=0)
 
 
 def assert_same_outcome(run_dir, attempt, reference):
@@ -256,7 +242,7 @@ def other_base_adapter(folder, done):
         ({"device": "abacus"}, "is none"),
         ({"kind": "export"}, "export"),
         ({"epochs": 0}, "spec.json"),
-        ({"method": "pretrain"}, "texts is missing"),
+        ({"options": {"method": "pretrain"}}, "texts is missing"),
     ],
 )
 def test_a_wrong_run_is_refused_with_the_reason_before_weights_are_loaded(tmp_path, base, data, done, changes, reason):
@@ -322,10 +308,10 @@ def test_a_run_that_is_killed_and_started_again_ends_as_if_nothing_had_happened(
     asked = runs.make_spec(base, data, SLOW)
     spec.write_spec(tmp_path, asked)
     process = runs.start("trainers.train", tmp_path, said=tmp_path / "said")
-    wait_for(lambda: last_step(tmp_path) >= 8, process)
+    runs.wait_for(lambda: runs.last_step(tmp_path) >= 8, process)
     os.kill(process.pid, signal.SIGKILL)
     process.join(30)
-    reached = last_step(tmp_path)
+    reached = runs.last_step(tmp_path)
     assert 8 <= reached < 150
     (tmp_path / "attempts" / "2").mkdir()
     assert runs.perform(tmp_path, asked) == spec.EXIT_DONE
@@ -336,11 +322,11 @@ def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_and_goes_on_later(tmp_p
     asked = runs.make_spec(base, data, SLOW | {"checkpoint_steps": 1000})
     spec.write_spec(tmp_path, asked)
     process = runs.start("trainers.train", tmp_path, said=tmp_path / "said")
-    wait_for(lambda: '"training"' in read_if_there(tmp_path / "attempts" / "1" / "progress.jsonl"), process)
+    runs.wait_for(lambda: '"training"' in read_if_there(tmp_path / "attempts" / "1" / "progress.jsonl"), process)
     os.kill(process.pid, signal.SIGTERM)
     process.join(30)
     assert process.exitcode == spec.EXIT_RESUMABLE
-    assert 0 < last_step(tmp_path) < 150
+    assert 0 < runs.last_step(tmp_path) < 150
     assert not (tmp_path / "attempts" / "1" / "result.json").exists()
     assert runs.perform(tmp_path, asked) == spec.EXIT_DONE
     assert_same_outcome(tmp_path, 1, uninterrupted)
@@ -349,7 +335,7 @@ def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_and_goes_on_later(tmp_p
 def test_a_trainer_that_slept_past_its_lease_cannot_publish(tmp_path, base, data):
     spec.write_spec(tmp_path, runs.make_spec(base, data, SLOW))
     process = runs.start("trainers.train", tmp_path, "--attempt", 1, said=tmp_path / "said")
-    wait_for(lambda: last_step(tmp_path) >= 4, process)
+    runs.wait_for(lambda: runs.last_step(tmp_path) >= 4, process)
     os.kill(process.pid, signal.SIGSTOP)
     (tmp_path / "attempts" / "2").mkdir()
     os.kill(process.pid, signal.SIGCONT)

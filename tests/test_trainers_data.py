@@ -161,20 +161,3 @@ def test_a_rationale_longer_than_half_a_row_is_left_out_and_counted(tmp_path):
 def test_an_answer_outside_the_label_set_is_refused_with_its_row(tmp_path):
     with pytest.raises(SpecRefusedError, match=r"row-0.*MAYBE"):
         read(snapshot(tmp_path / "set", [row(0, "train", answer="MAYBE")]))
-
-
-def test_a_long_text_is_learned_in_pieces(tmp_path):
-    path = tmp_path / "texts.jsonl"
-    path.write_text(json.dumps({"text": "knee " * 100}) + "\n\n")
-    examples = data.read_texts(path, TOKENIZER, 32)
-    tokens = [token for example in examples for token in example.prompt + example.completion]
-    assert all(example.tokens < 32 for example in examples)
-    assert TOKENIZER.decode(tokens) == "<s>" + "knee " * 100 + "</s>"
-
-
-@pytest.mark.parametrize("line", ["no json", '"text"', '{"txt": 1}', '{"text": 1}'])
-def test_a_bad_line_of_texts_is_refused_with_its_number(tmp_path, line):
-    path = tmp_path / "texts.jsonl"
-    path.write_text(f'{{"text": "a"}}\n{line}\n')
-    with pytest.raises(SpecRefusedError, match="line 2"):
-        data.read_texts(path, TOKENIZER, 32)

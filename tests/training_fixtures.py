@@ -5,6 +5,8 @@ import json
 import multiprocessing
 import multiprocessing.process
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -90,9 +92,23 @@ def result(run_dir: Path, attempt: int = 1) -> dict:
     return json.loads((run_dir / "attempts" / str(attempt) / "result.json").read_text())
 
 
+def wait_for(condition: Callable[[], bool], process: multiprocessing.process.BaseProcess) -> None:
+    """Wait until something is there that a running process makes."""
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert process.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def last_step(run_dir: Path) -> int:
+    """The step of the furthest checkpoint."""
+    return max((int(path.name.removeprefix("step-")) for path in run_dir.glob("attempts/*/checkpoints/step-*")), default=0)
+
+
 # Importing torch and its kin takes seconds: one server does it once and forks every program from there.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["trainers.tiny"])
+FORKS.set_forkserver_preload(["trainers.tiny", "bitsandbytes"])
 
 
 def start(module: str, *arguments: object, said: Path) -> multiprocessing.process.BaseProcess:

@@ -20,9 +20,9 @@ class Bases:
     """One base in memory at a time, and the digests of those that were read before."""
 
     def __init__(self) -> None:
-        self._loaded: tuple[str, str] | None = None
+        self._loaded: tuple[str, str, bool] | None = None
         self._model: Any = None
-        self._tokenizer: Any = None
+        self._tokenizers: dict[str, Any] = {}
         self._checked: dict[str, Fingerprint] = {}
 
     def check(self, base: Base) -> None:
@@ -37,21 +37,26 @@ class Bases:
         self._checked[base.digest] = fingerprint
 
     def tokenizer(self, base: Base) -> Any:
-        """The base's tokenizer, without its weights."""
-        if self._loaded and self._loaded[0] == base.digest:
-            return self._tokenizer
-        try:
-            return transformers.AutoTokenizer.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise SpecRefusedError(f"{base.path} has no tokenizer that can be loaded: {error}") from error
+        """The base's tokenizer, without its weights; read once."""
+        if base.digest not in self._tokenizers:
+            try:
+                read = transformers.AutoTokenizer.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
+            except (OSError, ValueError, KeyError, ImportError) as error:
+                raise SpecRefusedError(f"{base.path} has no tokenizer that can be loaded: {error}") from error
+            self._tokenizers[base.digest] = read
+        return self._tokenizers[base.digest]
 
-    def load(self, base: Base, device: str) -> tuple[Any, Any]:
+    def load(self, base: Base, device: str, *, in_4bit: bool = False) -> tuple[Any, Any]:
         """The model and the tokenizer, from memory when the last run used the same ones."""
-        if self._loaded != (base.digest, device):
-            self._loaded = self._model = None  # The old one leaves before the new one comes: both may not fit.
-            self._model, self._tokenizer = score.load_base(base.path, device)
-            self._loaded = (base.digest, device)
-        return self._model, self._tokenizer
+        if self._loaded != (base.digest, device, in_4bit):
+            self.release()  # The old one leaves before the new one comes: both may not fit.
+            self._model, self._tokenizers[base.digest] = score.load_base(base.path, device, in_4bit=in_4bit)
+            self._loaded = (base.digest, device, in_4bit)
+        return self._model, self._tokenizers[base.digest]
+
+    def release(self) -> None:
+        """Let the base go, for it is needed no more or was changed by training."""
+        self._loaded = self._model = None
 
 
 def take_fingerprint(folder: Path) -> Fingerprint:

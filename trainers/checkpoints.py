@@ -11,11 +11,11 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 
 from storage.artifacts import write_atomically
 
@@ -28,6 +28,15 @@ WEIGHTS, OPTIMIZER, RANDOM, BEST, STATE = (
 )
 KEPT = 2
 Tensors = dict[str, torch.Tensor]
+
+
+class Updates(Protocol):
+    """What keeps a state for each parameter; `prepare` makes the places that a checkpoint's tensors are copied into."""
+
+    state: Any
+
+    def prepare(self) -> None:
+        """Make those that can't simply be assigned."""
 
 
 def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -50,31 +59,33 @@ def set_weights(model: torch.nn.Module, weights: Tensors) -> None:
             parameter.copy_(weights[name])
 
 
-def save_checkpoint(
-    folder: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], best: Tensors | None
-) -> None:
+def save_checkpoint(folder: Path, step: int, model: torch.nn.Module, updates: Updates, state: dict[str, Any], best: Tensors | None) -> None:
     """Write `folder/step-K` and remove all but the last two."""
     partial = folder / f".{uuid.uuid4().hex}.partial"
     partial.mkdir(parents=True)
-    write_atomically(partial / WEIGHTS, save(copy_weights(model)))
-    write_atomically(partial / OPTIMIZER, save(optimizer_tensors(model, optimizer)))
-    write_atomically(partial / RANDOM, save(random_state()))
+    write_tensors(partial / WEIGHTS, copy_weights(model))
+    write_tensors(partial / OPTIMIZER, optimizer_tensors(model, updates))
+    write_tensors(partial / RANDOM, random_state())
     if best is not None:
-        write_atomically(partial / BEST, save(best))
+        write_tensors(partial / BEST, best)
     write_atomically(partial / STATE, json.dumps(state, indent=2).encode())
     place = folder / f"step-{step}"
     if place.exists():  # the attempt was resumed at this very step
         shutil.rmtree(partial)
     else:
         partial.rename(place)
-        sync_folder(folder)
+        sync(folder)
     for old in by_step(folder)[KEPT:]:
         shutil.rmtree(old)
 
 
-def load_newest(
-    run_dir: Path, signature: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, Any], Tensors | None] | None:
+def write_tensors(path: Path, tensors: Tensors) -> None:
+    """Write a file of a folder that nobody sees yet, to the disk; straight from the tensors, for there may be gigabytes of them."""
+    save_file(tensors, path)
+    sync(path)
+
+
+def load_newest(run_dir: Path, signature: str, model: torch.nn.Module, updates: Updates) -> tuple[dict[str, Any], Tensors | None] | None:
     """Put model, optimizer and random state back to the newest whole checkpoint of any attempt; returns its counters and best weights.
 
     None when there is no checkpoint with this signature; a damaged one is passed over.
@@ -89,7 +100,7 @@ def load_newest(
         if state.get("signature") != signature:
             continue
         set_weights(model, weights)
-        set_optimizer(model, optimizer, moments)
+        set_optimizer(model, updates, moments)
         set_random_state(random)
         return state, best
     return None
@@ -111,22 +122,28 @@ def step_of(place: Path) -> int:
     return int(place.name.removeprefix("step-"))
 
 
-def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
-    """The optimizer's state as `PARAMETER/KEY` tensors."""
+def optimizer_tensors(model: torch.nn.Module, updates: Updates) -> Tensors:
+    """The optimizer's state as `PARAMETER/KEY` tensors; a whole number is one of int64."""
     return {
-        f"{name}/{key}": value.detach().cpu().clone()
+        f"{name}/{key}": value.detach().cpu().clone() if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.int64)
         for name, parameter in trained_parameters(model).items()
-        for key, value in optimizer.state.get(parameter, {}).items()
+        for key, value in updates.state.get(parameter, {}).items()
     }
 
 
-def set_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+def set_optimizer(model: torch.nn.Module, updates: Updates, tensors: Tensors) -> None:
     """The reverse of `optimizer_tensors`; AdamW keeps its step counter on the CPU and its moments beside the parameter."""
     parameters = trained_parameters(model)
+    updates.prepare()
     for path, value in tensors.items():
         name, _, key = path.rpartition("/")
-        parameter = parameters[name]
-        optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+        state = updates.state[parameters[name]]
+        if isinstance(state.get(key), torch.Tensor):
+            state[key].copy_(value)
+        elif key == "step":
+            state[key] = int(value) if value.dtype == torch.int64 else value
+        else:
+            state[key] = value.to(parameters[name].device)
 
 
 def random_state() -> Tensors:
@@ -148,9 +165,9 @@ def card_states(tensors: Tensors) -> Iterator[tuple[int, torch.Tensor]]:
     return ((index, tensors[f"cuda-{index}"]) for index in range(count) if f"cuda-{index}" in tensors)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file, or a rename in a folder, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage import artifacts, snapshots
-from trainers import bases, data, score
+from trainers import bases, data, score, texts
 from trainers.spec import LoraOptions, Model, ScoreSet, Spec, SpecRefusedError
 
 
@@ -21,14 +21,10 @@ def check_spec(spec: Spec, held: bases.Bases) -> Any:
     tokenizer = held.tokenizer(spec.base)
     if spec.kind == "export":
         raise SpecRefusedError("kind 'export' is not known to this trainer: use train or score")
-    if spec.kind == "train" and spec.method == "lora":
-        check_lora(spec)
-    if spec.kind == "train" and spec.method == "pretrain" and not the_texts(spec).is_file():
-        raise SpecRefusedError(f"texts {spec.texts} is no file: method 'pretrain' reads JSON lines with the key text")
+    if spec.kind == "train":
+        check_training(spec)
     for model in scored_models(spec):
-        data.check_tokenizer(tokenizer, model.labels)
-        if model.adapter:
-            check_adapter(model.adapter, model.adapter_digest, spec.base.digest)
+        check_model(model, spec, held)
     for score_set in spec.score_sets:
         check_score_set(score_set)
     return tokenizer
@@ -41,17 +37,46 @@ def scored_models(spec: Spec) -> Iterator[Model]:
     yield from spec.others
 
 
-def check_lora(spec: Spec) -> None:
-    """Check what a LoRA run learns from and where it begins."""
-    candidate = the_candidate(spec)
-    if candidate.adapter is not None:
-        raise SpecRefusedError(f"candidate.adapter is {candidate.adapter}: what is trained has none yet, name it as init_adapter")
-    if Path(candidate.name).name != candidate.name or candidate.name.startswith("."):
-        raise SpecRefusedError(f"candidate.name {candidate.name!r} becomes a folder: use letters, digits, dots and dashes")
-    check_dataset(the_dataset(spec), spec.dataset_digest)
+def check_model(model: Model, spec: Spec, held: bases.Bases) -> None:
+    """Check what a model that answers is made of: its base, an adapter of that base, labels that its tokenizer tells apart."""
+    base = model.base or spec.base
+    held.check(base)
+    data.check_tokenizer(held.tokenizer(base), model.labels)
+    if model.adapter:
+        check_adapter(model.adapter, model.adapter_digest, base.digest)
+
+
+def check_training(spec: Spec) -> None:
+    """Check what a run learns from and where it begins."""
+    options = spec.options
+    if options.method == "pretrain":
+        texts.find_files(the_texts(spec))
+        if spec.general_texts:
+            texts.find_files(spec.general_texts)
+    else:
+        the_candidate(spec)
+        the_dataset(spec)
+    if spec.candidate:
+        check_candidate(spec.candidate)
+    if spec.dataset:
+        check_dataset(spec.dataset, spec.dataset_digest)
+    if spec.init_adapter and options.trains_all_weights:
+        raise SpecRefusedError(
+            f"init_adapter is {spec.init_adapter}, but method {options.method} trains all weights: begin from a base, without an adapter"
+        )
     if spec.init_adapter:
         check_adapter(spec.init_adapter, spec.init_adapter_digest, spec.base.digest)
-        check_shape(spec.init_adapter, spec.options.lora)
+        check_shape(spec.init_adapter, options.lora)
+
+
+def check_candidate(candidate: Model) -> None:
+    """Check that what is to be trained has no weights yet, and a name that can be a folder's."""
+    if candidate.adapter is not None:
+        raise SpecRefusedError(f"candidate.adapter is {candidate.adapter}: what is trained has none yet, name it as init_adapter")
+    if candidate.base is not None:
+        raise SpecRefusedError(f"candidate.base is {candidate.base.path}: what is trained begins from the run's base, name it as base")
+    if Path(candidate.name).name != candidate.name or candidate.name.startswith("."):
+        raise SpecRefusedError(f"candidate.name {candidate.name!r} becomes a folder: use letters, digits, dots and dashes")
 
 
 def check_shape(adapter: Path, options: LoraOptions) -> None:
@@ -110,12 +135,12 @@ def the_candidate(spec: Spec) -> Model:
 def the_dataset(spec: Spec) -> Path:
     """The snapshot to learn from; refused when it isn't there."""
     if spec.dataset is None:
-        raise SpecRefusedError("dataset is missing: method 'lora' learns from a snapshot folder")
+        raise SpecRefusedError(f"dataset is missing: method {spec.options.method!r} learns from a snapshot folder")
     return spec.dataset
 
 
 def the_texts(spec: Spec) -> Path:
     """The texts to learn from; refused when it isn't there."""
     if spec.texts is None:
-        raise SpecRefusedError("texts is missing: method 'pretrain' reads JSON lines with the key text")
+        raise SpecRefusedError("texts is missing: method 'pretrain' reads a .txt or .jsonl file, or a folder of them")
     return spec.texts

@@ -84,11 +84,18 @@ class Lessons:
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     """The tokens of each prompt, begun with the tokenizer's BOS when it has one and the prompt doesn't bring it."""
-    if not prompts:
-        return []
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    encoded = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-    return [list(ids) if ids[:1] == start else start + list(ids) for ids in encoded]
+    start = start_of(tokenizer)
+    return [ids if ids[:1] == start else start + ids for ids in encode_texts(tokenizer, prompts)]
+
+
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of each text, without any that it doesn't hold itself."""
+    return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
+
+
+def start_of(tokenizer: Tokenizer) -> list[int]:
+    """What every sequence begins with: the tokenizer's BOS, or nothing."""
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -328,32 +335,6 @@ def encode_answer(tokenizer: Tokenizer, row: Mapping[str, Any], labels: Sequence
     if len(completion) <= limit // 2 or not row["rationale"]:
         return completion, False
     return encode_completion(tokenizer, row["answer"], None), True
-
-
-def read_texts(path: Path, tokenizer: Tokenizer, limit: int) -> list[Example]:
-    """Plain texts to pre-train on (JSON lines, key `text`): every token is graded; a long text becomes several examples."""
-    examples = []
-    for tokens in encode_prompts(tokenizer, list(read_lines(path))):
-        whole = [*tokens, tokenizer.eos_token_id]
-        examples += [
-            Example(piece[:1], piece[1:]) for start in range(0, len(whole), limit) if len(piece := whole[start : start + limit]) > 1
-        ]
-    return examples
-
-
-def read_lines(path: Path) -> Iterator[str]:
-    """The texts of a JSON lines file. Raises `SpecRefusedError` with the line that is wrong."""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise SpecRefusedError(f'{path}, line {number}: each line is {{"text": "…"}} ({type(error).__name__})') from error
-            if not isinstance(text, str):
-                raise SpecRefusedError(f"{path}, line {number}: text must be a string, not {type(text).__name__}")
-            yield text
 
 
 def read_score_set(score_set: ScoreSet) -> tuple[list[str], list[dict[str, Any]]]:

@@ -5,17 +5,18 @@ The loss of an optimizer step is the weighted mean over its graded tokens: sum(w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from trainers import checkpoints, packing
+from trainers import checkpoints, optimizers, packing
 from trainers.attempts import Attempt, Progress
 from trainers.data import Example
 from trainers.spec import Options
@@ -115,13 +116,13 @@ class Loop:
         self.counters = Counters(signature)
         self.best: checkpoints.Tensors | None = None
         self.parameters = list(checkpoints.trained_parameters(model).values())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
+        self.updates = optimizers.choose(self.parameters, options)
         self.device = str(model.device)
 
     def run(self) -> Counters:
         """Train to the end from wherever the run stopped; raises `StoppedError` (checkpointed), `SupersededError` or `DivergedError`."""
         self.resume()
-        with packing.packed_attention(self.model):
+        with packing.packed_attention(self.model), recomputing(self.model, self.options.recompute_layers):
             while not self.counters.is_finished:
                 self.take_step()
                 if self.counters.step % self.schedule.steps_per_epoch == 0 or self.counters.step == self.schedule.steps:
@@ -135,7 +136,7 @@ class Loop:
 
     def resume(self) -> None:
         """Go back to the newest checkpoint of this run, if there is one."""
-        found = checkpoints.load_newest(self.attempt.run_dir, self.counters.signature, self.model, self.optimizer)
+        found = checkpoints.load_newest(self.attempt.run_dir, self.counters.signature, self.model, self.updates)
         if found:
             state, self.best = found
             self.counters = Counters(**state)
@@ -144,8 +145,7 @@ class Loop:
         """One optimizer step on the next rows, and its line of progress."""
         counters, started = self.counters, time.monotonic()
         rate = self.options.learning_rate * self.schedule.rate(counters.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self.updates.set_rate(rate)
         done = self.learn([self.examples[row] for row in self.schedule.batch(counters.step)])
         counters.step += 1
         counters.tokens += done.tokens
@@ -157,18 +157,23 @@ class Loop:
 
     def learn(self, examples: Sequence[Example]) -> StepLoss:
         """Move the weights once, down the gradient of the weighted mean over all graded tokens of `examples`."""
-        packs = packing.pack(examples, self.options.max_tokens, self.device)
+        tokens = sum(example.tokens for example in examples)
+        budget = min(self.options.max_tokens, math.ceil(tokens / self.options.accumulation))
+        packs = packing.pack(examples, budget, self.device)
         weight = sum(example.weight * len(example.completion) for example in examples)
-        total = 0.0
+        total = norm = 0.0
         for packed in packs:
-            loss = (packing.token_losses(self.model, packed) * packed.weights).sum() / weight
+            # Where each pass is an update of its own, its loss is the mean over its own tokens.
+            share = packed.weights.sum().item() / weight if self.updates.is_per_pass else 1.0
+            loss = (packing.token_losses(self.model, packed) * packed.weights).sum() / (weight * share)
             torch.autograd.backward(loss)
-            total += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.clip).item()
+            total += loss.item() * share
+            if self.updates.is_per_pass:
+                norm = max(norm, self.updates.update())
+        if not self.updates.is_per_pass:
+            norm = self.updates.update()
         if not math.isfinite(total + norm):
             raise DivergedError(f"loss {total} and gradient norm {norm} at step {self.counters.step + 1}: lower options.learning_rate")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         graded = sum(len(example.completion) for example in examples)
         return StepLoss(total, weight, sum(packed.tokens for packed in packs), graded)
 
@@ -208,7 +213,22 @@ class Loop:
         """Write a checkpoint, unless a newer attempt has begun."""
         self.attempt.check_current()
         folder = self.attempt.folder / "checkpoints"
-        checkpoints.save_checkpoint(folder, self.counters.step, self.model, self.optimizer, dataclasses.asdict(self.counters), self.best)
+        checkpoints.save_checkpoint(folder, self.counters.step, self.model, self.updates, dataclasses.asdict(self.counters), self.best)
+
+
+@contextlib.contextmanager
+def recomputing(model: Any, every: int) -> Iterator[None]:
+    """Keep the activations of all layers but every n-th one, which are computed again in the backward pass; 0 keeps all."""
+    if not every:
+        yield
+        return
+    model.gradient_checkpointing_enable({"use_reentrant": False, "every_n_layers": every})
+    model.train()  # the layers recompute in this mode only, and nothing else depends on it: there is no dropout
+    try:
+        yield
+    finally:
+        model.eval()
+        model.gradient_checkpointing_disable()
 
 
 @torch.inference_mode()

@@ -11,10 +11,10 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import jinja2.sandbox
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from storage.artifacts import write_atomically
 
@@ -22,7 +22,8 @@ SCHEMA = 1
 EXIT_DONE, EXIT_REFUSED, EXIT_RESUMABLE = 0, 2, 75
 
 Kind = Literal["train", "score", "export"]
-Method = Literal["lora", "pretrain"]
+Method = Literal["lora", "qlora", "full", "pretrain"]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 
 
 class SpecRefusedError(ValueError):
@@ -64,25 +65,26 @@ def _tell(error: Exception, fields: Mapping[str, Any]) -> str:
     return type(error).__name__ if quotes else said
 
 
-class Model(Frozen):
-    """One model that answers: a base, at most one adapter on it, and how it is asked and calibrated.
-
-    `adapter` is a folder; None is the bare base. `temperature` divides the label log-probabilities.
-    """
-
-    name: str
-    adapter: Path | None = None
-    adapter_digest: str | None = None
-    prompt: Prompt
-    labels: tuple[str, ...] = Field(min_length=2)
-    temperature: float = Field(default=1.0, gt=0)
-
-
 class Base(Frozen):
     """A Hugging Face checkpoint folder on disk and the digest of its files."""
 
     path: Path
     digest: str
+
+
+class Model(Frozen):
+    """One model that answers: a base, at most one adapter on it, and how it is asked and calibrated.
+
+    `base` None is the run's. `adapter` is a folder; None is the bare base. `temperature` divides the label log-probabilities.
+    """
+
+    name: str
+    base: Base | None = None
+    adapter: Path | None = None
+    adapter_digest: str | None = None
+    prompt: Prompt
+    labels: tuple[str, ...] = Field(min_length=2)
+    temperature: float = Field(default=1.0, gt=0)
 
 
 class LoraOptions(Frozen):
@@ -92,22 +94,119 @@ class LoraOptions(Frozen):
     alpha: int = Field(default=32, ge=1, description="The adapter counts alpha / rank times.")
 
 
-class Options(Frozen):
-    """How to train. Defaults are the ones that `docs/experiments.md` measured."""
+class PretrainOptions(Frozen):
+    """What continued pre-training changes, and what keeps it from forgetting."""
 
+    weights: Literal["adapter", "all"] = Field(
+        default="adapter", description="`adapter`: LoRA, merged into the base at the end; `all`: every weight."
+    )
+    general_share: float = Field(
+        default=0.05, ge=0, lt=1, description="Share of general text among the tokens, where general texts are given; against forgetting."
+    )
+
+
+ALL_WEIGHTS: Mapping[str, Any] = {
+    "learning_rate": 1e-5,
+    "optimizer": "paged_adamw_8bit",
+    "accumulation": 8,
+    "recompute_layers": 1,
+    "checkpoint_steps": 200,
+}
+IN_BACKWARD: Mapping[str, Any] = {"accumulation": 1, "clip": 0.0}
+PRESETS: Mapping[Method, Mapping[str, Any]] = {
+    "lora": {},
+    "qlora": {"load_in_4bit": True, "epochs": 3.0, "lora": {"rank": 64, "alpha": 128}},
+    "full": {**ALL_WEIGHTS, "epochs": 5.0, "batch_rows": 16},
+    "pretrain": {"epochs": 1.0},
+}
+"""What each method sets where the user sets nothing; everything else is the default of `Options`."""
+DECIDING = ("method", "optimizer_in_backward", "pretrain")
+"""The options that other options' defaults depend on."""
+
+
+class Options(Frozen):
+    """How to train. What is not given comes from the method's preset, then from the defaults, which `docs/experiments.md` measured."""
+
+    method: Method = Field(
+        default="lora", description="`lora`, `qlora` (the base in 4 bits), `full` (all weights) or `pretrain` (on texts)."
+    )
     learning_rate: float = Field(default=2e-4, gt=0, le=1, description="AdamW's, at its peak.")
     epochs: float = Field(default=4, gt=0, le=1000, description="Passes over the training rows.")
     batch_rows: int = Field(default=32, ge=1, description="Rows per optimizer step (the effective batch).")
     max_tokens: int = Field(default=4096, ge=16, description="Token budget of one packed forward pass.")
+    accumulation: int = Field(default=1, ge=1, description="A step is spread over so many passes, at least; more where they don't fit.")
     max_row_tokens: int = Field(default=2048, ge=16, description="Longer prompts are cut in their input fields.")
     warmup: float = Field(default=0.05, ge=0, lt=1, description="Share of the steps.")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's.")
-    clip: float = Field(default=1.0, gt=0, description="The gradient's norm, at most.")
+    clip: float = Field(default=1.0, ge=0, description="The gradient's norm, at most; 0: not clipped.")
+    optimizer: Optimizer = Field(
+        default="adamw", description="`adamw`, or bitsandbytes' with 8-bit states, which may be paged to the host."
+    )
+    optimizer_in_backward: bool = Field(
+        default=False, description="Update each weight as soon as its gradient is there, and drop that: one layer's gradients in memory."
+    )
+    recompute_layers: int = Field(
+        default=0, ge=0, description="Recompute every n-th layer's activations in the backward pass: 1 is all layers, 0 none."
+    )
+    load_in_4bit: bool = Field(default=False, description="The base in NF4 with double quantisation; with `qlora`, and only there.")
     new_weight: float = Field(default=5.0, gt=0, description="Loss weight of a row that was not imported.")
     replay_rows: int = Field(default=2000, ge=0, description="At most so many imported rows are trained on again.")
     patience: int = Field(default=0, ge=0, description="Stop after so many epochs without a better dev loss; 0: never.")
     checkpoint_steps: int = Field(default=50, ge=1, description="Optimizer steps between two checkpoints.")
     lora: LoraOptions = LoraOptions()
+    pretrain: PretrainOptions = PretrainOptions()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_preset(cls, given: Any) -> Any:
+        return merge(choose_preset(given), given) if isinstance(given, Mapping) else given
+
+    @model_validator(mode="after")
+    def _mix_is_right(self) -> Self:
+        if self.load_in_4bit and self.method != "qlora":
+            remedy = "use method qlora" if self.method == "lora" else "use method qlora for the labels, or leave load_in_4bit out"
+            raise ValueError(f"method {self.method} can't load_in_4bit: {remedy}")
+        if self.method == "qlora" and not self.load_in_4bit:
+            raise ValueError("method qlora without load_in_4bit is plain LoRA: use method lora")
+        if self.optimizer_in_backward and not self.trains_all_weights:
+            raise ValueError("optimizer_in_backward is for methods that train all weights: use method full, or pretrain.weights all")
+        if self.optimizer_in_backward and (self.accumulation, self.clip) != (1, 0):
+            raise ValueError("optimizer_in_backward keeps no gradients to sum or to clip: leave accumulation and clip out (1 and 0)")
+        return self
+
+    @property
+    def trains_all_weights(self) -> bool:
+        """Whether training changes the base's own weights."""
+        return self.method == "full" or (self.method == "pretrain" and self.pretrain.weights == "all")
+
+    @property
+    def makes_base(self) -> bool:
+        """Whether the result is a base of its own, not an adapter."""
+        return self.method in {"full", "pretrain"}
+
+    def choices(self) -> dict[str, Any]:
+        """What was chosen against the method's defaults: with another method only this is kept."""
+        chosen = self.model_dump()
+        usual = Options.model_validate({name: chosen[name] for name in DECIDING}).model_dump()
+        return {name: value for name, value in chosen.items() if name in DECIDING or value != usual[name]}
+
+
+def choose_preset(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the method sets by itself, for options of which some are given."""
+    preset = PRESETS.get(given.get("method", "lora"), {})
+    details = given.get("pretrain")
+    if given.get("method") == "pretrain" and isinstance(details, Mapping) and details.get("weights") == "all":
+        preset = {**ALL_WEIGHTS, **preset}
+    return {**preset, **IN_BACKWARD} if given.get("optimizer_in_backward") is True else preset
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, section by section; what is above counts."""
+    merged = {**below, **above}
+    for name in below.keys() & above.keys():
+        if isinstance(below[name], Mapping) and isinstance(above[name], Mapping):
+            merged[name] = merge(below[name], above[name])
+    return merged
 
 
 class ScoreSet(Frozen):
@@ -118,17 +217,17 @@ class ScoreSet(Frozen):
 
 
 class Spec(Frozen):
-    """`spec.json`. `dataset` is a snapshot folder (see `storage.snapshots`); `texts` is what `pretrain` reads (JSON lines, key `text`)."""
+    """`spec.json`. `dataset` is a snapshot folder (see `storage.snapshots`); `texts` is what `pretrain` reads, see `trainers.texts`."""
 
     schema_: Literal[1] = Field(default=1, alias="schema")
     run_id: str
     kind: Kind
     agent: str
-    method: Method = "lora"
     base: Base
     dataset: Path | None = None
     dataset_digest: str | None = None
     texts: Path | None = None
+    general_texts: Path | None = Field(default=None, description="What `pretrain` replays so that less is forgotten.")
     init_adapter: Path | None = Field(default=None, description="Warm start from this adapter; None starts from scratch.")
     init_adapter_digest: str | None = None
     candidate: Model | None = Field(default=None, description="What is trained: name, prompt and labels; adapter stays None.")

@@ -18,8 +18,9 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from storage import artifacts
-from trainers import bases, data, train
-from trainers.spec import EXIT_DONE, EXIT_REFUSED, Base, Options, Spec, SpecRefusedError, write_spec
+from trainers import bases, train
+from trainers import texts as corpora
+from trainers.spec import EXIT_DONE, EXIT_REFUSED, Base, Options, PretrainOptions, Spec, SpecRefusedError, write_spec
 from trainers.stopping import Stop
 
 VOCABULARY = 2048
@@ -29,7 +30,19 @@ WORD = r"\s?\S+|\s"
 START, END, PADDING = "<s>", "</s>", "<pad>"
 SHAPE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}
 CONTEXT = 2048
-OPTIONS = Options(learning_rate=2e-3, epochs=3, batch_rows=32, max_tokens=4096, max_row_tokens=CONTEXT)
+OPTIONS = Options(
+    method="pretrain",
+    pretrain=PretrainOptions(weights="all"),
+    learning_rate=2e-3,
+    epochs=3,
+    batch_rows=32,
+    max_tokens=4096,
+    max_row_tokens=CONTEXT,
+    accumulation=1,
+    optimizer="adamw",
+    recompute_layers=0,
+    checkpoint_steps=50,
+)
 
 
 def main() -> int:
@@ -71,7 +84,6 @@ def make_tiny(texts: Path, out: Path, options: Options, seed: int, device: str, 
             run_id=f"tiny-{out.name}",
             kind="train",
             agent="tiny",
-            method="pretrain",
             base=base,
             texts=texts.absolute(),
             options=options,
@@ -91,7 +103,7 @@ def start_from_nothing(texts: Path, folder: Path, seed: int) -> None:
     """Write an untrained checkpoint whose vocabulary fits the texts."""
     if not texts.is_file():
         raise SpecRefusedError(f'texts {texts} is no file: give JSON lines, each {{"text": "…"}}')
-    tokenizer = train_tokenizer(data.read_lines(texts))
+    tokenizer = train_tokenizer(corpora.read_lines(texts))
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         **SHAPE,

@@ -12,17 +12,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from storage import artifacts, snapshots
-from trainers import attempts, bases, checks, data, loop, packing, score
+from storage import snapshots
+from trainers import attempts, bases, checks, data, loop, packing, score, texts
 from trainers.attempts import Attempt, Progress
 from trainers.data import Example, LeftOut, Lessons
-from trainers.methods import lora, pretrain
-from trainers.spec import EXIT_DONE, EXIT_REFUSED, EXIT_RESUMABLE, Model, Spec, SpecRefusedError, read_spec
+from trainers.methods import full, lora
+from trainers.spec import EXIT_DONE, EXIT_REFUSED, EXIT_RESUMABLE, Base, Model, Spec, SpecRefusedError, read_spec
 from trainers.stopping import Stop, StoppedError
 
 EXIT_FAILED = 1
@@ -47,10 +47,10 @@ class Work:
         """How many tokens a row may have."""
         return data.row_limit(self.spec.options, bases.read_context(self.spec.base))
 
-    def load_base(self) -> Any:
-        """The base's weights; from here on a run is no longer refused but fails."""
+    def load_base(self, base: Base | None = None) -> Any:
+        """The weights of a base, the run's own unless named; from here on a run is no longer refused but fails."""
         self.progress.write("loading", now=True)
-        return self.held.load(self.spec.base, self.spec.device)[0]
+        return self.held.load(base or self.spec.base, self.spec.device, in_4bit=self.spec.options.load_in_4bit)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,65 +113,115 @@ def perform(spec: Spec, attempt: Attempt, held: bases.Bases, stop: Stop) -> dict
     progress = Progress(attempt)
     work = Work(spec, attempt, progress, stop, held, tokenizer)
     try:
-        if spec.kind == "score":
-            sheets = read_sheets(work)
-            return score_models(work, work.load_base(), list(checks.scored_models(spec)), sheets) | describe_left_out(sheets)
-        return train_model(work) if spec.method == "pretrain" else train_adapter(work)
+        return train_candidate(work) if spec.kind == "train" else score_only(work)
     finally:
         progress.close()
 
 
-def train_adapter(work: Work) -> dict[str, Any]:
-    """Train the candidate's adapter on the snapshot, calibrate it on dev, and let it and the others answer the score sets."""
+def score_only(work: Work) -> dict[str, Any]:
+    """Let the models answer the score sets."""
+    models, sheets = list(checks.scored_models(work.spec)), read_sheets(work)
+    return score_models(work, models, sheets) | describe_left_out(sheets)
+
+
+def train_candidate(work: Work) -> dict[str, Any]:
+    """Train by the spec's method, calibrate what came of it on dev, and let it and the others answer the score sets."""
     spec, options = work.spec, work.spec.options
     lessons, sheets = read_lessons(work), read_sheets(work)
-    examples, dev = ([case.example for case in cases] for cases in (lessons.train, lessons.dev))
-    base = work.load_base()
-    torch.manual_seed(spec.seed)
-    model = lora.begin(base, options.lora, spec.init_adapter)
+    examples = read_corpus(work) if options.method == "pretrain" else [case.example for case in lessons.train]
+    dev = [case.example for case in lessons.dev]
+    model = begin_training(work)
     try:
         counters = make_loop(work, model, examples, dev).run()
-        place = Path("adapters") / checks.the_candidate(spec).name
-        digest = lora.save_adapter(model, work.attempt.folder / place, spec.base.digest)
         dev_loss = measure_dev_loss(model, dev, options.max_tokens)
+        made = save_trained(work, model)
     finally:
-        base = lora.end(model)
-    trained = checks.the_candidate(spec).model_copy(update={"adapter": work.attempt.folder / place, "adapter_digest": digest})
-    temperature, dev_accuracy = calibrate(work, base, trained, lessons)
-    trained = trained.model_copy(update={"temperature": temperature})
-    return {
-        "adapter": {"path": place.as_posix(), "digest": digest},
-        "temperature": temperature,
-        "training": describe_training(work, counters, len(examples))
+        end_training(work, model)
+    found = {
+        **made.describe(),
+        "training": describe_training(work, counters, examples)
         | {
             "dev_rows": len(dev),
             "dev_loss": dev_loss,
-            "dev_accuracy": dev_accuracy,
+            "dev_accuracy": None,
             "prompts_cut": lessons.prompts_cut,
             "rationales_left_out": lessons.rationales_left_out,
         },
-        **score_models(work, base, [trained, *spec.others], sheets),
-        **describe_left_out(sheets, lessons.left_out),
     }
+    if spec.candidate is None:
+        return found
+    trained = made.wear(spec.candidate)
+    temperature, found["training"]["dev_accuracy"] = calibrate(work, trained, lessons)
+    trained = trained.model_copy(update={"temperature": temperature})
+    scores = score_models(work, [trained, *spec.others], sheets)
+    return found | {"temperature": temperature} | scores | describe_left_out(sheets, lessons.left_out)
 
 
-def train_model(work: Work) -> dict[str, Any]:
-    """Train all weights on plain texts and write them as a checkpoint of their own."""
-    examples = data.read_texts(checks.the_texts(work.spec), work.tokenizer, work.row_limit)
-    if not examples:
-        raise SpecRefusedError(f"{work.spec.texts} holds no texts: there is nothing to learn from")
-    model = pretrain.begin(work.load_base())
-    torch.manual_seed(work.spec.seed)
-    counters = make_loop(work, model, examples, []).run()
-    digest = pretrain.save_model(model, work.tokenizer, work.attempt.folder / "model")
-    return {"model": {"path": "model", "digest": digest}, "training": describe_training(work, counters, len(examples))}
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What training left in the attempt's folder: an adapter, or a base of its own."""
+
+    kind: Literal["adapter", "model"]
+    folder: Path
+    place: str
+    digest: str
+
+    def describe(self) -> dict[str, Any]:
+        """What `result.json` says of it."""
+        return {self.kind: {"path": self.place, "digest": self.digest}}
+
+    def wear(self, candidate: Model) -> Model:
+        """The candidate with what was trained."""
+        if self.kind == "adapter":
+            return candidate.model_copy(update={"adapter": self.folder / self.place, "adapter_digest": self.digest})
+        return candidate.model_copy(update={"base": Base(path=self.folder / self.place, digest=self.digest)})
+
+
+def begin_training(work: Work) -> Any:
+    """The model with the weights that the method trains."""
+    spec, options = work.spec, work.spec.options
+    base = work.load_base()
+    torch.manual_seed(spec.seed)
+    return full.begin(base) if options.trains_all_weights else lora.begin(base, options, spec.init_adapter)
+
+
+def save_trained(work: Work, model: Any) -> Made:
+    """Write what was trained. An adapter that was pre-trained becomes a part of the base: the labels get one of their own."""
+    spec, folder = work.spec, work.attempt.folder
+    if not spec.options.makes_base:
+        place = f"adapters/{checks.the_candidate(spec).name}"
+        return Made("adapter", folder, place, lora.save_adapter(model, folder / place, spec.base.digest))
+    whole = model if spec.options.trains_all_weights else lora.merge(model)
+    return Made("model", folder, "model", full.save_model(whole, work.tokenizer, folder / "model"))
+
+
+def end_training(work: Work, model: Any) -> None:
+    """Leave the base as it was, or let it go when its weights were changed."""
+    if work.spec.options.makes_base:
+        work.held.release()
+    else:
+        lora.end(model)
+
+
+def read_corpus(work: Work) -> Sequence[Example]:
+    """The texts to pre-train on, with some general ones among them where there are any; tokenised once for all attempts."""
+    spec, cache = work.spec, work.attempt.run_dir / "tokens"
+    work.progress.write("tokenizing", now=True)
+    corpus, *general = (
+        texts.tokenize(path, work.tokenizer, work.row_limit, cache, spec.base.digest)
+        for path in (checks.the_texts(spec), spec.general_texts)
+        if path is not None
+    )
+    return texts.Mixture(corpus, general[0], spec.options.pretrain.general_share, spec.seed) if general else corpus
 
 
 def read_lessons(work: Work) -> Lessons:
     """The snapshot's train and dev rows as tokens. Raises `SpecRefusedError` when there is nothing to learn from."""
-    spec, candidate = work.spec, checks.the_candidate(work.spec)
+    spec, candidate = work.spec, work.spec.candidate
+    if spec.dataset is None or candidate is None:  # `pretrain` needs neither
+        return Lessons([], [], 0, 0)
     lessons = data.read_lessons(
-        checks.the_dataset(spec),
+        spec.dataset,
         work.tokenizer,
         candidate.prompt,
         candidate.labels,
@@ -194,7 +244,8 @@ def make_loop(work: Work, model: Any, examples: Sequence[Example], dev: Sequence
 
 def sign(spec: Spec) -> str:
     """A digest of all that decides about the weights: a checkpoint with another one belongs to another run."""
-    content = snapshots.read_manifest(spec.dataset)["root"] if spec.dataset else artifacts.digest_file(checks.the_texts(spec))
+    content = [snapshots.read_manifest(spec.dataset)["root"]] if spec.dataset else []
+    content += [texts.digest_texts(path) for path in (spec.texts, spec.general_texts) if path]
     # A run may go on elsewhere, and what is scored afterwards doesn't change what was learned.
     asked = spec.model_dump_json(exclude={"device", "threads", "others", "score_sets"})
     return hashlib.sha256(f"{asked}\n{content}".encode()).hexdigest()
@@ -208,11 +259,13 @@ def measure_dev_loss(model: Any, dev: Sequence[Example], max_tokens: int) -> flo
         return loop.mean_loss(model, dev, max_tokens)
 
 
-def describe_training(work: Work, counters: loop.Counters, rows: int) -> dict[str, Any]:
+def describe_training(work: Work, counters: loop.Counters, examples: Sequence[Example]) -> dict[str, Any]:
     """The figures of the training loop."""
+    rows = len(examples)
     steps_per_epoch = -(-rows // work.spec.options.batch_rows)
     epochs = counters.step / steps_per_epoch
     return {
+        "method": work.spec.options.method,
         "rows": rows,
         "tokens": counters.tokens,
         "supervised_tokens": counters.graded_tokens,
@@ -222,14 +275,15 @@ def describe_training(work: Work, counters: loop.Counters, rows: int) -> dict[st
         "seconds": round(counters.seconds, 3),
         "tokens_per_second": round(counters.tokens / counters.seconds, 1),
         "rows_per_second": round(rows * epochs / counters.seconds, 1),
+        **({"general_share": round(examples.general_share, 4)} if isinstance(examples, texts.Mixture) else {}),
     }
 
 
-def calibrate(work: Work, base: Any, trained: Model, lessons: Lessons) -> tuple[float, float | None]:
+def calibrate(work: Work, trained: Model, lessons: Lessons) -> tuple[float, float | None]:
     """The candidate's temperature and accuracy on dev; 1 and None where there is no dev split."""
     if not lessons.dev:
         return 1.0, None
-    logprobs = answer(work, base, trained, [case.prompt for case in lessons.dev])
+    logprobs = answer(work, trained, [case.prompt for case in lessons.dev])
     answers = np.array([case.answer for case in lessons.dev])
     return score.fit_temperature(logprobs, answers), float((logprobs.argmax(axis=1) == answers).mean())
 
@@ -243,7 +297,7 @@ def read_sheets(work: Work) -> list[list[Sheet]]:
     known: dict[tuple[str, ...], list[Sheet]] = {}  # models that are asked in the same words share their sheets
     asked = []
     for model in checks.scored_models(work.spec):
-        key = (model.prompt.text, *model.labels)
+        key = ((model.base or work.spec.base).digest, model.prompt.text, *model.labels)
         if key not in known:
             known[key] = [read_sheet(work, model, name, *rows) for name, rows in sets.items()]
         asked.append(known[key])
@@ -256,9 +310,11 @@ def read_sheets(work: Work) -> list[list[Sheet]]:
 
 
 def read_sheet(work: Work, model: Model, name: str, row_ids: Sequence[str], inputs: Sequence[Mapping[str, Any]]) -> Sheet:
-    """What a model is asked about one score set."""
-    limit = data.prompt_limit(work.tokenizer, model.labels, work.row_limit)
-    rendered = data.render_prompts(work.tokenizer, model.prompt, inputs, [limit] * len(inputs))
+    """What a model is asked about one score set, as long as its own base can read."""
+    base = model.base or work.spec.base
+    tokenizer = work.held.tokenizer(base)
+    limit = data.prompt_limit(tokenizer, model.labels, data.row_limit(work.spec.options, bases.read_context(base)))
+    rendered = data.render_prompts(tokenizer, model.prompt, inputs, [limit] * len(inputs))
     return Sheet(
         name=name,
         row_ids=[row_ids[index] for index in rendered.texts],
@@ -280,19 +336,23 @@ def describe_left_out(asked: Sequence[Sequence[Sheet]], lessons: Sequence[LeftOu
     return {"left_out": [one.describe() for one in (*lessons, *(one for sheet in distinct for one in sheet.left_out))]}
 
 
-def score_models(work: Work, base: Any, models: Sequence[Model], asked: Sequence[Sequence[Sheet]]) -> dict[str, Any]:
-    """Let every model answer its sheets and write `scores.parquet`."""
+def score_models(work: Work, models: Sequence[Model], asked: Sequence[Sequence[Sheet]]) -> dict[str, Any]:
+    """Let every model answer its sheets and write `scores.parquet`; those on one base follow each other, so that each is loaded once."""
     scores: list[score.Score] = []
-    for model, sheets in zip(models, asked, strict=True):
+    order = list(dict.fromkeys((model.base or work.spec.base).digest for model in models))
+    pairs = sorted(zip(models, asked, strict=True), key=lambda pair: order.index((pair[0].base or work.spec.base).digest))
+    for model, sheets in pairs:
         for sheet in sheets:
-            logprobs = answer(work, base, model, sheet.prompts)
+            logprobs = answer(work, model, sheet.prompts)
             scores += score.judge(sheet.name, sheet.row_ids, model.name, model.labels, logprobs, model.temperature)
     score.write_scores(work.attempt.folder / SCORES, scores)
     return {"scores": SCORES, "scored_rows": len(scores), "scored_prompts_cut": sum(sheet.cut for sheets in asked for sheet in sheets)}
 
 
-def answer(work: Work, base: Any, model: Model, prompts: Sequence[str]) -> np.ndarray:
+def answer(work: Work, model: Model, prompts: Sequence[str]) -> np.ndarray:
     """The model's label log-probabilities for each prompt, with signs of life in between."""
+    base = work.load_base(model.base)
+    tokenizer = work.held.tokenizer(model.base or work.spec.base)
     worn = score.load_adapter(base, "scored", model.adapter) if model.adapter else base
     parts = [np.empty((0, len(model.labels)))]
     try:
@@ -300,7 +360,7 @@ def answer(work: Work, base: Any, model: Model, prompts: Sequence[str]) -> np.nd
             work.stop.check()
             work.progress.write("scoring", model=model.name, rows=start, of=len(prompts))
             some = prompts[start : start + SCORED_AT_ONCE]
-            parts.append(score.score_prompts(worn, work.tokenizer, some, model.labels, max_tokens=work.spec.options.max_tokens))
+            parts.append(score.score_prompts(worn, tokenizer, some, model.labels, max_tokens=work.spec.options.max_tokens))
     finally:
         if model.adapter:
             score.drop_adapter(worn, "scored")

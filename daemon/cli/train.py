@@ -12,6 +12,9 @@ from daemon.cli import context
 def train(
     reason: Annotated[str, typer.Option("--reason", "-r", help="Why; it is kept with the run.")],
     agent: context.AgentName = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="`lora`, `qlora`, `full` or `pretrain`; the agent's training.method by default.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A training option, `seed` or `warm_start`; may be repeated.")
     ] = None,
@@ -22,6 +25,8 @@ def train(
     from daemon import logs, training  # noqa: PLC0415 — `ratchet --help` needs none of it
 
     overrides = dict(context.parse_setting(one) for one in settings or ())
+    if method is not None:
+        overrides["method"] = method
     with context.opened(config) as opened:
         logs.configure("error", opened.settings.log.format)
         chosen = opened.pick_agent(agent)

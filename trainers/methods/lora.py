@@ -1,4 +1,4 @@
-"""Plain LoRA on every linear layer: begin fresh or warm, save what ships."""
+"""Plain LoRA on every linear layer: begin fresh or warm, save what ships. On a base in 4 bits it is QLoRA."""
 
 from __future__ import annotations
 
@@ -7,27 +7,47 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import torch
 from safetensors.torch import save
 
 from storage import artifacts
-from trainers.spec import LoraOptions
+from trainers import checkpoints
+from trainers.spec import Options
 
 WEIGHTS = "adapter_model.safetensors"
 
 
-def begin(base: Any, options: LoraOptions, init_adapter: Path | None) -> Any:
-    """The base with a trainable adapter on it: the one to continue from, or a new one drawn from torch's random state."""
+def begin(base: Any, options: Options, init_adapter: Path | None) -> Any:
+    """The base with a trainable adapter on it: the one to continue from, or a new one drawn from torch's random state.
+
+    On a base in 4 bits the adapter is in bf16, as what it is added to.
+    """
     if init_adapter:
-        return peft.PeftModel.from_pretrained(base, str(init_adapter), is_trainable=True)
-    config = peft.LoraConfig(
-        r=options.rank, lora_alpha=options.alpha, target_modules="all-linear", lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
-    )
-    return peft.get_peft_model(base, config)
+        model = peft.PeftModel.from_pretrained(base, str(init_adapter), is_trainable=True)
+    else:
+        config = peft.LoraConfig(
+            r=options.lora.rank,
+            lora_alpha=options.lora.alpha,
+            target_modules="all-linear",
+            lora_dropout=0.0,
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+        model = peft.get_peft_model(base, config)
+    if options.load_in_4bit:
+        for parameter in checkpoints.trained_parameters(model).values():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model
 
 
 def end(model: Any) -> Any:
     """The base as it was before `begin`."""
     return model.unload()
+
+
+def merge(model: Any) -> Any:
+    """The base with the adapter in its weights. Raises `ValueError` when the sum is not finite."""
+    return model.merge_and_unload(safe_merge=True)
 
 
 def save_adapter(model: Any, folder: Path, base_digest: str) -> str:

@@ -1,8 +1,7 @@
-"""Next-token training of all weights on plain texts, for small models: it makes the tiny base."""
+"""All weights of a base: `full` on the labels, `pretrain` on texts; the result is a base of its own."""
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,8 @@ from storage import artifacts
 
 
 def begin(base: Any) -> Any:
-    """A copy of the base in fp32 with all weights trainable: the one in memory stays as it is for later runs."""
-    model = copy.deepcopy(base).float()
-    return model.requires_grad_(requires_grad=True)
+    """The base itself with every weight trainable: there may be no room for a second one."""
+    return base.requires_grad_(requires_grad=True)
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> str:

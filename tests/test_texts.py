@@ -1,0 +1,100 @@
+import json
+import tracemalloc
+
+import pytest
+import torch
+
+from tests.model_fixtures import tiny_tokenizer
+from trainers import texts
+from trainers.spec import SpecRefusedError
+
+TOKENIZER = tiny_tokenizer()
+
+
+def tokenize(path, limit=32):
+    return texts.tokenize(path, TOKENIZER, limit, path.parent / "cache", "base")
+
+
+def write_lines(path, some):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in some))
+    return path
+
+
+def read_back(examples):
+    return TOKENIZER.decode([token for example in examples for token in example.prompt + example.completion])
+
+
+def test_a_long_text_is_learned_in_pieces(tmp_path):
+    examples = tokenize(write_lines(tmp_path / "texts.jsonl", ["knee " * 100]))
+    assert all(example.tokens < 32 for example in examples)
+    assert read_back(examples) == "<s>" + "knee " * 100 + "</s>"
+
+
+def test_a_file_that_is_no_jsonl_is_one_text_however_many_blocks_it_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "BLOCK", 64)
+    path = tmp_path / "notes.txt"
+    path.write_text("The knee\nhurts since Monday.\n" * 40 + "x" * 200)
+    assert read_back(tokenize(path)) == "<s>" + path.read_text() + "</s>"
+
+
+def test_a_folder_stands_for_its_text_files_in_their_order(tmp_path):
+    (tmp_path / "notes" / "more").mkdir(parents=True)
+    (tmp_path / "notes" / "b.txt").write_text("second")
+    (tmp_path / "notes" / "readme.pdf").write_text("never")
+    write_lines(tmp_path / "notes" / "a.jsonl", ["first"])
+    (tmp_path / "notes" / "more" / "c.txt").write_text("third")
+    assert read_back(tokenize(tmp_path / "notes")) == "<s>first</s><s>second</s><s>third</s>"
+
+
+@pytest.mark.parametrize("line", ["no json", '"text"', '{"txt": 1}', '{"text": 1}'])
+def test_a_bad_line_of_texts_is_refused_with_its_number(tmp_path, line):
+    path = tmp_path / "texts.jsonl"
+    path.write_text(f'{{"text": "a"}}\n{line}\n')
+    with pytest.raises(SpecRefusedError, match="line 2"):
+        tokenize(path)
+    assert not list((tmp_path / "cache").iterdir()), "nothing half-written is left"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"), [("none", None, "no such file"), ("a.txt", b"\xff", "UTF-8"), ("b.jsonl", b"", "no texts")]
+)
+def test_texts_that_cannot_be_read_are_refused(tmp_path, name, content, says):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(SpecRefusedError, match=says):
+        tokenize(tmp_path / name)
+
+
+def test_a_corpus_is_tokenised_once(tmp_path, monkeypatch):
+    path = write_lines(tmp_path / "texts.jsonl", ["a text"])
+    first = read_back(tokenize(path))
+    monkeypatch.setattr(texts, "cut_pieces", None)
+    assert read_back(tokenize(path)) == first
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    peaks = []
+    for thousand_lines in (8, 32):
+        path = tmp_path / f"{thousand_lines}.txt"
+        path.write_text("speech therapy for a child, denied as not medically necessary\n" * (1000 * thousand_lines))
+        tracemalloc.start()
+        corpus = tokenize(path, 512)
+        for index in torch.randperm(len(corpus))[:50].tolist():
+            assert len(corpus[index].completion) < 512
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0]
+
+
+def test_general_text_has_its_share_of_the_tokens_and_the_seed_draws_it(tmp_path):
+    corpus = tokenize(write_lines(tmp_path / "corpus.jsonl", [f"claim {number}" for number in range(300)]))
+    general = tokenize(write_lines(tmp_path / "general.jsonl", [f"story {number}" for number in range(300)]))
+    mixture = texts.Mixture(corpus, general, 0.25, seed=1)
+    told = [TOKENIZER.decode(example.completion) for example in mixture]
+    tokens = [1 + len(example.completion) for example in mixture]
+    share = sum(count for text, count in zip(told, tokens, strict=True) if "story" in text) / sum(tokens)
+    assert share == pytest.approx(0.25, abs=0.01) == mixture.general_share
+    assert told[:300] == [TOKENIZER.decode(example.completion) for example in corpus]
+    assert told[300:] != [TOKENIZER.decode(example.completion) for example in texts.Mixture(corpus, general, 0.25, seed=2)][300:]
+    assert len(texts.Mixture(corpus, general, 0, seed=1)) == 300
+    assert len(texts.Mixture(corpus, general, 0.9, seed=1)) == 600, "there is no more than all of it"

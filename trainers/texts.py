@@ -1,0 +1,203 @@
+"""Plain texts to pre-train on, tokenised once in a stream and read back through a memory map: a corpus of any size trains in flat memory.
+
+A `.jsonl` file holds one text a line, `{"text": "…"}`; any other file is one text. A folder stands for all its `.txt` and `.jsonl` files.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+
+from storage import artifacts
+from trainers import data
+from trainers.data import Example
+from trainers.spec import SpecRefusedError
+
+BLOCK = 2**16
+"""Characters that are read and tokenised at once."""
+TOKENS, ENDS = "tokens.bin", "ends.bin"
+TOKEN, PLACE = np.dtype("<u4"), np.dtype("<u8")
+LINES = ".jsonl"
+
+
+class TokenFile(Sequence[Example]):
+    """The pieces of a corpus as examples in which every token but the first is graded; read from the disk when they are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokens, self.ends = (np.memmap(folder / name, kind, mode="r") for name, kind in ((TOKENS, TOKEN), (ENDS, PLACE)))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        """One piece, or some."""
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        piece = self.tokens[int(self.ends[place - 1]) if place else 0 : int(self.ends[place])].tolist()
+        return Example(piece[:1], piece[1:])
+
+    def count_tokens(self) -> int:
+        """All tokens of the corpus."""
+        return len(self.tokens)
+
+
+class Mixture(Sequence[Example]):
+    """All of a corpus, and so many pieces of general text, drawn by the seed, that these are `share` of the tokens (or all there are)."""
+
+    def __init__(self, corpus: TokenFile, general: TokenFile, share: float, seed: int) -> None:
+        self.corpus, self.general = corpus, general
+        wanted = share / (1 - share) * corpus.count_tokens()
+        order = torch.randperm(len(general), generator=torch.Generator().manual_seed(seed)).numpy()
+        lengths = np.diff(general.ends, prepend=np.zeros(1, PLACE))[order]
+        running = np.cumsum(lengths)
+        count = min(len(order), bisect.bisect_left(running, wanted) + 1) if share else 0
+        self.drawn = order[:count]
+        self.general_tokens = int(running[count - 1]) if count else 0
+
+    def __len__(self) -> int:
+        return len(self.corpus) + len(self.drawn)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        """One piece, or some: those of the corpus come first."""
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        return self.corpus[place] if place < len(self.corpus) else self.general[int(self.drawn[place - len(self.corpus)])]
+
+    @property
+    def general_share(self) -> float:
+        """The share of general text among all tokens."""
+        return self.general_tokens / (self.general_tokens + self.corpus.count_tokens())
+
+
+def find_files(path: Path) -> list[Path]:
+    """The text files that a path stands for. Raises `SpecRefusedError` when there are none."""
+    files = sorted(one for one in path.rglob("*") if one.suffix in {".txt", LINES} and one.is_file()) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise SpecRefusedError(f'texts {path}: there is no such file, and no folder with .txt or .jsonl files (lines of {{"text": "…"}})')
+    return files
+
+
+def digest_texts(path: Path) -> str:
+    """The digest of all text files that a path stands for."""
+    lines = [f"{file.name}\0{artifacts.digest_file(file)}" for file in find_files(path)]
+    return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def read_blocks(path: Path) -> Iterator[tuple[str, bool]]:
+    """The texts in blocks of bounded size, each with whether its text ends with it."""
+    for file in find_files(path):
+        if file.suffix == LINES:
+            yield from ((text, True) for text in read_lines(file))
+        else:
+            yield from read_file(file)
+
+
+def read_file(path: Path) -> Iterator[tuple[str, bool]]:
+    """One text in blocks that end at a line break or a space, wherever there is one."""
+    rest = ""
+    try:
+        with path.open(encoding="utf-8") as file:
+            while block := file.read(BLOCK):
+                rest += block
+                cut = max(rest.rfind("\n"), rest.rfind(" ")) + 1 or len(rest)
+                # What follows the cut may be half a word, and the last block has to be known when it comes.
+                yield rest[:cut], False
+                rest = rest[cut:]
+    except UnicodeDecodeError as error:
+        raise SpecRefusedError(f"{path} isn't UTF-8 text (byte {error.start} of a block): convert it, as with iconv") from error
+    yield rest, True
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The texts of a JSON lines file. Raises `SpecRefusedError` with the line that is wrong."""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise SpecRefusedError(f'{path}, line {number}: each line is {{"text": "…"}} ({type(error).__name__})') from error
+            if not isinstance(text, str):
+                raise SpecRefusedError(f"{path}, line {number}: text must be a string, not {type(text).__name__}")
+            yield text
+
+
+def cut_pieces(blocks: Iterable[tuple[str, bool]], tokenizer: Any, limit: int) -> Iterator[list[int]]:
+    """The tokens of the texts, from each one's beginning to its end mark, in pieces of at most `limit`."""
+    pending: list[int] = []
+    is_new = True
+    for some in batch(blocks):
+        for (_, is_last), tokens in zip(some, data.encode_texts(tokenizer, [text for text, _ in some]), strict=True):
+            start = data.start_of(tokenizer) if is_new and tokens[:1] != data.start_of(tokenizer) else []
+            pending += [*start, *tokens, *([tokenizer.eos_token_id] if is_last else [])]
+            is_new = is_last
+            while len(pending) >= limit or (is_last and pending):
+                if len(pending) > 1:  # of a single token nothing can be learned
+                    yield pending[:limit]
+                pending = pending[limit:]
+
+
+def batch(blocks: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    """Blocks in groups of about `BLOCK` characters: a tokenizer works fastest on many at once."""
+    group: list[tuple[str, bool]] = []
+    for block in blocks:
+        group.append(block)
+        if sum(len(text) for text, _ in group) >= BLOCK or len(group) >= math.isqrt(BLOCK):
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def tokenize(path: Path, tokenizer: Any, limit: int, cache: Path, key: str) -> TokenFile:
+    """The pieces of the texts at `path`, from `cache` when an earlier attempt made them under the same key, whole or not at all.
+
+    Raises `SpecRefusedError` when the texts hold nothing.
+    """
+    place = cache / hashlib.sha256(f"{key}\0{digest_texts(path)}\0{limit}".encode()).hexdigest()[:16]
+    if not place.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
+        try:
+            write_pieces(cut_pieces(read_blocks(path), tokenizer, limit), partial)
+            artifacts.move_into_place(partial, place)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    if not (place / ENDS).stat().st_size:
+        raise SpecRefusedError(f"{path} holds no texts: there is nothing to learn from")
+    return TokenFile(place)
+
+
+def write_pieces(pieces: Iterable[Sequence[int]], folder: Path) -> None:
+    """Write the pieces end to end, and where each of them ends."""
+    end = 0
+    with (folder / TOKENS).open("wb") as tokens, (folder / ENDS).open("wb") as ends:
+        for piece in pieces:
+            end += len(piece)
+            tokens.write(np.asarray(piece, TOKEN).tobytes())
+            ends.write(np.asarray([end], PLACE).tobytes())

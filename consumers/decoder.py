@@ -17,8 +17,8 @@ from pydantic.fields import FieldInfo
 from pydantic.types import AllowInfNan
 from typing_extensions import get_type_hints, is_typeddict
 
-_CONTROL = re.compile(rb"\\(?:[bfnrt]|u00[01])")
-"""An escape that may stand for a control character: JSON has no other way to write one, and no name may hold one."""
+_DOUBTFUL = re.compile(rb"\\(?:[bfnrt]|u00[01]|u[dD][89a-fA-F])")
+"""An escape that may stand for a control character, which no name may hold and JSON can't write otherwise, or for half a character."""
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{3}|\.\d{6})?(?:Z|[+-]\d\d:[0-5]\d)", re.ASCII)
 """The usual shape of a time of RFC 3339; Python's reader takes more shapes than the exact types do, and rounds otherwise."""
 
@@ -36,9 +36,11 @@ class Decoder:
 
     def decode(self, body: bytes) -> list[dict[str, Any]] | None:
         """The events as the exact types give them; None when something is wrong, or may be."""
-        if b"\\" in body and _CONTROL.search(body):
+        if b"\\" in body and _DOUBTFUL.search(body):
             return None
         try:
+            if not body.isascii():
+                body.decode()  # what is passed over is not looked into, and must be text too
             events: list[dict[str, Any]] = msgspec.to_builtins(self._decoder.decode(body))
             for event in events:
                 data = event["data"]
@@ -103,7 +105,7 @@ def _limit(type_: Any, constraints: tuple[Any, ...]) -> Any:
 
 def _read_limit(constraint: Any) -> dict[str, Any]:
     match constraint:
-        case StringConstraints(min_length=low, max_length=high):  # its pattern refuses control characters, see `_CONTROL`
+        case StringConstraints(min_length=low, max_length=high):  # its pattern refuses control characters, see `_DOUBTFUL`
             return {name: value for name, value in (("min_length", low), ("max_length", high)) if value is not None}
         case MinLen(min_length=low):
             return {"min_length": low}

@@ -75,6 +75,7 @@ def test_a_time_with_no_three_or_six_digits_of_a_second_is_read(text: str) -> No
     assert agree(body, schemas.PREDICTION) == (".5Z" not in text)
 
 
+@settings(deadline=None)
 @given(place=st.sampled_from([*FULL[schemas.PREDICTION], *(f"data.{name}" for name in FULL[schemas.PREDICTION]["data"])]), junk=JSON)
 def test_any_json_in_any_place_is_read_alike_or_left_alone(place: str, junk: Any) -> None:
     event = json.loads(json.dumps(FULL[schemas.PREDICTION]))
@@ -83,7 +84,7 @@ def test_any_json_in_any_place_is_read_alike_or_left_alone(place: str, junk: Any
     agree(json.dumps([event], ensure_ascii=False).encode(errors="surrogatepass"), schemas.PREDICTION)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(kind=st.sampled_from(list(EVENTS)), data=st.data())
 def test_any_edit_of_the_bytes_is_read_alike_or_left_alone(kind: str, data: st.DataObject) -> None:
     body = orjson.dumps([FULL[kind]])
@@ -93,6 +94,7 @@ def test_any_edit_of_the_bytes_is_read_alike_or_left_alone(kind: str, data: st.D
     agree(body, kind)
 
 
+@settings(deadline=None)
 @given(text=st.from_regex(r"\A\d{4}[-W]\w\w[-W]\d\d[Tt ]\d\d:\d\d(:\d\d)?([.,]\d{1,9})?(Z|[+-]\d\d:?\d\d)\Z"))
 @example("2026-W10-1T09:30:00Z")
 @example("2026-03-02T24:00:00Z")
@@ -104,6 +106,12 @@ def test_any_edit_of_the_bytes_is_read_alike_or_left_alone(kind: str, data: st.D
 @example("\uff12026-03-02T09:30:00Z")
 def test_any_writing_of_a_time_is_read_alike_or_left_alone(text: str) -> None:
     agree(orjson.dumps([{**make_prediction(1, AT, occurred_at=text), "time": text}]), schemas.PREDICTION)
+
+
+@pytest.mark.parametrize("wrong", [b"\xff", rb"\ud800", rb"\ud83d"])
+def test_a_text_that_is_none_is_refused_even_where_nobody_reads_it(wrong: bytes) -> None:
+    body = orjson.dumps([FULL[schemas.PREDICTION]]).replace(b"ignored", wrong)
+    assert QUICK[schemas.PREDICTION].decode(body) is None
 
 
 @pytest.mark.parametrize("escaped", [r"a\nb", r"a\u0000b", r"a\u001fb", r"a\tb"])

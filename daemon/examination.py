@@ -14,13 +14,14 @@ from typing import Any
 import structlog
 from sqlalchemy import Connection, RowMapping
 
-from daemon import run_folders
+from daemon import makeup, run_folders
 from daemon.agents import Agent
 from daemon.machinery import Machinery
-from storage import db, exams, ids, predictions, registry, runs, scores
+from storage import alarms, db, exams, ids, predictions, registry, runs, scores
 from trainers import spec
 
 ACTOR = "ratchet"
+ALARM = "exam"
 KINDS: tuple[exams.Kind, ...] = ("watch", "exam")
 SCORE_AT, POOL_LOW = 50, 20
 """New claims are scored when there are so many and fewer than the second number are left to ask about, else once in `SCORE_EVERY`."""
@@ -127,9 +128,16 @@ def find_since(exam: RowMapping) -> str:
 def queue_scoring(machinery: Machinery, agent: Agent, now: datetime) -> None:
     """Queue a run that lets the compared versions answer what they have not, when that is worth loading the base."""
     with db.reading(machinery.engine) as connection:
-        due = [exam for exam in exams.list_open(connection, agent.name) if _is_scoring_due(connection, exam, agent, now)]
+        compared = exams.list_open(connection, agent.name)
+        obstacles = [_find_obstacle(machinery, connection, exam, agent) for exam in compared]
+        due = [
+            exam
+            for exam, obstacle in zip(compared, obstacles, strict=True)
+            if obstacle is None and _is_scoring_due(machinery, connection, exam, agent, now)
+        ]
         live = runs.read_live(connection, agent.name, "score")
         last = runs.read_last(connection, agent.name, "score")
+    _tell_obstacle(machinery, agent, next(filter(None, obstacles), None), now)
     has_failed = last is not None and last["state"] in ("failed", "parked") and now - last["finished_at"] < SCORE_EVERY
     if not due or live is not None or has_failed:
         return
@@ -139,14 +147,49 @@ def queue_scoring(machinery: Machinery, agent: Agent, now: datetime) -> None:
         log.info("run_queued", run=run, agent=agent.name, kind="score", trigger=due[0]["kind"])
 
 
-def _is_scoring_due(connection: Connection, exam: RowMapping, agent: Agent, now: datetime) -> bool:
+def _find_obstacle(machinery: Machinery, connection: Connection, exam: RowMapping, agent: Agent) -> str | None:
+    """Why two versions can't be compared, however many claims come, and what a person can do; None when nothing is in the way."""
+    candidate, champion = exam["candidate"], exam["champion"]
+    way_out = (
+        f"or decide without an exam: `ratchet promote {candidate} --force --reason …`" if exam["kind"] == "exam" else "or wait for its end"
+    )
+    for version in (registry.read(connection, agent.name, name) for name in (candidate, champion)):
+        if makeup.find_base(machinery, agent, version) is None:
+            return (
+                f"{candidate} and {champion} can't be compared: {version['base_path']} does not hold {version['name']}'s base any more. "
+                f"Put its files back there, a newer base into a folder of its own (`base_model`), {way_out}"
+            )
+    if exam["kind"] == "watch" or scores.count_common(connection, agent.name, candidate, champion):
+        return None
+    unscored = find_unscored(connection, exam, agent)
+    if not unscored or any(find_lacking(machinery, connection, exam, unscored).values()):
+        return None
+    return (
+        f"{candidate} and {champion} can't be compared: of the {len(unscored)} newest claims none fits the prompts of both. "
+        f"Send the input fields that both prompts read, {way_out}"
+    )
+
+
+def _tell_obstacle(machinery: Machinery, agent: Agent, obstacle: str | None, now: datetime) -> None:
+    with db.reading(machinery.engine) as connection:
+        told = next((alarm["message"] for alarm in alarms.list_open(connection, agent.name) if alarm["kind"] == ALARM), None)
+    if told == obstacle:
+        return
+    with db.writing(machinery.engine) as connection:
+        if obstacle is None:
+            alarms.clear(connection, agent.name, ALARM, now)
+        elif alarms.raise_alarm(connection, agent.name, ALARM, obstacle, {}, now):
+            log.warning("exam_obstructed", agent=agent.name)
+
+
+def _is_scoring_due(machinery: Machinery, connection: Connection, exam: RowMapping, agent: Agent, now: datetime) -> bool:
     if _lacks_gold(connection, exam):
         return True
     unscored = find_unscored(connection, exam, agent)
     if not _is_worth_a_run(connection, exam, agent, len(unscored), now):
         return False
-    # What can't be rendered would be due for ever. To render takes long, so it is asked only where a run would be queued.
-    lacking = find_lacking(connection, exam, unscored)
+    # What can't be rendered would be due for ever.
+    lacking = find_lacking(machinery, connection, exam, unscored)
     return _is_worth_a_run(connection, exam, agent, len(set().union(*lacking.values())), now)
 
 
@@ -178,15 +221,27 @@ def find_unscored(connection: Connection, exam: RowMapping, agent: Agent) -> lis
     return sorted({one for name in names for one in scores.read_unscored(connection, agent.name, name, ordered)})
 
 
-def find_lacking(connection: Connection, exam: RowMapping, claims: list[str]) -> dict[str, set[str]]:
+def find_lacking(machinery: Machinery, connection: Connection, exam: RowMapping, claims: list[str]) -> dict[str, set[str]]:
     """Of these claims those that each compared version was not asked about, though its prompt can be rendered for them."""
-    rows = predictions.read_inputs(connection, claims)
     lacking = {}
-    for name in (exam["candidate"], exam["champion"]):
-        prompt = spec.Prompt(text=registry.read(connection, exam["agent"], name)["prompt"])
-        unscored = scores.read_unscored(connection, exam["agent"], name, claims)
-        lacking[name] = {one for one in unscored if _can_render(prompt, rows[one]["input"])}
+    for role in ("candidate", "champion"):
+        prompt = spec.Prompt(text=registry.read(connection, exam["agent"], exam[role])["prompt"])
+        unscored = scores.read_unscored(connection, exam["agent"], exam[role], claims)
+        lacking[exam[role]] = _find_renderable(machinery, connection, (exam["agent"], exam["kind"], role), prompt, unscored)
     return lacking
+
+
+def _find_renderable(
+    machinery: Machinery, connection: Connection, place: tuple[str, str, str], prompt: spec.Prompt, claims: list[str]
+) -> set[str]:
+    """Those of the claims that the prompt can be rendered for; each is tried once while it is asked about, for to render takes long."""
+    digest, known = machinery.memory.rendered.get(place, ("", {}))
+    if digest != prompt.digest:
+        known = {}
+    rows = predictions.read_inputs(connection, [one for one in claims if one not in known])
+    tried = {one: known[one] if one in known else _can_render(prompt, rows[one]["input"]) for one in claims}
+    machinery.memory.rendered[place] = prompt.digest, tried
+    return {one for one, is_renderable in tried.items() if is_renderable}
 
 
 def _can_render(prompt: spec.Prompt, fields: Mapping[str, Any]) -> bool:
@@ -209,7 +264,7 @@ def plan_scoring(machinery: Machinery, run: RowMapping, agent: Agent) -> spec.Sp
         compared = exams.list_open(connection, agent.name)
         names = list(dict.fromkeys(name for exam in compared for name in (exam["champion"], exam["candidate"])))
         versions = [registry.read(connection, agent.name, name) for name in names]
-        unanswered = [find_lacking(connection, exam, find_unscored(connection, exam, agent)) for exam in compared]
+        unanswered = [find_lacking(machinery, connection, exam, find_unscored(connection, exam, agent)) for exam in compared]
         unscored = sorted({one for lacking in unanswered for claims in lacking.values() for one in claims})
         rows = sorted(predictions.read_inputs(connection, unscored).values(), key=lambda row: str(row["id"]))
         gold = next((exam for exam in compared if _lacks_gold(connection, exam)), None)
@@ -217,9 +272,10 @@ def plan_scoring(machinery: Machinery, run: RowMapping, agent: Agent) -> spec.Sp
         lacking = {name for some in unanswered for name, claims in some.items() if claims}
     if gold is not None:
         lacking.add(gold["champion"])
-    if not lacking:
-        raise NothingToScoreError("its exam ended before it began")
-    base = next(one for one in versions if one["name"] in lacking)
+    here = [(one, place) for one in versions if (place := makeup.find_base(machinery, agent, one)) is not None]
+    first = next(((one, place) for one, place in here if one["name"] in lacking), None)
+    if first is None:
+        raise NothingToScoreError("its exam ended, or lost a base, before it began")
     score_sets = run_folders.write_recent(folder, rows)
     if made_by is not None:
         score_sets.append(spec.ScoreSet(name=run_folders.GOLD, path=made_by.resolve() / f"{run_folders.GOLD}.parquet"))
@@ -227,8 +283,8 @@ def plan_scoring(machinery: Machinery, run: RowMapping, agent: Agent) -> spec.Sp
         run_id=run["id"],
         kind="score",
         agent=agent.name,
-        base=spec.Base(path=Path(base["base_path"]).resolve(), digest=base["base_digest"]),
-        others=tuple(run_folders.describe_model(one) for one in versions),
+        base=spec.Base(path=first[1].resolve(), digest=first[0]["base_digest"]),
+        others=tuple(run_folders.describe_model(one, place) for one, place in here),
         score_sets=tuple(score_sets),
         options=agent.training,
         device=run["device"],

@@ -38,7 +38,8 @@ class Makeup:
 class Memory:
     """Costly answers, kept while what they were made from is the same."""
 
-    digests: dict[Path, tuple[Fingerprint, Any]] = field(default_factory=dict)
+    digests: dict[Path, tuple[Fingerprint, tuple[str, str]]] = field(default_factory=dict)
+    rendered: dict[tuple[str, str, str], tuple[str, dict[str, bool]]] = field(default_factory=dict)
     references: dict[str, tuple[str, Any]] = field(default_factory=dict)
     windows: dict[str, str] = field(default_factory=dict)
     makeups: dict[str, Makeup] = field(default_factory=dict)

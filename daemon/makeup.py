@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 import structlog
+from sqlalchemy import RowMapping
 
 from daemon.agents import Agent
 from daemon.machinery import Fingerprint, Machinery, Makeup
@@ -43,7 +44,12 @@ def advise(folder: Path) -> str:
 
 def read(machinery: Machinery, agent: Agent) -> Makeup | None:
     """The agent's makeup; the base's files are read again only when one of them changed."""
-    folder = agent.base_model
+    digests = _read_digests(machinery, agent.base_model)
+    return Makeup(agent.base_model, *digests, spec.Prompt(text=agent.prompt.text), agent.labels) if digests else None
+
+
+def _read_digests(machinery: Machinery, folder: Path) -> tuple[str, str] | None:
+    """The digests of a base and of its tokenizer; None where there is no checkpoint."""
     if not is_checkpoint(folder):
         return None
     fingerprint = _take_fingerprint(folder)
@@ -51,8 +57,16 @@ def read(machinery: Machinery, agent: Agent) -> Makeup | None:
     if known is None or known[0] != fingerprint:
         digests = artifacts.digest_folder(folder), digest_tokenizer(folder)
         known = machinery.memory.digests[folder] = (fingerprint, digests)
-    base_digest, tokenizer_digest = known[1]
-    return Makeup(folder, base_digest, tokenizer_digest, spec.Prompt(text=agent.prompt.text), agent.labels)
+    return known[1]
+
+
+def find_base(machinery: Machinery, agent: Agent, version: RowMapping) -> Path | None:
+    """Where a version's base lies today: where it lay, or where the agent's base lies now; None when other files took its place."""
+    for folder in (Path(version["base_path"]), agent.base_model):
+        digests = _read_digests(machinery, folder)
+        if digests is not None and digests[0] == version["base_digest"]:
+            return folder
+    return None
 
 
 def is_checkpoint(folder: Path) -> bool:

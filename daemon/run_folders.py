@@ -83,11 +83,11 @@ def pick_slices(attributes: Mapping[str, Any], names: Sequence[str]) -> dict[str
     return {name: str(attributes[name]) for name in names if attributes.get(name) is not None}
 
 
-def describe_model(version: RowMapping) -> spec.Model:
-    """A registered version as a trainer asks it."""
+def describe_model(version: RowMapping, base: Path) -> spec.Model:
+    """A registered version as a trainer asks it; `base` is where its base lies today."""
     return spec.Model(
         name=version["name"],
-        base=spec.Base(path=Path(version["base_path"]).resolve(), digest=version["base_digest"]),
+        base=spec.Base(path=base.resolve(), digest=version["base_digest"]),
         adapter=Path(version["adapter_path"]).resolve() if version["adapter_path"] else None,
         adapter_digest=version["adapter_digest"],
         prompt=spec.Prompt(text=version["prompt"]),

@@ -397,7 +397,7 @@ def share_by_attribute(stream: Sequence[Case], asked: set[str]) -> dict[str, lis
 
 
 def _name_model(row: RowMapping, role: str) -> spec.Model:
-    return run_folders.describe_model(row).model_copy(update={"name": role})
+    return run_folders.describe_model(row, Path(row["base_path"])).model_copy(update={"name": role})
 
 
 def _describe(case: Case) -> dict[str, Any]:

@@ -242,7 +242,7 @@ def plan_training(machinery: Machinery, run: RowMapping, agent: Agent, made: Mak
         init_adapter=Path(adapter["adapter_path"]).resolve() if adapter else None,
         init_adapter_digest=adapter["adapter_digest"] if adapter else None,
         candidate=spec.Model(name=run_folders.CANDIDATE, prompt=made.prompt, labels=made.labels),
-        others=(run_folders.describe_model(champion),) if makeup.is_checkpoint(Path(champion["base_path"])) else (),
+        others=(run_folders.describe_model(champion, place),) if (place := makeup.find_base(machinery, agent, champion)) else (),
         score_sets=tuple(score_sets),
         options=options,
         seed=run["options"]["overrides"].get(SEED, _draw_seed(run["id"], machinery.settings.training.seed)),

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import Connection, RowMapping, func, insert, select, update
+from sqlalchemy import Connection, RowMapping, exists, func, insert, select, update
+from sqlalchemy.orm import aliased
 
 from storage import db, events, ids, ledger
 from storage.tables import Alias, Deployment, Version
@@ -241,8 +242,14 @@ def predecessor(connection: Connection, agent: str) -> str | None:
 
 
 def latest_candidate(connection: Connection, agent: str) -> RowMapping | None:
-    """The newest trained version that was neither rejected nor rolled back: where the next run continues."""
+    """The newest trained version that was neither rejected nor rolled back for good: where the next run continues.
+
+    Who promotes a version again after a rollback says that it did no harm: a drill, or an error.
+    """
+    again = aliased(Deployment)
+    came_back = exists().where(again.agent == agent, again.version == Deployment.previous, again.number > Deployment.number)
     harmful = select(Deployment.previous).where(Deployment.agent == agent, Deployment.kind == "rollback", Deployment.previous.is_not(None))
+    harmful = harmful.where(~came_back)
     query = select(Version.__table__).where(Version.agent == agent, Version.name != BARE, Version.name.not_in(harmful))
     query = query.where(func.coalesce(Version.verdict, "") != "reject").order_by(Version.major.desc(), Version.minor.desc()).limit(1)
     return connection.execute(query).mappings().first()

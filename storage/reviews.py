@@ -105,10 +105,17 @@ def lease_next(connection: Connection, agents: Sequence[str], expert: str, now: 
         held = connection.execute(free).scalar()
         if held is None:
             return None
-        _step(connection, held, now, expert, "leased", None)
-    values = {"state": "leased", "leased_by": expert, "lease_until": now + term}
-    connection.execute(update(Review).where(Review.id == held).values(values))
+        return lease(connection, held, expert, now, term)
+    connection.execute(update(Review).where(Review.id == held).values(lease_until=now + term))
     return read(connection, held)
+
+
+def lease(connection: Connection, review: str, expert: str, now: datetime, term: timedelta) -> RowMapping | None:
+    """Give an open case to an expert."""
+    _step(connection, review, now, expert, "leased", None)
+    values = {"state": "leased", "leased_by": expert, "lease_until": now + term}
+    connection.execute(update(Review).where(Review.id == review, Review.state == "open").values(values))
+    return read(connection, review)
 
 
 def read(connection: Connection, review: str) -> RowMapping | None:

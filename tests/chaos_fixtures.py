@@ -26,7 +26,7 @@ import httpx
 
 from storage import artifacts, db, ledger, registry, snapshots
 from tests import model_fixtures
-from tests.daemon_fixtures import Daemon, find_trainers, make_home
+from tests.daemon_fixtures import Daemon, find_trainers, is_trainer, make_home
 from tests.event_fixtures import envelope, make_history, make_label, make_prediction, send
 
 AGENT = "adjudication"
@@ -46,10 +46,12 @@ SETTINGS = {
 }
 HISTORY = 60
 PRODUCER_PAUSE, EXPERT_PAUSE, RETRY_PAUSE = 0.4, 0.2, 0.1
-RUN_SECONDS, RUNS_BETWEEN = 6.0, 3
-"""About as long as a run takes, until one was seen; and in the time of so many runs there is one kill at least."""
+LATE = 0.5
+"""The share of the kills of a trainer that come after its first checkpoint."""
+RUN_SECONDS = 6.0
+"""About as long as a run takes, until one was seen."""
 REST_SECONDS = 300
-REST_PAUSE, REST_LOOKS = 0.5, 8
+REST_PAUSE, REST_LOOKS, LOOK_PAUSE = 0.5, 8, 0.05
 UNDER_WAY = "runs WHERE state IN ('queued', 'leased', 'running')"
 FAULTS = ("role_died", "role_did_not_stop", "stage_failed", "request_failed")
 
@@ -67,6 +69,8 @@ class Loop:
     deaths: int = 0
     """How often the daemon ended by itself."""
     kills: Counter[str] = field(default_factory=Counter)
+    until_checkpoint: float = RUN_SECONDS / 2
+    """How long the latest attempt that was looked at took to its first checkpoint."""
 
     def __post_init__(self) -> None:
         self.secrets = make_home(self.home)
@@ -197,10 +201,9 @@ class Loop:
 
     def do_harm(self, victim: str, users: list[Future[None]]) -> None:
         """Kill the daemon or a trainer at a moment that nobody chose."""
-        span = self.measure_run()
-        self.sleep(self.fate.uniform(0, RUNS_BETWEEN * span), users)
+        self.sleep(self.fate.uniform(0, self.measure_run()), users)
         if victim == "trainer":
-            self.kill_trainer(self.fate.uniform(0, span), users)
+            self.kill_trainer(users)
         else:
             self.daemon.kill()
             self.daemon.begin()
@@ -213,18 +216,35 @@ class Loop:
             latest = [row[0] for row in connection.execute(f"{took} ORDER BY id DESC LIMIT 5")]
         return sum(latest) / len(latest) if latest else RUN_SECONDS
 
-    def kill_trainer(self, after: float, users: list[Future[None]]) -> None:
-        """Kill a trainer so long after it was found, or the first one that lives so long."""
+    def kill_trainer(self, users: list[Future[None]]) -> None:
+        """Kill a trainer, as often before the first checkpoint of its attempt as after it.
+
+        A run is parked when it brings no newer checkpoint again and again. How long the first one takes, the machine decides; that a run
+        can be done at all must not depend on it.
+        """
+        is_late, share = self.fate.random() < LATE, self.fate.random()
         deadline = time.monotonic() + REST_SECONDS
         while time.monotonic() < deadline:
-            for group in find_trainers(self.home):
-                self.sleep(after, users)
+            for group, attempt in find_trainers(self.home).items():
+                if is_late:
+                    self.await_checkpoint(group, attempt, users)
+                self.sleep(share * (self.measure_run() - self.until_checkpoint if is_late else self.until_checkpoint), users)
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(group, signal.SIGKILL)
                     return
-                after /= 2
-            self.sleep(0.1, users)
+                share /= 2
+            self.sleep(LOOK_PAUSE, users)
         raise TimeoutError(f"no trainer was seen within {REST_SECONDS} s")
+
+    def await_checkpoint(self, group: int, attempt: Path, users: list[Future[None]]) -> None:
+        """Wait until the attempt has a checkpoint, or has ended."""
+        while is_trainer(group):
+            with contextlib.suppress(OSError):  # the daemon takes the folder away when the run is done
+                if made := [path.stat().st_mtime for path in (attempt / "checkpoints").glob("step-*")]:
+                    took = min(made) - (attempt / "attempt.json").stat().st_mtime
+                    self.until_checkpoint = min(max(took, 0), self.measure_run())
+                    return
+            self.sleep(LOOK_PAUSE, users)
 
     def sleep(self, seconds: float, users: list[Future[None]]) -> None:
         """Wait, and see that daemon and users are still at it."""

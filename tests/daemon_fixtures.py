@@ -116,10 +116,10 @@ class Daemon:
         return next((str(line["url"]) for line in told), None)
 
 
-def find_trainers(home: Path) -> list[int]:
-    """The process groups of the trainers that work in this home; killing them says what the daemon may not know yet."""
+def find_trainers(home: Path) -> dict[int, Path]:
+    """The process groups of the trainers that work in this home, with the folder of each attempt; the daemon may not know of them yet."""
     files = (home / "runs").glob("*/attempts/*/process.lock")
-    return [number for path in files if (number := _read_number(path)) and _is_trainer(number)]
+    return {number: path.parent for path in files if (number := _read_number(path)) and is_trainer(number)}
 
 
 def _read_number(path: Path) -> int:
@@ -128,7 +128,8 @@ def _read_number(path: Path) -> int:
     return 0
 
 
-def _is_trainer(number: int) -> bool:
+def is_trainer(number: int) -> bool:
+    """Whether this process is a trainer that lives."""
     with contextlib.suppress(OSError):
         return b"trainers.train" in Path(f"/proc/{number}/cmdline").read_bytes()
     return False

@@ -539,6 +539,48 @@ def test_a_candidate_on_a_new_base_and_the_champion_on_the_old_one_answer_in_one
     assert report["gold"]["rows"] > 10
 
 
+def test_a_base_that_was_overwritten_is_named_with_the_remedy_and_the_loop_goes_on(served: World, tmp_path: Path) -> None:
+    config = served.agent.base_model / "config.json"
+    old = config.read_bytes()
+    config.write_text('{"other": true}')
+    served.launcher.models["candidate"] = knows
+    served.ask_for_run()
+    served.settle()
+    assert [one.kind for one in served.launcher.started] == ["train", "train"]
+    assert served.launcher.started[1].others == (), "a run that asked for weights that are gone would be refused"
+    alarm = open_alarms(served)["exam"]
+    assert f"v2.0 and v1.0 can't be compared: {served.agent.base_model} does not hold v1.0's base any more" in alarm
+    assert "ratchet promote v2.0 --force" in alarm
+    other = make_base(tmp_path / "other")
+    (other / "config.json").write_bytes(config.read_bytes())
+    config.write_bytes(old)
+    served.settings = make_settings(served.settings.home, other)
+    served.restart()
+    served.settle()
+    assert (open_alarms(served), served.launcher.started[2].kind) == ({}, "score")
+    assert open_exam(served)["report"]["pool"] > 0
+
+
+def test_an_exam_whose_champion_fits_none_of_the_claims_says_so_until_one_comes(engine: Engine, now: Any, tmp_path: Path) -> None:
+    old, new = (PromptFile(text=f"Claim for {{{{ input.{name}.upper() }}}}: ") for name in ("treatment", "plan"))
+    base = make_base(tmp_path / "base")
+    world = World(engine, make_settings(tmp_path, base, prompt=old), ScriptedLauncher(), now)
+    world.import_history(60, input={"treatment": "t0", "plan": "p", "age": "4"})
+    world.tick()
+    world.ask_for_run()
+    world.settle()
+    world.settings = make_settings(tmp_path, base, prompt=new)
+    world.restart()
+    world.predict(60, input={"plan": "p"})
+    world.settle()
+    assert "v2.0 and v1.0 can't be compared: of the 60 newest claims none fits the prompts of both" in open_alarms(world)["exam"]
+    assert champion(world) == "v1.0"
+    world.predict(1, input={"plan": "p", "treatment": "t0"})
+    world.settle()
+    assert "exam" not in open_alarms(world)
+    assert open_exam(world)["report"]["pool"] == 1
+
+
 def test_a_claim_that_cannot_be_rendered_holds_up_no_exam_and_queues_no_runs(engine: Engine, now: Any, tmp_path: Path) -> None:
     prompt = PromptFile(text="Claim for {{ input.treatment.upper() }}: ")
     settings = make_settings(tmp_path, make_base(tmp_path / "base"), prompt=prompt)

@@ -173,6 +173,20 @@ def test_the_next_run_continues_from_the_latest_candidate_that_did_no_harm(conne
     assert registry.latest_candidate(connection, AGENT)["name"] == "v1.1"
 
 
+def test_a_version_that_was_rolled_back_is_trained_on_again_once_it_was_promoted_again(connection, tmp_path, now):
+    registry.register_bare(connection, AGENT, make_made(tmp_path, None), now)
+    for seed in (1, 2):
+        registry.register(connection, AGENT, make_made(tmp_path, seed), now)
+    change(connection, "v1.0", "v0", now)
+    change(connection, "v1.1", "v1.0", now)
+    change(connection, "v1.0", "v1.1", now, kind="rollback")
+    assert registry.latest_candidate(connection, AGENT)["name"] == "v1.0"
+    change(connection, "v1.1", "v1.0", now)
+    assert registry.latest_candidate(connection, AGENT)["name"] == "v1.1"
+    change(connection, "v1.0", "v1.1", now, kind="rollback")
+    assert registry.latest_candidate(connection, AGENT)["name"] == "v1.0"
+
+
 def test_a_version_is_found_by_its_name_and_by_its_serving_name(connection, tmp_path, now):
     register(connection, tmp_path, 1, now)
     row = registry.read(connection, AGENT, "v1.0")

@@ -160,6 +160,44 @@ def test_everything_works_without_javascript(browser):
     browser.wait_for("Log in")
 
 
+def test_what_an_expert_wrote_outlives_a_session_that_ended_meanwhile(browser):
+    browser.log_in()
+    browser.wait_for("Claim c0")
+    browser.find("#rationale").send_keys("Two documented events,\n<b>nothing</b> else")
+    browser.driver.delete_all_cookies()
+    browser.find("button[value=DENIED]").click()
+    browser.wait_for("What you wrote is kept")
+    browser.press("wrong", Keys.ENTER)
+    browser.wait_for("not known, or was revoked")
+    browser.press(browser.site.secrets["ann"], Keys.ENTER)
+    browser.wait_for("Claim c0")
+    assert "did not arrive" in browser.find("main").text
+    assert count_labels(browser.site) == 0
+    browser.find("button[value=DENIED]").click()
+    browser.wait_for("You and the model differ")
+    with db.reading(browser.site.engine) as connection:
+        label = connection.execute(text("SELECT answer, rationale FROM labels")).one()
+    assert tuple(label) == ("DENIED", "Two documented events,\n<b>nothing</b> else")
+
+
+def test_what_an_expert_wrote_outlives_a_log_in_in_another_tab(browser):
+    browser.log_in()
+    browser.wait_for("Claim c0")
+    browser.find("details summary").click()
+    browser.find("#reason").send_keys("I know the member")
+    first = browser.driver.current_window_handle
+    browser.driver.switch_to.new_window("tab")
+    browser.log_in()
+    browser.driver.close()
+    browser.driver.switch_to.window(first)
+    browser.find("#reason").send_keys(Keys.ENTER)
+    browser.wait_for("did not arrive")
+    assert browser.find("#reason").get_attribute("value") == "I know the member"
+    browser.find("#reason").send_keys(Keys.ENTER)
+    browser.wait_for("Claim c1")
+    assert [step["note"] for step in read_steps(browser.site, "skipped")] == ["I know the member"]
+
+
 def test_text_from_a_claim_is_never_markup(browser):
     browser.log_in()
     browser.wait_for("Claim c0")
@@ -246,6 +284,34 @@ def test_an_answer_that_the_database_can_t_take_is_not_lost_to_the_expert(queued
     step = ("POST", f"/review/{review}/answer", {"answer": "DENIED", "rationale": "Thought about for long."})
     answer = visit(queued, "ann", step, accept="text/html")[1]
     assert (answer.status_code, "Thought about for long." in answer.text) == (503, True)
+
+
+def log_in_with_draft(site, name, draft):
+    """What a browser does whose session ended while its owner wrote: the form leads to the log-in, which brings the text along."""
+
+    async def walk():
+        async with site.client(accept="text/html") as client:
+            page = await client.post(f"/review/{draft['review']}/answer", data={**draft, "answer": "DENIED", "csrf": "old"})
+            assert page.status_code == 401
+            return await client.post("/login", data={**draft, "csrf": read_csrf(page), "token": site.secrets[name]})
+
+    return asyncio.run(walk())
+
+
+def test_what_was_written_comes_back_with_its_case_also_when_the_lease_ran_out(queued):
+    draft = {"review": lease(queued), "rationale": "Thought about for long."}
+    queued.clock.now += timedelta(hours=13)
+    page = log_in_with_draft(queued, "ann", draft)
+    assert (page.status_code, "Thought about for long." in page.text, "Claim <span" in page.text) == (200, True, True)
+    assert [step["actor"] for step in read_steps(queued, "leased")] == ["ann", "ann"]
+
+
+def test_what_was_written_is_shown_to_copy_where_the_case_is_lost(queued):
+    draft = {"review": lease(queued), "rationale": "Thought about for long."}
+    for name, status in (("ben", 409), ("ops", 403)):
+        page = log_in_with_draft(queued, name, draft)
+        assert (page.status_code, "You had written" in page.text, "Thought about for long." in page.text) == (status, True, True)
+        assert page.cookies["ratchet_session"]
 
 
 def test_a_changed_answer_counts_as_one_case_of_the_day(queued):

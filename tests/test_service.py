@@ -173,7 +173,7 @@ def test_a_trainer_is_stopped_with_the_daemon_and_its_run_did_not_fail(daemon, h
     began = time.monotonic()
     assert daemon.stop() == 0
     assert time.monotonic() - began < 30
-    assert find_trainers(home) == []
+    assert find_trainers(home) == {}
     with db.reading(engine) as connection:
         [run] = runs.read_in_state(connection, "queued")
     assert (run["attempt"], run["failures"], run["error"]) == (1, 0, "stopped as asked")

@@ -13,11 +13,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.staticfiles import StaticFiles
 from sqlalchemy import Engine
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as RoutingError
 
 from consumers import embedded, handlers
 from daemon.config import Settings
-from daemon.web import access, desk, events, health, intake, limits, pages, problems, reviews, sessions
+from daemon.web import access, desk, drafts, events, health, intake, limits, pages, problems, reviews, sessions
 from daemon.web.metrics import Metrics
 from daemon.web.site import Site
 from daemon.web.traffic import Traffic
@@ -67,7 +68,8 @@ def create_app(
     for router in (events.router, reviews.router, health.router, pages.router):
         app.include_router(router)
     app.mount("/static", StaticFiles(directory=pages.FOLDER / "static"))
-    app.add_exception_handler(sessions.LoginNeededError, _ask_to_log_in)
+    app.add_exception_handler(sessions.LoginNeededError, pages.ask_to_log_in)
+    app.add_exception_handler(sessions.FormOutdatedError, _show_again)
     app.add_middleware(limits.BodyLimit, max_bytes=settings.server.max_body_bytes)
     app.add_middleware(Traffic, metrics=metrics)  # added last, so it is outermost
     app.openapi = lambda: _describe(app)  # type: ignore[method-assign]
@@ -108,8 +110,10 @@ async def _refuse(request: Request, error: Exception) -> Response:
     return problems.to_json(status, problem, headers)
 
 
-async def _ask_to_log_in(_: Request, __: Exception) -> Response:
-    return pages.go_to("/login")
+async def _show_again(request: Request, error: Exception) -> Response:
+    if drafts.find(request).text:
+        return await run_in_threadpool(pages.show_again, request, request.app.state.site)
+    return await _refuse(request, error)
 
 
 def _describe(app: FastAPI) -> dict[str, Any]:

@@ -119,6 +119,21 @@ class Desk:
                 row = reviews.lease_next(connection, [row["agent"]], expert.name, now, self.leases[row["agent"]])
             return self._show(connection, row, expert) if row is not None else None
 
+    def take_back(self, review: str, expert: tokens.Principal) -> Case:
+        """The case once more, on lease to the expert where nobody else has it; one that they answered is shown as it is.
+
+        Raises `UnknownReviewError`, `reviews.ReviewClosedError`.
+        """
+        now = self.clock()
+        with db.writing(self.engine) as connection:
+            reviews.return_expired_leases(connection, now)
+            row = _read(connection, review)
+            if not labels.of_review(connection, review, expert.name) and not _is_held(row, expert):
+                if row["state"] != "open":
+                    raise reviews.ReviewClosedError(f"review {review} is {CLOSED[row['state']]}: ask for the next one")
+                reviews.lease(connection, review, expert.name, now, self.leases[row["agent"]])
+            return self._show(connection, _read(connection, review), expert)
+
     def look_at(self, review: str, person: tokens.Principal) -> Case:
         """A review as the person may see it. Raises `UnknownReviewError`."""
         with db.reading(self.engine) as connection:

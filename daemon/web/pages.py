@@ -12,7 +12,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 
 from consumers import schemas
 from daemon import status
-from daemon.web import desk, fields, problems, sessions
+from daemon.web import desk, drafts, fields, problems, sessions
 from daemon.web import reviews as review_routes
 from daemon.web.reviews import ReviewId
 from daemon.web.site import Site, SiteHere
@@ -22,8 +22,8 @@ REFRESH_SECONDS = 10
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 router = APIRouter(include_in_schema=False)
-Csrf = Depends(sessions.check_form)
-Text = Annotated[str, Form(max_length=schemas.MAX_TEXT)]
+Keep, Csrf = Depends(drafts.keep), Depends(sessions.check_form)
+OUTDATED = "You had been logged out. What you wrote is kept: log in, and choose your answer once more."
 
 
 def show_age(moment: datetime, now: datetime) -> str:
@@ -67,9 +67,31 @@ def go_to(address: str) -> RedirectResponse:
 
 def render_problem(request: Request, code: int, problem: problems.Problem) -> HTMLResponse:
     """The page that says what went wrong, repeats what the person had typed, and leads back to where they came from."""
-    way_on = "/review" if request.url.path.startswith("/review/") and problem.field != "role" else "/"
-    typed = getattr(request.state, "typed", "")
-    return render("problem.html", code, code=code, problem=problem, way_on=way_on, typed=typed)
+    draft = drafts.find(request)
+    way_on = "/review" if (draft.review or request.url.path.startswith("/review/")) and problem.field != "role" else "/"
+    return render("problem.html", code, code=code, problem=problem, way_on=way_on, typed=draft.text)
+
+
+async def ask_to_log_in(request: Request, _: Exception) -> Response:
+    """Send a stranger to the log-in; one who was logged out while they wrote finds it there, and in the case after it."""
+    return _ask_for_token(request, request.app.state.site, OUTDATED) if drafts.find(request).text else go_to("/login")
+
+
+def show_again(request: Request, site: Site) -> Response:
+    """Show the case of a form that is out of date once more, with what had been typed into it."""
+    visitor = sessions.find_visitor(request, site)
+    return _ask_for_token(request, site, OUTDATED) if visitor is None else _show_draft(request, site, visitor, 403)
+
+
+def _show_draft(request: Request, site: Site, visitor: sessions.Visitor, status_code: int) -> Response:
+    draft = drafts.find(request)
+    try:
+        sessions.require_expert(visitor)
+        with review_routes.translated(draft.review):
+            case = site.desk.take_back(draft.review, visitor.principal)
+    except problems.RequestRefusedError as error:
+        return render_problem(request, error.status_code, error.problem)
+    return _show_case(site, visitor, case, status_code, draft)
 
 
 @router.get("/")
@@ -84,7 +106,7 @@ def show_login(request: Request, site: SiteHere) -> Response:
     return _ask_for_token(request, site, None)
 
 
-@router.post("/login")
+@router.post("/login", dependencies=[Keep])
 def log_in(
     request: Request, site: SiteHere, token: Annotated[str, Form(max_length=500)] = "", csrf: Annotated[str, Form()] = ""
 ) -> Response:
@@ -93,17 +115,28 @@ def log_in(
     principal = site.doorkeeper.look_up(token.strip())
     if principal is None:
         return _ask_for_token(request, site, "This token is not known, or was revoked.")
-    answer = go_to("/review" if principal.role == "reviewer" else "/status")
-    site.sessions.begin(answer, principal.name, is_secure=request.url.scheme == "https")
+    session, cookie = _begin(request, site, principal.name)
+    if drafts.find(request).text:
+        answer = _show_draft(request, site, sessions.Visitor(principal, session, site.sessions.make_csrf(session)), 200)
+    else:
+        answer = go_to("/review" if principal.role == "reviewer" else "/status")
+    answer.headers["set-cookie"] = cookie
     return answer
+
+
+def _begin(request: Request, site: Site, name: str) -> tuple[sessions.Session, str]:
+    """A new session, and the cookie that makes it the browser's: the page that carries it needs the session first."""
+    blank = Response()
+    session = site.sessions.begin(blank, name, is_secure=request.url.scheme == "https")
+    return session, blank.headers["set-cookie"]
 
 
 def _ask_for_token(request: Request, site: Site, complaint: str | None) -> Response:
     # The form's own token needs a session: that of a stranger, made here.
-    blank = Response()
-    session = site.sessions.begin(blank, "", is_secure=request.url.scheme == "https")
-    page = render("login.html", 401 if complaint else 200, csrf=site.sessions.make_csrf(session), complaint=complaint)
-    page.headers["set-cookie"] = blank.headers["set-cookie"]
+    session, cookie = _begin(request, site, "")
+    csrf, draft = site.sessions.make_csrf(session), drafts.find(request)
+    page = render("login.html", 401 if complaint else 200, csrf=csrf, complaint=complaint, draft=draft)
+    page.headers["set-cookie"] = cookie
     return page
 
 
@@ -119,18 +152,22 @@ def log_out() -> Response:
 def show_next(site: SiteHere, visitor: sessions.ExpertHere) -> Response:
     """The next case, on lease to the expert; the model's answer is not on the page before it may be."""
     case = site.desk.take_next(visitor.principal)
-    progress = site.desk.count(visitor.principal)
     if case is None:
-        return render("nothing.html", visitor=visitor, progress=progress)
-    return _show_case(site, visitor, case, progress)
+        return render("nothing.html", visitor=visitor, progress=site.desk.count(visitor.principal))
+    return _show_case(site, visitor, case)
 
 
-def _show_case(site: Site, visitor: sessions.Visitor, case: desk.Case, progress: desk.Progress) -> Response:
+def _show_case(
+    site: Site, visitor: sessions.Visitor, case: desk.Case, status_code: int = 200, draft: drafts.Draft | None = None
+) -> Response:
+    """A case to answer, or one that its expert has answered; with what they had typed, when that was not sent."""
     return render(
-        "case.html",
+        "answered.html" if case.yours else "case.html",
+        status_code,
         visitor=visitor,
         case=case,
-        progress=progress,
+        draft=draft or drafts.Draft(),
+        progress=site.desk.count(visitor.principal),
         fields=fields.lay_out(case.input or {}),
         attributes=fields.lay_out(case.attributes or {}),
         keys=choose_keys(case.answers),
@@ -154,28 +191,22 @@ def show_answered(id: ReviewId, site: SiteHere, visitor: sessions.ExpertHere) ->
         case = site.desk.look_at(id, visitor.principal)
     if case.yours is None:
         return go_to("/review")
-    progress = site.desk.count(visitor.principal)
-    return render(
-        "answered.html", visitor=visitor, case=case, progress=progress, keys=choose_keys(case.answers), shown_at=site.clock().isoformat()
-    )
+    return _show_case(site, visitor, case)
 
 
-@router.post("/review/{id}/answer", dependencies=[Csrf])
+@router.post("/review/{id}/answer", dependencies=[Keep, Csrf])
 def give_answer(
     id: ReviewId,  # noqa: A002  the name in the address
-    request: Request,
     site: SiteHere,
     visitor: sessions.ExpertHere,
-    answer: Text = "",
-    rationale: Text = "",
+    answer: drafts.Text = "",
+    rationale: drafts.Text = "",
     shown_at: Annotated[str, Form()] = "",
 ) -> Response:
     """Send the answer through the same door as everybody's."""
-    request.state.typed = rationale  # a refusal repeats it, so that it is not lost
+    told = rationale.replace("\r\n", "\n").strip() or None  # a form ends its lines as no other producer does
     with review_routes.translated(id):
-        done = site.desk.answer(
-            id, visitor.principal, answer, rationale.strip() or None, measure_time(shown_at, site.clock()), "review-page"
-        )
+        done = site.desk.answer(id, visitor.principal, answer, told, measure_time(shown_at, site.clock()), "review-page")
     site.metrics.events.labels(schemas.LABEL, done.outcome).inc()
     return go_to(f"/review/{id}")
 
@@ -189,8 +220,8 @@ def measure_time(shown_at: str, now: datetime) -> float | None:
     return round(spent.total_seconds(), 1) if timedelta() <= spent <= timedelta(days=1) else None
 
 
-@router.post("/review/{id}/skip", dependencies=[Csrf])
-def skip_case(id: ReviewId, site: SiteHere, visitor: sessions.ExpertHere, reason: Text = "") -> Response:  # noqa: A002  as above
+@router.post("/review/{id}/skip", dependencies=[Keep, Csrf])
+def skip_case(id: ReviewId, site: SiteHere, visitor: sessions.ExpertHere, reason: drafts.Text = "") -> Response:  # noqa: A002  as above
     """Give the case back."""
     if not reason.strip():
         raise problems.RequestRefusedError(422, "reason", "nothing", "say why in a few words: it helps whoever comes next")

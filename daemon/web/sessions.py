@@ -62,9 +62,9 @@ class Sessions:
         return self._sign("csrf", session.nonce)
 
     def check_csrf(self, session: Session | None, given: str) -> None:
-        """Raise 403 unless the form was one of ours, for this session."""
+        """Raise `FormOutdatedError` unless the form was one of ours, for this session."""
         if session is None or not hmac.compare_digest(given.encode(errors="replace"), self.make_csrf(session).encode()):
-            raise problems.RequestRefusedError(403, "csrf", "wrong or old", "the form is out of date: go back, reload the page, try again")
+            raise FormOutdatedError
 
     def _sign(self, purpose: str, text: str) -> str:
         return hmac.digest(self.key, f"{purpose}\0{text}".encode(), "sha256").hex()
@@ -81,6 +81,13 @@ class Visitor:
 
 class LoginNeededError(Exception):
     """The page is for people who are known."""
+
+
+class FormOutdatedError(problems.RequestRefusedError):
+    """The form was made for another session, or not by us."""
+
+    def __init__(self) -> None:
+        super().__init__(403, "csrf", "wrong or old", "the form is out of date: go back, reload the page, try again")
 
 
 def find_visitor(request: Request, site: Site) -> Visitor | None:

@@ -58,6 +58,14 @@ class ComparisonClosed(TypedDict):
     reasons: list[str]
 
 
+@with_config(STRICT)
+class DeadLetterParked(TypedDict):
+    """Something could not be handled; `ratchet dead-letters show LETTER` shows what it holds."""
+
+    letter: str
+    reason: str
+
+
 ANNOUNCEMENTS: dict[str, Any] = {
     "ratchet.run.ended.v1": RunEnded,
     "ratchet.version.judged.v1": VersionJudged,
@@ -66,6 +74,7 @@ ANNOUNCEMENTS: dict[str, Any] = {
     "ratchet.champion.reverted.v1": ChampionChanged,
     "ratchet.exam.closed.v1": ComparisonClosed,
     "ratchet.watch.closed.v1": ComparisonClosed,
+    "ratchet.dead-letter.parked.v1": DeadLetterParked,
 }
 
 

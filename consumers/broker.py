@@ -8,7 +8,7 @@ import socket
 import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib.util import find_spec
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kafka.admin import KafkaAdminClient
 
 Mechanism = Literal["SCRAM-SHA-512", "SCRAM-SHA-256", "PLAIN"]
+PACKAGES = ("kafka-python", "faust-streaming", "aiokafka")
 PROBE_SECONDS = 5.0
 RECONNECT_MS = 1000
 """With kafka-python's own 30 s events would wait that long after the broker is back."""
@@ -84,9 +85,17 @@ class Access:
 
 def check_extra() -> None:
     """Raise `ExtraMissingError` with the remedy unless what speaks to Kafka is installed."""
-    missing = [name for name in ("kafka", "faust", "aiokafka") if find_spec(name) is None]
+    missing = [name for name in PACKAGES if not _is_installed(name)]
     if missing:
         raise ExtraMissingError(f"[kafka] bootstrap is set and {', '.join(missing)} is not installed: install ratchet-daemon[kafka]")
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        metadata.distribution(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def connect(access: Access) -> KafkaAdminClient:

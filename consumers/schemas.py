@@ -168,6 +168,28 @@ def parse(body: bytes, kind: str) -> list[AnyEvent | Refusal]:
     return [_parse_one(adapter, item) for item in items]
 
 
+def parse_each(values: Sequence[bytes | None], kind: str) -> list[AnyEvent | Refusal]:
+    """Check events that came each by itself, all at once, which is fast; whatever is wrong with one is a `Refusal` in its place."""
+    if all(value and value[:1] == b"{" and value.rstrip()[-1:] == b"}" for value in values):  # else two might be one only together
+        try:
+            items = parse(b"[" + b",".join(cast("Sequence[bytes]", values)) + b"]", kind)
+            if len(items) == len(values):
+                return items
+        except MalformedError:
+            pass
+    return [_parse_alone(value, kind) for value in values]
+
+
+def _parse_alone(value: bytes | None, kind: str) -> AnyEvent | Refusal:
+    if not value:
+        return Refusal("value", "nothing", "one event is wanted, this is empty")
+    try:
+        items = parse(b"[" + value + b"]", kind)
+    except MalformedError as error:
+        return Refusal("value", shorten(value.decode(errors="replace")), str(error).replace("the body", "this"))
+    return items[0] if len(items) == 1 else Refusal("value", f"{len(items)} events", "one event is wanted")
+
+
 class _Constant(str):
     """NaN or an infinity, which Python's JSON writers send and JSON does not have."""
 

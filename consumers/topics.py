@@ -78,7 +78,7 @@ def check(access: broker.Access, wanted: Sequence[Topic]) -> list[Finding]:
 
 def require(admin: KafkaAdminClient, names: Iterable[str]) -> None:
     """Raise `TopicMissingError` that names every topic that is not there: to Kafka's clients that is no error, they wait in silence."""
-    missing = [topic["name"] for topic in admin.describe_topics(list(names)) if topic["error_code"]]
+    missing = sorted(topic["name"] for topic in admin.describe_topics(list(names)) if topic["error_code"])
     if missing:
         raise TopicMissingError(f"there is no topic {', '.join(missing)}: run `ratchet topics create`, or correct [kafka.topics]")
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, SecretStr, model_validator
 
-from consumers import broker, topics
+from consumers import broker, schemas, topics
 from daemon.agents import HomePath, Section
 
 SERVER = r"[\w.-]+:\d{1,5}|\[[0-9A-Fa-f:]+\]:\d{1,5}"
@@ -42,6 +42,10 @@ class Topics(Section):
     def names(self) -> tuple[str, ...]:
         """All of them."""
         return self.predictions, self.labels, self.queue, self.events, self.dead_letters
+
+    def kinds(self) -> dict[str, str]:
+        """Which type of event comes in by which topic."""
+        return {self.predictions: schemas.PREDICTION, self.labels: schemas.LABEL}
 
     def describe(self) -> list[topics.Topic]:
         """Every topic as it should be."""

@@ -21,7 +21,7 @@ import uvicorn
 from fastapi import FastAPI
 from sqlalchemy import Engine
 
-from consumers import embedded, handlers
+from consumers import broker, embedded, handlers, records, stream
 from daemon import launch, pipeline, policies, scheduler
 from daemon.config import Settings
 from daemon.web import app
@@ -102,6 +102,8 @@ def listen(host: str, key: str, port: int) -> socket.socket:
 
 def start(settings: Settings, roles: Sequence[str]) -> int:
     """Run the daemon until it is told to stop; returns the exit status."""
+    if settings.kafka.bootstrap is not None:
+        broker.check_extra()
     engine = db.open_engine(settings.database.url)
     try:
         db.check(engine)
@@ -135,6 +137,8 @@ async def _run(service: Service) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _begin_stop, service, number.name)
     works = {**{name: ROLES[name] for name in service.roles}, "operate": operate, "keep_alive": keep_alive}
+    if "consume" in service.roles and service.settings.kafka.bootstrap is not None:
+        works["stream"] = read_stream
     tasks = {asyncio.create_task(work(service), name=name) for name, work in works.items()}
     stopper = asyncio.create_task(service.stop.wait())
     await asyncio.wait({*tasks, stopper}, return_when=asyncio.FIRST_COMPLETED)
@@ -164,6 +168,13 @@ def _begin_stop(service: Service, name: str) -> None:
 async def consume(service: Service) -> None:
     """Handle the events in the table."""
     await embedded.run(service.engine, service.agents, utc_now, service.stop, service.wake, service.counters)
+
+
+async def read_stream(service: Service) -> None:
+    """Handle what comes by Kafka, beside what lies in the table."""
+    told = service.settings.kafka
+    inlet = records.Inlet(service.engine, service.agents, told.topics.kinds(), utc_now, service.counters)
+    await stream.run(stream.Stream(told.to_access(), told.group, told.consumer, inlet), service.stop)
 
 
 async def web(service: Service) -> None:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, RowMapping, func, select, update
 
 from storage import db, events, ids
 from storage.tables import DeadLetter, Event
+
+PARKED = "ratchet.dead-letter.parked.v1"
+
+
+class Record(NamedTuple):
+    """One record of a Kafka topic, before anybody knows whether it is an event."""
+
+    topic: str
+    partition: int
+    offset: int
+    value: bytes | None
 
 
 class UnknownDeadLetterError(LookupError):
@@ -25,9 +37,21 @@ def park(
     connection: Connection, origin: str, reason: str, now: datetime, *, key: str, event: str | None = None, payload: str | None = None
 ) -> str:
     """Set something aside that never became an event. While a letter of this `key` is parked, that one stands for both."""
+    return _park(connection, key, reason, now, {"event": event, "origin": origin, "payload": payload})
+
+
+def park_record(connection: Connection, record: Record, reason: str, announced: str, now: datetime) -> str:
+    """Set a record from Kafka aside with its bytes and its place. `announced` is the reason without what it holds."""
+    digest = hashlib.sha256(record.value or b"").hexdigest()
+    origin = f"{record.topic}/{record.partition}/{record.offset}"  # a topic that was made anew has the same places again
+    return _park(connection, f"{origin}/{digest}", reason, now, {"origin": origin, **record._asdict()}, announced)
+
+
+def _park(connection: Connection, key: str, reason: str, now: datetime, told: dict[str, Any], announced: str | None = None) -> str:
     letter = ids.make_ulid(now, "dead letter", key)
-    told = {"id": letter, "key": key, "event": event, "origin": origin, "reason": reason, "payload": payload}
-    connection.execute(db.insert_or_skip(connection, DeadLetter), [{**told, "state": "parked", "at": now}])
+    row = {"id": letter, "key": key, "reason": reason, "state": "parked", "at": now, **told}
+    if connection.execute(db.insert_or_skip(connection, DeadLetter), [row]).rowcount == 1:
+        events.emit(connection, PARKED, letter, letter, {"letter": letter, "reason": announced or reason}, now)
     parked = select(DeadLetter.id).where(DeadLetter.key == key, DeadLetter.state == "parked")
     return connection.execute(parked).scalar_one()
 
@@ -61,6 +85,18 @@ def replay(connection: Connection, letter: str, actor: str, now: datetime) -> No
     connection.execute(
         update(Event).where(Event.ulid == event, Event.state == "dead").values(state="received", reason=None, handled_at=None)
     )
+
+
+def find_record(connection: Connection, letter: str) -> Record | None:
+    """The record from Kafka that a parked dead letter holds; None when it holds none."""
+    query = select(DeadLetter.topic, DeadLetter.partition, DeadLetter.offset, DeadLetter.value)
+    row = connection.execute(query.where(DeadLetter.id == letter, DeadLetter.state == "parked", DeadLetter.topic.is_not(None))).first()
+    return Record._make(row) if row else None
+
+
+def close_replayed(connection: Connection, letter: str, actor: str, now: datetime) -> None:
+    """Close a parked dead letter whose record has become an event. Raises `UnknownDeadLetterError`."""
+    _close(connection, letter, "replayed", actor, None, now)
 
 
 def discard(connection: Connection, letter: str, actor: str, note: str, now: datetime) -> None:

@@ -16,6 +16,7 @@ from sqlalchemy import (
     ForeignKey,
     ForeignKeyConstraint,
     Index,
+    LargeBinary,
     String,
     Text,
     UniqueConstraint,
@@ -404,7 +405,7 @@ class LedgerEntry(Table):
 
 
 class DeadLetter(Table):
-    """What could not be handled, with its reason, until somebody replays or discards it."""
+    """What could not be handled, with its reason, until somebody replays or discards it; a record from Kafka with its bytes and place."""
 
     __tablename__ = "dead_letters"
     id: Mapped[str] = mapped_column(String(26), primary_key=True)
@@ -413,6 +414,10 @@ class DeadLetter(Table):
     origin: Mapped[str]
     reason: Mapped[str] = mapped_column(Text)
     payload: Mapped[str | None] = mapped_column(Text)
+    topic: Mapped[str | None]
+    partition: Mapped[int | None]
+    offset: Mapped[int | None] = mapped_column(BigInteger)
+    value: Mapped[bytes | None] = mapped_column(LargeBinary)
     state: Mapped[str]
     at: Mapped[datetime]
     closed_at: Mapped[datetime | None]

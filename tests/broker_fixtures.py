@@ -6,11 +6,15 @@ import os
 import shutil
 import socket
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from kafka import KafkaProducer, TopicPartition
 
+from consumers import broker as brokers
+from consumers import topics
 from daemon.kafka import Kafka
 
 START = Path(__file__).parents[1] / "deploy" / "kafka" / "start_kafka.sh"
@@ -110,6 +114,32 @@ def make_broker(folder: Path) -> Broker:
     broker = Broker(folder, find_port())
     broker.start()
     return broker
+
+
+def make_topics(broker: Broker, name: str) -> Kafka:
+    """As `name_topics`, and the topics are there."""
+    kafka = name_topics(broker, name)
+    topics.create(kafka.to_access(), kafka.topics.describe())
+    return kafka
+
+
+def produce(broker: Broker, topic: str, values: Iterable[bytes | None]) -> None:
+    """Send records and wait until all are acknowledged; the one of even number goes to partition 0."""
+    producer = KafkaProducer(bootstrap_servers=broker.bootstrap, linger_ms=5, allow_auto_create_topics=False)
+    sent = [producer.send(topic, key=b"key", value=value, partition=number % 2) for number, value in enumerate(values)]
+    producer.flush()
+    for one in sent:
+        one.get(timeout=10)
+    producer.close()
+
+
+def read_lag(kafka: Kafka, topic: str) -> int:
+    """How many records of a topic the group has not acknowledged."""
+    places = [TopicPartition(topic, number) for number in range(kafka.topics.partitions)]
+    with brokers.connect(kafka.to_access()) as admin:
+        done = admin.list_group_offsets({kafka.group: places})[kafka.group]
+        ends = admin.list_partition_offsets(dict.fromkeys(places, -1))
+    return sum(ends[place].offset - max(0, done[place].offset if place in done else 0) for place in places)
 
 
 def name_topics(broker: Broker, name: str) -> Kafka:

@@ -70,8 +70,8 @@ def test_a_connection_that_fails_leaves_no_thread_behind(broker, monkeypatch):
 
 
 def test_what_is_missing_for_kafka_is_said_in_one_sentence(monkeypatch):
-    monkeypatch.setattr(brokers, "find_spec", lambda name: None if name == "faust" else object())
-    with pytest.raises(brokers.ExtraMissingError, match=r"faust is not installed: install ratchet-daemon\[kafka\]"):
+    monkeypatch.setattr(brokers, "PACKAGES", ("kafka-python", "faust-streaming-of-nowhere"))
+    with pytest.raises(brokers.ExtraMissingError, match=r"faust-streaming-of-nowhere is not installed: install ratchet-daemon\[kafka\]"):
         brokers.connect(brokers.Access("127.0.0.1:1"))
 
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from daemon.cli import context
 
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+    from storage.dead_letters import Record
+
 app = typer.Typer(help="Look at events that could not be handled; replay or discard them.", no_args_is_help=True)
 Id = Annotated[str, typer.Argument(metavar="ID", help="The dead letter's id.")]
+
+
+class UnknownTopicError(LookupError):
+    """Nothing says which type of event a record holds."""
 
 
 @app.command("list")
@@ -38,22 +47,48 @@ def show(letter: Id, config: context.ConfigFile = context.CONFIG_FILE, as_json: 
 
 @app.command()
 def replay(letter: Id, config: context.ConfigFile = context.CONFIG_FILE) -> None:
-    """Handle a dead letter's event once more; exit 1 when it is parked again."""
+    """Handle a dead letter's event or record once more; exit 1 when it is parked again."""
+    from storage import dead_letters  # noqa: PLC0415 — `ratchet --help` needs none of it
+
+    with context.opened(config) as opened, opened.writing() as connection:
+        record = dead_letters.find_record(connection, letter)
+        is_done = _replay_event(opened, connection, letter) if record is None else _replay_record(opened, connection, letter, record)
+    if not is_done:
+        raise typer.Exit(1)
+
+
+def _replay_event(opened: context.Opened, connection: Connection, letter: str) -> bool:
     from consumers import handlers  # noqa: PLC0415 — `ratchet --help` needs none of it
     from daemon import policies  # noqa: PLC0415
     from storage import dead_letters, events  # noqa: PLC0415
 
-    with context.opened(config) as opened, opened.writing() as connection:
-        now = context.read_clock()
-        dead_letters.replay(connection, letter, context.read_actor(), now)
-        ulid = dead_letters.show(connection, letter)["event"]
-        agents = policies.read_in_force(connection, opened.settings.agents, now)
-        handlers.handle_batch(connection, events.read_unhandled(connection, [ulid]), agents, now)
-        event = events.read(connection, ulid)
+    now = context.read_clock()
+    dead_letters.replay(connection, letter, context.read_actor(), now)
+    ulid = dead_letters.show(connection, letter)["event"]
+    agents = policies.read_in_force(connection, opened.settings.agents, now)
+    handlers.handle_batch(connection, events.read_unhandled(connection, [ulid]), agents, now)
+    event = events.read(connection, ulid)
     state = event.state if event else "gone"
     typer.echo(f"The event {ulid} is {state}{f': {event.reason}' if event and event.reason else ''}.")
-    if state == "dead":
-        raise typer.Exit(1)
+    return state != "dead"
+
+
+def _replay_record(opened: context.Opened, connection: Connection, letter: str, record: Record) -> bool:
+    from consumers import records  # noqa: PLC0415 — `ratchet --help` needs none of it
+    from daemon import policies  # noqa: PLC0415
+    from storage import dead_letters  # noqa: PLC0415
+
+    now, kinds = context.read_clock(), opened.settings.kafka.topics.kinds()
+    if record.topic not in kinds:
+        raise UnknownTopicError(f"it came from the topic {record.topic}, and [kafka.topics] reads {' and '.join(kinds)}: name it there")
+    agents = policies.read_in_force(connection, opened.settings.agents, now)
+    outcome, refused = records.take(connection, [record], kinds, agents, now)
+    for _, refusal in refused:
+        typer.echo(f"It stays parked: {refusal}.")
+    if not refused:
+        dead_letters.close_replayed(connection, letter, context.read_actor(), now)
+        typer.echo(f"The record is an event now: {', '.join(state for state, count in outcome.items() if count) or 'received'}.")
+    return not refused
 
 
 @app.command()

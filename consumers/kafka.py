@@ -1,0 +1,118 @@
+"""Reads Kafka with Faust: one worker in our own event loop, without tables, web server or transactions of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import threading
+import time
+from typing import Any
+
+import faust
+import structlog
+
+from consumers import broker, records
+from storage import dead_letters
+
+BATCH = 500
+WITHIN_SECONDS = 0.05
+CRASH_SECONDS = 1.0
+STOP_SECONDS = 20
+
+log = structlog.get_logger()
+
+
+class FaustCrashedError(RuntimeError):
+    """Faust has died inside; only a new process helps."""
+
+
+async def run(access: broker.Access, group: str, inlet: records.Inlet, stop: asyncio.Event, stopping: threading.Event) -> None:
+    """Take batch after batch until `stop`; a batch is acknowledged after the transaction that stored or parked its records.
+
+    Raises `BrokerAbsentError` when no broker answers at the start, `FaustCrashedError`, and what `Inlet.take_patiently` raises.
+    """
+    with tempfile.TemporaryDirectory(prefix="ratchet-faust-") as folder:
+        app = _make_app(access, group, folder)
+        failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        turn = asyncio.Lock()
+        _add_agent(app, inlet, stopping, turn, failed)
+        try:
+            await app.start()
+        except Exception as error:
+            raise broker.BrokerAbsentError(f"Faust finds no broker ({type(error).__name__}: {error})") from error
+        try:
+            await _watch(app, stop, failed)
+        finally:
+            # A batch in hand is finished and its offsets are committed first: then nothing of it comes again.
+            try:
+                async with asyncio.timeout(STOP_SECONDS):
+                    await turn.acquire()
+                    await app.consumer.commit()
+            finally:
+                await app.stop()
+
+
+def _make_app(access: broker.Access, group: str, folder: str) -> faust.App:
+    return faust.App(
+        group,
+        broker=[f"kafka://{one}" for one in access.bootstrap.split(",")],
+        broker_credentials=_to_credentials(access),
+        store="memory://",
+        datadir=folder,
+        web_enabled=False,
+        topic_disable_leader=True,
+        topic_allow_declare=False,
+        autodiscover=False,
+        consumer_auto_offset_reset="earliest",
+        broker_commit_interval=1.0,
+        broker_session_timeout=10.0,
+        broker_heartbeat_interval=2.0,
+        stream_wait_empty=False,
+        key_serializer="raw",
+        value_serializer="raw",
+    )
+
+
+def _to_credentials(access: broker.Access) -> Any:
+    context = access.make_context()
+    if access.mechanism is None:
+        return faust.SSLCredentials(context) if context is not None else None
+    return faust.SASLCredentials(username=access.user, password=access.password, mechanism=access.mechanism, ssl_context=context)
+
+
+def _add_agent(app: faust.App, inlet: records.Inlet, stopping: threading.Event, turn: asyncio.Lock, failed: asyncio.Future[None]) -> None:
+    topic = app.topic(*inlet.kinds, key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw")
+
+    @app.agent(topic)  # type: ignore[untyped-decorator]
+    async def consume(stream: Any) -> None:
+        async for batch in stream.noack_take(BATCH, within=WITHIN_SECONDS):
+            async with turn:
+                try:
+                    await asyncio.to_thread(inlet.take_patiently, [_to_record(event) for event in batch], stopping)
+                except Exception as error:  # noqa: BLE001  raised by `run`: an agent that raises goes on behind the events that it lost
+                    failed.set_exception(error)
+                else:
+                    for event in batch:
+                        event.ack()
+                    inlet.progress.acknowledged_at = time.monotonic()
+            if failed.done():
+                await asyncio.Event().wait()  # until Faust is stopped: nothing after the failed batch may be taken
+
+
+def _to_record(event: Any) -> dead_letters.Record:
+    message = event.message
+    return dead_letters.Record(message.topic, message.partition, message.offset, event.value)
+
+
+async def _watch(app: faust.App, stop: asyncio.Event, failed: asyncio.Future[None]) -> None:
+    """Wait for the end, one way or another: a crash inside Faust is silent, so it is asked."""
+    stopped: asyncio.Future[Any] = asyncio.create_task(stop.wait())
+    try:
+        while not (stop.is_set() or failed.done()):
+            if app.crashed or app.should_stop:
+                raise FaustCrashedError(f"Faust has crashed: {type(app.crash_reason).__name__}") from app.crash_reason
+            await asyncio.wait({stopped, failed}, timeout=CRASH_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopped.cancel()
+    if failed.done():
+        failed.result()

@@ -1,0 +1,184 @@
+"""Records from Kafka, whatever reads them: decoded, stored and handled in one transaction, or parked with the reason."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import structlog
+from sqlalchemy import Connection, Engine
+
+from consumers import delivery, embedded, handlers, schemas
+from storage import db, dead_letters, tokens
+
+PRODUCER = tokens.Principal("kafka", "producer")
+"""Who sends what names nobody: whoever the broker lets write to the topic."""
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 15.0
+GIVE_UP_SECONDS = 240
+"""Shorter than the five minutes after which a group takes a consumer's partitions away."""
+
+Item = schemas.AnyEvent | schemas.Refusal
+log = structlog.get_logger()
+
+
+class Refused(NamedTuple):
+    """A record that can't become an event."""
+
+    record: dead_letters.Record
+    refusal: schemas.Refusal
+
+
+@dataclass(slots=True)
+class Progress:
+    """What has been read since the process began, and how the last batch went; times by the monotonic clock."""
+
+    batches: int = 0
+    records: int = 0
+    seconds: float = 0.0
+    last_records: int = 0
+    last_seconds: float = 0.0
+    acknowledged_at: float | None = None
+    is_waiting_for_database: bool = False
+
+    def add(self, records: int, seconds: float) -> None:
+        """Count a batch that is committed."""
+        self.batches += 1
+        self.records += records
+        self.seconds += seconds
+        self.last_records, self.last_seconds = records, seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Inlet:
+    """Where records come in; `kinds` says which type of event a topic carries."""
+
+    engine: Engine
+    agents: Mapping[str, handlers.Agent]
+    kinds: Mapping[str, str]
+    clock: Callable[[], datetime]
+    counters: embedded.Counters = field(default_factory=embedded.Counters)
+    progress: Progress = field(default_factory=Progress)
+
+    def take_patiently(self, records: Sequence[dead_letters.Record], stopping: threading.Event) -> None:
+        """As `take`, but a database that is not available is tried again, more and more slowly; meanwhile nothing else is read.
+
+        Raises what the database raised after some minutes, or at once when the process is to stop: nothing was acknowledged then.
+        """
+        wait, deadline = FIRST_WAIT_SECONDS, time.monotonic() + GIVE_UP_SECONDS
+        while True:
+            try:
+                self.take(records)
+            except db.UNAVAILABLE as error:
+                if stopping.is_set() or time.monotonic() > deadline:
+                    raise
+                self.progress.is_waiting_for_database = True
+                log.warning("database_unavailable", action="retry", records=len(records), seconds=wait, error=type(error).__name__)
+                stopping.wait(wait)
+                wait = min(2 * wait, LONGEST_WAIT_SECONDS)
+            else:
+                self.progress.is_waiting_for_database = False
+                return
+
+    def take(self, records: Sequence[dead_letters.Record]) -> None:
+        """Store and handle records in one transaction, park what can't be; returns after the commit.
+
+        When the batch fails as a whole each record is tried alone, so that one bad record costs only itself.
+        """
+        began = time.monotonic()
+        try:
+            with db.writing(self.engine) as connection:
+                outcome = self._take(connection, records)
+        except db.UNAVAILABLE:
+            raise
+        except Exception as error:  # noqa: BLE001  whatever one record does wrong must not hold up the others, nor be passed over
+            if len(records) > 1:
+                for record in records:
+                    self.take([record])
+                return
+            outcome = self._park_unknown(records[0], error)
+        self.counters.add(outcome)
+        self.progress.add(len(records), time.monotonic() - began)
+
+    def _take(self, connection: Connection, records: Sequence[dead_letters.Record]) -> Counter[str]:
+        now = self.clock()
+        outcome, refused = take(connection, records, self.kinds, self.agents, now)
+        for record, refusal in refused:
+            park(connection, record, str(refusal), f"{refusal.field}: {refusal.remedy}", now)
+        return outcome + Counter(dead=len(refused))
+
+    def _park_unknown(self, record: dead_letters.Record, error: Exception) -> Counter[str]:
+        reason = f"{type(error).__name__} when it was stored"
+        with db.writing(self.engine) as connection:
+            park(connection, record, reason, reason, self.clock())
+        return Counter(dead=1)
+
+
+def park(connection: Connection, record: dead_letters.Record, reason: str, announced: str, now: datetime) -> None:
+    """Set a record aside, and say so."""
+    letter = dead_letters.park_record(connection, record, reason, announced, now)
+    log.warning("record_parked", topic=record.topic, partition=record.partition, offset=record.offset, dead_letter=letter)
+
+
+def take(
+    connection: Connection,
+    records: Sequence[dead_letters.Record],
+    kinds: Mapping[str, str],
+    agents: Mapping[str, handlers.Agent],
+    now: datetime,
+) -> tuple[Counter[str], list[Refused]]:
+    """Store and handle records in the caller's transaction; returns how many ended in each state, and those that can't be taken."""
+    labels_of = {name: agent.labels for name, agent in agents.items()}
+    outcome: Counter[str] = Counter()
+    refused: list[Refused] = []
+    new: list[handlers.Item] = []
+    for topic, kind in kinds.items():
+        mine = [record for record in records if record.topic == topic]
+        parsed = schemas.parse_each([record.value for record in mine], kind)
+        for principal, (sent, items) in _group_by_sender(connection, mine, parsed, kind).items():
+            delivered, stored = delivery.deliver_as(connection, items, labels_of, principal, now, "handled")
+            new += stored
+            outcome["duplicate"] += sum(one.outcome in {"duplicate", "conflict"} for one in delivered)
+            refused += [
+                Refused(record, one.refusal)
+                for record, one in zip(sent, delivered, strict=True)
+                if one.refusal is not None and one.outcome != "conflict"  # that is parked where it is found
+            ]
+    return outcome + handlers.handle_new(connection, new, agents, now), refused
+
+
+def _group_by_sender(
+    connection: Connection, records: Sequence[dead_letters.Record], items: Sequence[Item], kind: str
+) -> dict[tokens.Principal, tuple[Sequence[dead_letters.Record], Sequence[Item]]]:
+    """Who each event is from: a label is its expert's, who must be known here by a token; everything else is the producer's."""
+    if kind != schemas.LABEL:
+        return {PRODUCER: (records, items)}
+    known: dict[str, tokens.Principal | None] = {}
+    groups: dict[tokens.Principal, tuple[list[dead_letters.Record], list[Item]]] = {}
+    for record, item in zip(records, items, strict=True):
+        principal, checked = _find_sender(connection, item, known)
+        sent, theirs = groups.setdefault(principal, ([], []))
+        sent.append(record)
+        theirs.append(checked)
+    return dict(groups)
+
+
+def _find_sender(connection: Connection, item: Item, known: dict[str, tokens.Principal | None]) -> tuple[tokens.Principal, Item]:
+    if isinstance(item, schemas.Refusal):
+        return PRODUCER, item
+    data: Any = item["data"]
+    expert = data.get("expert")
+    if expert is None:
+        is_ours = data.get("kind") == "late_truth"
+        return PRODUCER, item if is_ours else schemas.Refusal("data.expert", "nothing", "name the expert: nobody else says who answered")
+    if expert not in known:
+        known[expert] = tokens.read(connection, expert)
+    found = known[expert]
+    if found is None:
+        remedy = "no valid token has this name: `ratchet tokens add NAME --role reviewer` makes the expert known"
+        return PRODUCER, schemas.Refusal("data.expert", schemas.shorten(expert), remedy)
+    return found, item

@@ -1,0 +1,140 @@
+"""Events by a real broker, read by Faust and by the poll loop: the same handlers, nothing lost, nothing applied twice."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from datetime import UTC, datetime
+
+import orjson
+import pytest
+from sqlalchemy import func, select
+from sqlalchemy.exc import OperationalError
+from structlog.testing import capture_logs
+
+from consumers import broker as brokers
+from consumers import records, stream, topics
+from storage import db, dead_letters, events, tokens
+from storage.tables import DeadLetter, Event, Label, Prediction
+from tests import broker_fixtures, event_fixtures
+from tests.broker_fixtures import PASSWORD, PLAIN_USER, SCRAM_USER
+
+SECONDS = 60
+
+
+@pytest.fixture
+def kafka(broker, request):
+    return broker_fixtures.make_topics(broker, request.node.name.translate(str.maketrans("_[]", "---")).strip("-"))
+
+
+@pytest.fixture(params=["faust", "poll"])
+def source(request, kafka, engine):
+    agent = event_fixtures.make_agent()
+    with db.writing(engine) as connection:
+        tokens.add(connection, "ann", "reviewer", datetime.now(UTC))
+    inlet = records.Inlet(engine, {agent.name: agent}, kafka.topics.kinds(), lambda: datetime.now(UTC))
+    return stream.Stream(kafka.to_access(), kafka.group, request.param, inlet)
+
+
+def count(engine, table, *where):
+    with db.reading(engine) as connection:
+        return connection.execute(select(func.count()).select_from(table).where(*where)).scalar_one()
+
+
+def read_until(source, holds):
+    """Run the stream until something holds, then stop it as the daemon does."""
+
+    async def read():
+        stop = asyncio.Event()
+        running = asyncio.create_task(stream.run(source, stop))
+        async with asyncio.timeout(SECONDS):
+            while not await asyncio.to_thread(holds):
+                if running.done():
+                    running.result()
+                await asyncio.sleep(0.02)
+        stop.set()
+        await running
+
+    asyncio.run(read())
+
+
+def predictions(first, last):
+    at = datetime.now(UTC)
+    return [orjson.dumps(event_fixtures.make_prediction(number, at)) for number in range(first, last)]
+
+
+def test_predictions_labels_and_poison_are_stored_or_parked_and_acknowledged(source, kafka, broker):
+    engine = source.inlet.engine
+    broker_fixtures.produce(broker, kafka.topics.predictions, [*predictions(0, 600), b"no JSON", None])
+    labels = [orjson.dumps(event_fixtures.make_label(n, datetime.now(UTC), expert=e)) for n, e in ((1, "ann"), (2, "eve"))]
+    broker_fixtures.produce(broker, kafka.topics.labels, labels)
+    read_until(source, lambda: (count(engine, Prediction), count(engine, Label), count(engine, DeadLetter)) == (600, 1, 3))
+    assert count(engine, Event, Event.state != "handled", Event.state != "unsent") == 0
+    assert [broker_fixtures.read_lag(kafka, name) for name in source.inlet.kinds] == [0, 0]
+    with db.reading(engine) as connection:
+        origins = {row["origin"].rpartition("/")[0] for row in dead_letters.list_parked(connection)}
+    assert origins == {f"{kafka.topics.predictions}/0", f"{kafka.topics.predictions}/1", f"{kafka.topics.labels}/1"}
+
+
+def test_what_was_stopped_goes_on_where_it_stopped_and_a_repetition_changes_nothing(source, kafka, broker):
+    engine = source.inlet.engine
+    for last in (50, 100):
+        broker_fixtures.produce(broker, kafka.topics.predictions, predictions(0, last))
+        read_until(source, lambda last=last: count(engine, Prediction) == last)
+    assert source.inlet.progress.records == 150
+    assert source.inlet.counters.by_state["duplicate"] + source.inlet.counters.by_state["dead"] == 50
+
+
+def test_a_database_that_is_away_slows_the_stream_and_loses_nothing(source, kafka, broker, monkeypatch):
+    monkeypatch.setattr(records, "FIRST_WAIT_SECONDS", 0.05)
+    genuine, failures = events.append, [OperationalError("", {}, Exception("locked"))] * 4
+
+    def fail(*arguments):
+        if failures:
+            raise failures.pop()
+        return genuine(*arguments)
+
+    monkeypatch.setattr(events, "append", fail)
+    broker_fixtures.produce(broker, kafka.topics.predictions, predictions(0, 40))
+    read_until(source, lambda: count(source.inlet.engine, Prediction) == 40)
+    assert failures == []
+
+
+def test_what_can_neither_be_stored_nor_parked_ends_the_stream_and_is_not_passed_over(source, kafka, broker, monkeypatch):
+    broker_fixtures.produce(broker, kafka.topics.predictions, predictions(0, 30))
+    with monkeypatch.context() as broken:
+        broken.setattr(records, "take", lambda *_: 1 / 0)
+        broken.setattr(dead_letters, "park_record", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            read_until(source, lambda: False)
+    assert broker_fixtures.read_lag(kafka, kafka.topics.predictions) == 30
+    read_until(source, lambda: count(source.inlet.engine, Prediction) == 30)
+
+
+@pytest.mark.parametrize("source", ["faust"], indirect=True)
+def test_a_missing_topic_is_said_aloud_and_read_once_it_is_there(broker, engine, source, monkeypatch):
+    monkeypatch.setattr(stream, "FIRST_WAIT_SECONDS", 0.1)
+    late = broker_fixtures.name_topics(broker, "late")
+    inlet = dataclasses.replace(source.inlet, kinds=late.topics.kinds())
+    source = dataclasses.replace(source, group="late", inlet=inlet)
+    with capture_logs() as said:
+
+        def holds():
+            told = [line["error"] for line in said if line["event"] == "stream_waits"]
+            if told and not made:
+                assert "there is no topic late-labels, late-predictions: run `ratchet topics create`" in told[0]
+                made.append(topics.create(late.to_access(), late.topics.describe()))
+                broker_fixtures.produce(broker, late.topics.predictions, predictions(0, 1))
+            return count(engine, Prediction) == 1
+
+        made = []
+        read_until(source, holds)
+
+
+@pytest.mark.parametrize("mechanism", ["SCRAM-SHA-512", "PLAIN"])
+def test_events_come_over_tls_from_a_broker_that_knows_us(source, kafka, broker, mechanism):
+    user = SCRAM_USER if mechanism.startswith("SCRAM") else PLAIN_USER
+    options = {"tls": True, "ca_file": broker.certificate, "mechanism": mechanism, "user": user, "password": PASSWORD}
+    broker_fixtures.produce(broker, kafka.topics.predictions, predictions(0, 10))
+    secure = dataclasses.replace(source, access=brokers.Access(broker.secure, **options))
+    read_until(secure, lambda: count(source.inlet.engine, Prediction) == 10)

@@ -40,7 +40,7 @@ def handle_next(engine: Engine, agents: Mapping[str, handlers.Agent], now: datet
     with db.reading(engine) as connection:
         if events.oldest_received_at(connection) is None:
             return Counter()
-    with db.writing(engine) as connection:
+    with db.writing(engine, alone=False) as connection:
         batch = events.read_received(connection, limit)
         return handlers.handle_batch(connection, batch, agents, now)
 

@@ -42,6 +42,10 @@ class Agent:
     review_days: float = 30.0
 
 
+class PredictedMeanwhileError(RuntimeError):
+    """A prediction id was used by two events at the same moment: tried again, the later one is a repetition or a conflict."""
+
+
 class RefusedError(ValueError):
     """An event that is well-formed but can't be applied; it becomes a dead letter with this reason."""
 
@@ -51,13 +55,14 @@ def handle_batch(connection: Connection, batch: Sequence[events.Stored], agents:
 
     When the batch fails as a whole each event is tried alone, so that one bad event costs only itself.
     """
+    _take_turn(connection, batch)
     try:
         with connection.begin_nested():
             return _handle(connection, [_read(event) for event in batch], agents, now)
     except Exception as error:
         # Whatever one event does wrong must not hold up the others: find it, park it, go on. A database that is
-        # gone fails again below, and then the whole transaction does.
-        if len(batch) == 1 and isinstance(error, db.UNAVAILABLE):
+        # gone is no event's fault: the whole transaction fails.
+        if db.is_passing(error) or (len(batch) == 1 and isinstance(error, db.UNAVAILABLE)):
             raise
     outcome: Counter[str] = Counter()
     for event in batch:
@@ -73,10 +78,13 @@ def handle_new(connection: Connection, items: Sequence[Item], agents: Mapping[st
     """
     if not items:
         return Counter()
+    _take_turn(connection, [event for event, _ in items])
     try:
         with connection.begin_nested():
             return _handle(connection, sorted(items, key=_by_ulid), agents, now)
-    except Exception as error:  # noqa: BLE001  a database that is gone fails again in the next line
+    except Exception as error:
+        if db.is_passing(error):
+            raise
         events.unhandle(connection, [event.ulid for event, _ in items])
         log.warning("left_to_the_consumer", events=len(items), error=type(error).__name__)
         return Counter()
@@ -86,9 +94,16 @@ def _handle_alone(connection: Connection, event: events.Stored, agents: Mapping[
     try:
         with connection.begin_nested():
             return _handle(connection, [_read(event)], agents, now)
-    except Exception as error:  # noqa: BLE001  the reason is kept and shown; a lost connection fails again in park_event
+    except Exception as error:
+        if db.is_passing(error):
+            raise
         place = traceback.extract_tb(error.__traceback__)[-1]
         return _park(connection, event, f"{type(error).__name__} in the handler ({Path(place.filename).name}:{place.lineno})", now)
+
+
+def _take_turn(connection: Connection, batch: Sequence[events.Stored]) -> None:
+    """Predictions are handled beside others, labels alone: else a label and its prediction, each not seeing the other, would both wait."""
+    db.take_turn(connection, alone=any(event.type == schemas.LABEL for event in batch))
 
 
 def _by_ulid(item: Item) -> str:
@@ -129,7 +144,8 @@ def _handle_predictions(connection: Connection, items: Sequence[Item], agents: M
         outcome += _drop_repeated(connection, mine, now)
         rows += _route_all(connection, agents[name], mine, now)
         outcome += _mark_handled(connection, mine, now)
-    predictions.insert_new(connection, rows)
+    if predictions.insert_new(connection, rows) < len(rows):
+        raise PredictedMeanwhileError("another consumer stored one of these prediction ids a moment ago")
     routed = _drop_under_review(connection, [row for row in rows if row.reasons])
     reviews.open_new(connection, [_to_review(row, agents[row.agent], now) for row in routed], now, "ratchet")
     return outcome + _apply_waiting(connection, rows, agents, now)

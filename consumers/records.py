@@ -91,7 +91,7 @@ class Inlet:
         """
         began = time.monotonic()
         try:
-            with db.writing(self.engine) as connection:
+            with db.writing(self.engine, alone=False) as connection:
                 outcome = self._take(connection, records)
         except db.UNAVAILABLE:
             raise

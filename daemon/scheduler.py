@@ -33,7 +33,7 @@ class Leader:
 
     def renew(self) -> bool:
         """Take the lease or hold it for longer; returns whether this process leads."""
-        with db.writing(self._engine) as connection:
+        with db.writing(self._engine, alone=False) as connection:
             fence = holders.acquire(connection, LEASE, self._holder, self._clock(), TERM)
         if (fence is not None) != self.is_leading:
             self.is_leading = fence is not None

@@ -27,7 +27,7 @@ def raise_alarm(
         "detail": dict(detail),
         "raised_at": now,
     }
-    is_new = connection.execute(db.insert_or_skip(connection, Alarm), [row]).rowcount == 1
+    is_new = db.insert_new(connection, Alarm, row)
     if is_new:
         ledger.append(connection, "alarm", agent, {"kind": kind, "message": message}, now)
     elif restate:

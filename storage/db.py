@@ -7,6 +7,7 @@ import hmac
 import itertools
 import re
 import secrets
+import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,23 +20,32 @@ import alembic.config
 import alembic.runtime.migration
 import alembic.script
 import orjson
-from sqlalchemy import JSON, URL, ColumnElement, Connection, Dialect, Engine, create_engine, event, func, insert, make_url, select
-from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError
+from sqlalchemy import JSON, URL, ColumnElement, Connection, Dialect, Engine, create_engine, event, func, insert, make_url, select, text
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, InternalError, OperationalError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from storage.tables import Installation, Table
 
 BUSY_SECONDS = 30
+CONNECTIONS, KEPT_CONNECTIONS = 15, 5
 MAX_PORT = 65535
+OLDEST_SERVER = 15
 ROWS_AT_ONCE = 100
 _PASSWORD = re.compile(r"""(://[^:/@\s]*:)\S+(?=@)|([?&][^=&\s]*passw[^=&\s]*=)[^&\s"']*""", re.IGNORECASE)
-UNAVAILABLE = (OperationalError, InterfaceError, PoolTimeoutError)
-"""What is raised when the database can't be reached, is locked for too long, or its disk is full: trying again later may help."""
+UNAVAILABLE = (OperationalError, InterfaceError, InternalError, PoolTimeoutError, PendingRollbackError)
+"""What is raised when the database can't be reached, is locked for too long, or its disk is full; `is_passing` tells more exactly."""
+PASSING_STATES = ("08", "25006", "40", "53", "55P03", "57")
+"""SQLSTATEs, or how they begin: no connection, a standby, a deadlock, no room or too many connections, a lock, the server is going."""
+PASSING_CODES = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL)
+TURN = 0x7A7C4E8
 
 
 class SchemaOutdatedError(RuntimeError):
     """The database was made by another version of Ratchet."""
+
+
+class DatabaseUnfitError(RuntimeError):
+    """No installation can live in this database."""
 
 
 class UrlRefusedError(ValueError):
@@ -50,7 +60,7 @@ def parse_url(url: str) -> URL:
         raise UrlRefusedError("should be a URL whose port is a number: postgresql://USER:PASSWORD@HOST:5432/NAME") from error
     if parsed.port is not None and not 0 < parsed.port <= MAX_PORT:
         raise UrlRefusedError(f"port {parsed.port} should be between 1 and {MAX_PORT}")
-    return parsed
+    return parsed.set(drivername="postgresql+psycopg") if parsed.drivername == "postgresql" else parsed
 
 
 def mask_passwords(text: str) -> str:
@@ -61,8 +71,8 @@ def mask_passwords(text: str) -> str:
     return _PASSWORD.sub(r"\1\2***", text)
 
 
-def open_engine(url: str) -> Engine:
-    """Open the database at `url`; SQLite runs in WAL mode and syncs every commit to the disk.
+def open_engine(url: str, connections: int = CONNECTIONS) -> Engine:
+    """Open the database at `url`; SQLite runs in WAL mode and syncs every commit to the disk. At most so many connections are open at once.
 
     Raises `UrlRefusedError`, also when the folder of an SQLite file is missing.
     """
@@ -74,14 +84,41 @@ def open_engine(url: str) -> Engine:
         parsed,
         json_serializer=lambda value: orjson.dumps(value).decode(),
         json_deserializer=orjson.loads,
-        pool_pre_ping=not is_sqlite,
         hide_parameters=True,  # an error's text is logged, and parameters are claims
-        **({"connect_args": {"timeout": BUSY_SECONDS}, "execution_options": {"turn": threading.Lock()}} if is_sqlite else {}),
+        **(_sqlite_options() if is_sqlite else _postgresql_options(parsed, connections)),
     )
     if is_sqlite:
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _sqlite_options() -> dict[str, Any]:
+    return {"connect_args": {"timeout": BUSY_SECONDS}, "execution_options": {"turn": threading.Lock()}}
+
+
+def _postgresql_options(url: URL, connections: int) -> dict[str, Any]:
+    """A server that is silent is given up; what the URL itself says goes first.
+
+    A process that was frozen within a transaction does not hold up the others for ever: the server ends its session.
+    """
+    session = {"lock_timeout": BUSY_SECONDS, "idle_in_transaction_session_timeout": 2 * BUSY_SECONDS}
+    wanted = {
+        "application_name": "ratchet",
+        "connect_timeout": 10,
+        "keepalives_idle": 30,
+        "keepalives_interval": 10,
+        "keepalives_count": 3,
+        "tcp_user_timeout": BUSY_SECONDS * 1000,
+        "options": " ".join(f"-c {name}={seconds}s" for name, seconds in session.items()),
+    }
+    kept = min(connections, KEPT_CONNECTIONS)
+    return {
+        "connect_args": {name: value for name, value in wanted.items() if name not in url.query},
+        "pool_pre_ping": True,
+        "pool_size": kept,
+        "max_overflow": connections - kept,
+    }
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
@@ -105,10 +142,23 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 @contextmanager
-def writing(engine: Engine) -> Iterator[Connection]:
-    """One transaction that may write: all of it is committed, or none."""
+def writing(engine: Engine, *, alone: bool = True) -> Iterator[Connection]:
+    """One transaction that may write: all of it is committed, or none.
+
+    What it reads stays so until it ends, for nobody else writes meanwhile. That costs too much where there are many events: a transaction
+    that is not `alone` runs beside others on PostgreSQL, and says itself by `take_turn` from where on it minds them.
+    """
     with _taking_turns(engine), engine.connect().execution_options(writes=True) as connection, connection.begin():
+        if alone:
+            take_turn(connection, alone=True)
         yield connection
+
+
+def take_turn(connection: Connection, *, alone: bool) -> None:
+    """Wait for those who write alone, or to be alone; it lasts until the transaction ends. On SQLite each has been since it began."""
+    if connection.dialect.name == "postgresql":
+        lock = func.pg_advisory_xact_lock if alone else func.pg_advisory_xact_lock_shared
+        connection.execute(select(lock(TURN)))
 
 
 @contextmanager
@@ -127,14 +177,27 @@ def _taking_turns(engine: Engine) -> Iterator[None]:
 @contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
     """One consistent view of the database; nothing is written."""
-    with engine.connect() as connection, connection.begin():
+    options = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True} if engine.dialect.name == "postgresql" else {}
+    with engine.connect().execution_options(**options) as connection, connection.begin():
         yield connection
 
 
-def insert_or_skip(connection: Connection, table: type[Table]) -> Any:
-    """An INSERT that leaves a row alone which is there already; what came of it is in the result's `rowcount`."""
-    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
-    return dialect.insert(table).on_conflict_do_nothing()
+def is_passing(error: BaseException) -> bool:
+    """Whether the database may be there again soon, so that the same transaction is worth another try.
+
+    Nobody can say whether a commit whose answer was lost happened: only what may be done twice is tried again.
+    """
+    if not isinstance(error, DBAPIError):
+        return isinstance(error, (PoolTimeoutError, PendingRollbackError))
+    if isinstance(error.orig, sqlite3.Error):
+        return getattr(error.orig, "sqlite_errorcode", 0) & 0xFF in PASSING_CODES
+    state = getattr(error.orig, "sqlstate", None)
+    return error.connection_invalidated or (isinstance(error, UNAVAILABLE) and (state is None or state.startswith(PASSING_STATES)))
+
+
+def insert_new(connection: Connection, table: type[Table], row: Mapping[str, Any]) -> bool:
+    """Insert a row and leave one alone that is there already; returns whether it is new."""
+    return insert_many(connection, table, [row]) == 1
 
 
 def insert_many(connection: Connection, table: type[Table], rows: Sequence[Mapping[str, Any]]) -> int:
@@ -209,12 +272,11 @@ def _to_json(value: Any) -> str | None:
 
 
 def upgrade(engine: Engine) -> None:
-    """Bring the schema to this version of Ratchet; doing so twice changes nothing."""
-    with engine.connect().execution_options(writes=True) as connection:
+    """Bring the schema to this version of Ratchet, all of it or nothing; doing so twice, or twice at once, changes nothing."""
+    with writing(engine) as connection:
         config = _alembic_config()
         config.attributes["connection"] = connection
         alembic.command.upgrade(config, "head")
-    with writing(engine) as connection:
         if connection.execute(select(Installation.id)).first() is None:
             connection.execute(insert(Installation).values(id=1, secret=secrets.token_hex(32), created_at=datetime.now(UTC)))
 
@@ -226,15 +288,30 @@ def derive_key(connection: Connection, purpose: str) -> bytes:
 
 
 def check(engine: Engine) -> None:
-    """Raise `SchemaOutdatedError` with the remedy unless the schema is the one this version of Ratchet was written for."""
+    """Raise `SchemaOutdatedError` with the remedy unless the schema is the one this version of Ratchet was written for.
+
+    Raises `DatabaseUnfitError` for a server that is too old or keeps no Unicode.
+    """
     head = alembic.script.ScriptDirectory.from_config(_alembic_config()).get_current_head()
     try:
-        with engine.connect() as connection:
+        with reading(engine) as connection:
+            _check_server(connection)
             current = alembic.runtime.migration.MigrationContext.configure(connection).get_current_revision()
     except OperationalError as error:
-        raise SchemaOutdatedError(f"the database can't be opened: {error.orig}") from error
+        raise SchemaOutdatedError(f"the database can't be opened: {' '.join(str(error.orig).split())}") from error
     if current != head:
         raise SchemaOutdatedError(f"the database has schema {current or 'none'}, this version needs {head}: run `ratchet db upgrade`")
+
+
+def _check_server(connection: Connection) -> None:
+    if connection.dialect.name != "postgresql":
+        return
+    version = connection.execute(text("SHOW server_version")).scalar_one()
+    if int(version.partition(".")[0]) < OLDEST_SERVER:
+        raise DatabaseUnfitError(f"the server is PostgreSQL {version}: it should be {OLDEST_SERVER} or newer")
+    encoding = connection.execute(text("SHOW server_encoding")).scalar_one()
+    if encoding != "UTF8":
+        raise DatabaseUnfitError(f"the database has the encoding {encoding}: make it anew with ENCODING 'UTF8' TEMPLATE template0")
 
 
 def _alembic_config() -> alembic.config.Config:

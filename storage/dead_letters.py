@@ -50,7 +50,7 @@ def park_record(connection: Connection, record: Record, reason: str, announced: 
 def _park(connection: Connection, key: str, reason: str, now: datetime, told: dict[str, Any], announced: str | None = None) -> str:
     letter = ids.make_ulid(now, "dead letter", key)
     row = {"id": letter, "key": key, "reason": reason, "state": "parked", "at": now, **told}
-    if connection.execute(db.insert_or_skip(connection, DeadLetter), [row]).rowcount == 1:
+    if db.insert_new(connection, DeadLetter, row):
         events.emit(connection, PARKED, letter, letter, {"letter": letter, "reason": announced or reason}, now)
     parked = select(DeadLetter.id).where(DeadLetter.key == key, DeadLetter.state == "parked")
     return connection.execute(parked).scalar_one()

@@ -105,6 +105,7 @@ def has_waiting(connection: Connection) -> bool:
 def read_waiting(connection: Connection, subjects: Iterable[str]) -> list[Stored]:
     """Labels that came before their prediction, for claims that are known now, in order of arrival."""
     query = select(*COLUMNS).where(Event.state == "waiting", db.is_one_of(connection, Event.subject, subjects)).order_by(Event.ulid)
+    query = query.with_for_update()  # two predictions of one claim: on PostgreSQL the second finds it handled
     return [Stored._make(row) for row in connection.execute(query)]
 
 

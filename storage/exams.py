@@ -30,7 +30,7 @@ def open_new(
         "opened_at": now,
         "report": dict(report or {}),
     }
-    connection.execute(db.insert_or_skip(connection, Exam), [row])
+    db.insert_new(connection, Exam, row)
     current = read_open(connection, agent, kind)
     if current is None or (current["candidate"], current["champion"]) != (candidate, champion):
         raise ValueError(f"agent {agent} has another open {kind}: close it before {candidate} against {champion}")

@@ -75,7 +75,7 @@ def insert_new(connection: Connection, row: Mapping[str, Any]) -> bool:
 
     First and second reads are one kind here: nobody is their own second reader.
     """
-    if not connection.execute(db.insert_or_skip(connection, Label), [dict(row)]).rowcount:
+    if not db.insert_new(connection, Label, row):
         return False
     same = (
         (Label.prediction == row["prediction"])

@@ -16,7 +16,7 @@ from storage.tables import Lease
 def acquire(connection: Connection, name: str, holder: str, now: datetime, term: timedelta) -> int | None:
     """Take or renew a lease; returns the fence, or None while somebody else holds it."""
     free = {"name": name, "holder": None, "fence": 0, "expires_at": now}
-    connection.execute(db.insert_or_skip(connection, Lease), [free])
+    db.insert_new(connection, Lease, free)
     renewed = update(Lease).where(Lease.name == name, Lease.holder == holder, Lease.expires_at > now)
     row = connection.execute(renewed.values(expires_at=now + term).returning(Lease.fence)).first()
     if row is None:

@@ -37,10 +37,11 @@ class New(NamedTuple):
     inclusion_probability: float | None = None
 
 
-def insert_new(connection: Connection, rows: Sequence[New]) -> None:
-    """Store predictions; one that is there already stays as it is."""
-    if rows:
-        db.insert_columns(connection, Prediction, dict(zip(New._fields, zip(*rows, strict=True), strict=True)))
+def insert_new(connection: Connection, rows: Sequence[New]) -> int:
+    """Store predictions; one that is there already stays as it is. Returns how many are new."""
+    if not rows:
+        return 0
+    return db.insert_columns(connection, Prediction, dict(zip(New._fields, zip(*rows, strict=True), strict=True)))
 
 
 def read(connection: Connection, prediction: str) -> RowMapping | None:

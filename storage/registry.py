@@ -59,7 +59,7 @@ class Made:
 def register_bare(connection: Connection, agent: str, made: Made, now: datetime) -> None:
     """Register the bare base as v0 and put it into service where nothing is."""
     row = {**_columns(made), "agent": agent, "name": BARE, "major": 0, "minor": 0, "is_forced": False, "created_at": now}
-    if connection.execute(db.insert_or_skip(connection, Version), [row]).rowcount and champion(connection, agent) is None:
+    if db.insert_new(connection, Version, row) and champion(connection, agent) is None:
         change_champion(connection, agent, BARE, None, "promote", "ratchet", "the base is in service before anything is trained", now)
 
 
@@ -160,10 +160,10 @@ def change_champion(
     deployment = ids.make_ulid(now, agent, str(number))
     if expected is None:
         row = {"agent": agent, "alias": CHAMPION, "version": version, "deployment": deployment, "changed_at": now}
-        moved = connection.execute(db.insert_or_skip(connection, Alias), [row]).rowcount
+        moved = db.insert_new(connection, Alias, row)
     else:
         alias = update(Alias).where(Alias.agent == agent, Alias.alias == CHAMPION, Alias.version == expected)
-        moved = connection.execute(alias.values(version=version, deployment=deployment, changed_at=now)).rowcount
+        moved = connection.execute(alias.values(version=version, deployment=deployment, changed_at=now)).rowcount == 1
     if not moved:
         raise ChampionChangedError(f"agent {agent}: the champion is {champion(connection, agent)}, not {expected}: look again")
     older = update(Deployment).where(Deployment.agent == agent, Deployment.state.in_(("requested", "unconfirmed")))

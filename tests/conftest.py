@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from sqlalchemy import Engine
 
 from storage import db
 from tests import broker_fixtures
+from tests.postgres_fixtures import Server, running_server
 
 NOW = datetime(2026, 3, 2, 9, 30, tzinfo=UTC)
 
@@ -22,13 +26,64 @@ def now() -> datetime:
     return NOW
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test of a module or a function marked `databases` on each of those that it names."""
+    marker = metafunc.definition.get_closest_marker("databases")
+    if marker is not None and "database" in metafunc.fixturenames:
+        metafunc.parametrize("database", marker.args, indirect=True)
+
+
 @pytest.fixture
-def engine(tmp_path: Path) -> Iterator[Engine]:
-    """A fresh database with the current schema."""
-    engine = db.open_engine(f"sqlite:///{tmp_path}/ratchet.db")
+def database(request: pytest.FixtureRequest) -> str:
+    """Which database the test runs on: sqlite, or what its mark `databases` says."""
+    return str(getattr(request, "param", "sqlite"))
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Server]:
+    """A real PostgreSQL server."""
+    with running_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SQLite database with the current schema, to be copied."""
+    path = tmp_path_factory.mktemp("migrated") / "ratchet.db"
+    engine = db.open_engine(f"sqlite:///{path}")
     db.upgrade(engine)
-    yield engine
     engine.dispose()
+    return path
+
+
+@pytest.fixture
+def new_engine(database: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[[], Engine]]:
+    """Opens a fresh database with the current schema at each call, of the kind that the test runs on."""
+    with contextlib.ExitStack() as stack:
+        numbers = itertools.count()
+
+        def open_new() -> Engine:
+            if database == "postgresql":
+                server = request.getfixturevalue("postgres")
+                name = server.make_database()
+                stack.callback(server.take_back, name)
+                url = server.url(name)
+            else:
+                number = next(numbers)
+                path = tmp_path / (f"ratchet-{number}.db" if number else "ratchet.db")
+                shutil.copy(request.getfixturevalue("migrated"), path)
+                url = f"sqlite:///{path}"
+            engine = db.open_engine(url)
+            stack.callback(engine.dispose)
+            return engine
+
+        yield open_new
+
+
+@pytest.fixture
+def engine(new_engine: Callable[[], Engine]) -> Engine:
+    """A fresh database with the current schema."""
+    return new_engine()
 
 
 @pytest.fixture

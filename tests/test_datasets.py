@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from storage import datasets, db, labels, ledger, sampling, snapshots
 from tests.event_fixtures import ANN, BEN, OPS, PRODUCER, handle, make_agent, make_history, make_label, make_prediction, send
 
+pytestmark = pytest.mark.databases("sqlite", "postgresql")
+
 AGENT = "adjudication"
 ABOUT = {"template": "sha256:t", "labels": ["APPROVED", "DENIED", "PENDING"]}
 

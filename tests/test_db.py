@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import Engine, create_engine, inspect, select
+from sqlalchemy import Engine, inspect, select
 
 from storage import alarms, db, leases, ledger, policies, tokens
 from storage.tables import Installation, Policy, Table
 
+pytestmark = pytest.mark.databases("sqlite", "postgresql")
 
+
+@pytest.mark.databases("sqlite")
 def test_a_commit_is_synced_to_the_disk_in_wal_mode(engine: Engine) -> None:
     with db.reading(engine) as connection:
         pragmas = {name: connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("journal_mode", "synchronous", "foreign_keys")}
@@ -136,13 +140,16 @@ def test_a_drift_alarm_keeps_the_windows_that_it_was_raised_for(engine: Engine, 
         assert [(one["message"], one["detail"]["first"]) for one in alarms.list_open(connection)] == [("since a", "a")]
 
 
-def test_the_migrations_make_the_same_checks_as_the_schema(engine: Engine) -> None:
-    fresh = create_engine("sqlite://")
+def test_the_migrations_make_the_same_checks_as_the_schema(new_engine: Callable[[], Engine]) -> None:
+    migrated, fresh = new_engine(), new_engine()
+    Table.metadata.drop_all(fresh)
     Table.metadata.create_all(fresh)
     for name in Table.metadata.tables:
-        ours, theirs = ({check["name"]: check["sqltext"] for check in inspect(one).get_check_constraints(name)} for one in (engine, fresh))
+        ours, theirs = (
+            {check["name"]: check["sqltext"] for check in inspect(one).get_check_constraints(name)} for one in (migrated, fresh)
+        )
         assert ours == theirs, name
-    fresh.dispose()
+    db.upgrade(fresh)
 
 
 def test_rows_in_hundreds_are_stored_once_and_counted(engine: Engine, now: datetime) -> None:

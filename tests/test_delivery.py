@@ -5,16 +5,19 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 import orjson
+import pytest
 from sqlalchemy import Engine
 
 from storage import db, dead_letters, events
 from tests.event_fixtures import ANN, BEN, OPS, PRODUCER, make_label, make_prediction, send
 
+pytestmark = pytest.mark.databases("sqlite", "postgresql")
+
 
 def test_a_batch_is_answered_item_by_item_and_the_good_ones_are_stored(engine: Engine, now: datetime) -> None:
     results = send(engine, [make_prediction(1, now), make_prediction(2, now, confidence=2), make_prediction(3, now)], now)
     assert [one.outcome for one in results] == ["stored", "refused", "stored"]
-    with db.reading(engine) as connection:
+    with db.writing(engine) as connection:
         assert len(events.read_received(connection, 10)) == 2
 
 

@@ -10,6 +10,8 @@ from sqlalchemy import Engine, update
 from storage import db, events
 from storage.tables import Event
 
+pytestmark = pytest.mark.databases("sqlite", "postgresql")
+
 
 def make(event_id: str, at: datetime, content: str = "{}") -> events.Incoming:
     return events.Incoming("node-1", event_id, "some.type", "adjudication/c1", at, content, f"digest of {content}")
@@ -59,7 +61,7 @@ def test_a_transaction_that_fails_leaves_no_event(engine: Engine, now: datetime)
 
     with pytest.raises(InterruptedError):
         store_and_fail()
-    with db.reading(engine) as connection:
+    with db.writing(engine) as connection:
         assert events.read_received(connection, 10) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -13,6 +14,8 @@ from consumers import embedded, handlers
 from storage import db, dead_letters, events, labels, ledger, predictions, reviews
 from storage.tables import Event, Label, Prediction, Review
 from tests.event_fixtures import ANN, BEN, OPS, PRODUCER, handle, make_agent, make_history, make_label, make_prediction, send
+
+pytestmark = pytest.mark.databases("sqlite", "postgresql")
 
 ALL_COLUMNS = {Prediction: "prediction_id", Review: "claim_id", Label: "claim_id"}
 
@@ -110,11 +113,10 @@ def test_a_prediction_that_is_handled_again_keeps_its_decision(engine: Engine, n
     assert rows(engine, Prediction, "effective_threshold") == [(0.1,)]
 
 
-def test_any_order_and_any_redelivery_ends_in_the_same_state(engine: Engine, tmp_path: Any, now: datetime) -> None:
+def test_any_order_and_any_redelivery_ends_in_the_same_state(engine: Engine, new_engine: Callable[[], Engine], now: datetime) -> None:
     sent = [(make_prediction(number, now, confidence=0.5), PRODUCER) for number in range(8)]
     sent += [(make_label(number, now + timedelta(hours=1)), ANN) for number in range(8)]
-    other = db.open_engine(f"sqlite:///{tmp_path}/other.db")
-    db.upgrade(other)
+    other = new_engine()
     generator = random.Random(5)
     for target, order in ((engine, sent), (other, generator.sample(sent, len(sent)) + generator.sample(sent, 6))):
         for event, principal in order:
@@ -124,7 +126,6 @@ def test_any_order_and_any_redelivery_ends_in_the_same_state(engine: Engine, tmp
         columns = [column.name for column in table.__table__.columns if column.name not in ("id", "review", "effective_threshold")]
         ours, theirs = (sorted(rows(one, table, *columns), key=str) for one in (engine, other))
         assert ours == theirs, key
-    other.dispose()
 
 
 def test_a_label_names_the_prediction_that_was_the_latest_when_it_was_given(engine: Engine, now: datetime) -> None:

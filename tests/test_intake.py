@@ -14,6 +14,8 @@ from storage.tables import Event, Label, Prediction, Review, ReviewStep
 from tests.event_fixtures import make_agent, make_label, make_prediction
 from tests.web_fixtures import Clock, Site
 
+pytestmark = pytest.mark.databases("sqlite", "postgresql")
+
 BATCH = {"Content-Type": "application/cloudevents-batch+json"}
 DIE_WHILE_HANDLING = """
 import os, sys
@@ -121,9 +123,8 @@ def test_a_process_that_is_killed_between_storing_and_committing_has_stored_noth
     assert rows(engine, Event, "ulid") == rows(engine, Prediction, "id") == []
 
 
-def test_both_ways_end_in_the_same_state(engine, now, tmp_path):
-    other = db.open_engine(f"sqlite:///{tmp_path}/other.db")
-    db.upgrade(other)
+def test_both_ways_end_in_the_same_state(engine, new_engine, now, tmp_path):
+    other = new_engine()
     states = []
     for one, counters in ((engine, None), (other, embedded.Counters())):
         site = Site(one, Clock(now), tmp_path, counters, make_agent(budget_share=0.3, explore_share=0.2, slice_by=("region",)))
@@ -137,5 +138,4 @@ def test_both_ways_end_in_the_same_state(engine, now, tmp_path):
         states.append(
             (rows(one, Prediction, *columns), rows(one, Review, "claim_id", "state", "priority"), rows(one, Label, "id", "review"))
         )
-    other.dispose()
     assert states[0] == states[1]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import Engine
 
 from storage import db, labels
 from tests.event_fixtures import ANN, BEN, OPS, handle, make_agent, make_label, make_prediction, send
+
+pytestmark = pytest.mark.databases("sqlite", "postgresql")
 
 START = datetime.fromisoformat("2026-03-02T09:30:00+00:00")
 

@@ -6,6 +6,8 @@ import pytest
 
 from storage import db, leases
 
+pytestmark = pytest.mark.databases("sqlite", "postgresql")
+
 TERM = timedelta(seconds=60)
 
 

@@ -1,12 +1,15 @@
 """storage.ledger: a chain in which no link can be changed, taken out or put in unseen, and which names no claim."""
 
-import sqlite3
 import threading
 from datetime import datetime, timedelta, timezone
 
 import pytest
+from sqlalchemy import update
 
 from storage import db, ledger
+from storage.tables import Installation
+
+pytestmark = pytest.mark.databases("sqlite", "postgresql")
 
 
 @pytest.fixture
@@ -19,9 +22,8 @@ def chain(engine, now):
 
 def tamper(engine, statement):
     """Write into the database behind the ledger's back."""
-    with sqlite3.connect(engine.url.database) as database:
-        database.execute(statement)
-    database.close()
+    with db.writing(engine) as connection:
+        connection.exec_driver_sql(statement)
 
 
 def verify(engine):
@@ -47,7 +49,7 @@ def test_an_empty_ledger_is_whole(engine):
     ("statement", "problem"),
     [
         ("UPDATE ledger SET body = '{}' WHERE seq = 4", "entry 4 (verdict of 2026-03-02 09:30) was changed"),
-        ("UPDATE ledger SET at = 1577836800000000 WHERE seq = 4", "entry 4"),
+        ("UPDATE ledger SET at = (SELECT at FROM ledger WHERE seq = 1) WHERE seq = 4", "entry 4"),
         ("UPDATE ledger SET kind = 'promote' WHERE seq = 4", "entry 4"),
         ("UPDATE ledger SET agent = 'scribe' WHERE seq = 4", "entry 4"),
         ("UPDATE ledger SET hash = 'x' WHERE seq = 4", "entry 5 does not follow on the one before it"),
@@ -105,9 +107,10 @@ def test_what_is_rolled_back_leaves_no_link(chain, now):
         assert ledger.head(connection)[0] == 10
 
 
-def test_a_claim_is_named_by_a_key_of_this_installation(engine, tmp_path, now):
-    other = db.open_engine(f"sqlite:///{tmp_path}/other.db")
-    db.upgrade(other)
+def test_a_claim_is_named_by_a_key_of_this_installation(engine, new_engine, now):
+    other = new_engine()
+    with db.writing(other) as connection:
+        connection.execute(update(Installation).values(secret="of another installation"))
     names = []
     for one in (engine, engine, other):
         with db.writing(one) as connection:
@@ -118,4 +121,3 @@ def test_a_claim_is_named_by_a_key_of_this_installation(engine, tmp_path, now):
         assert ledger.hide(connection, "scribe", "claim-1") not in names
         assert [row["seq"] for row in ledger.of_claim(connection, "adjudication", "claim-1")] == [1, 2]
         assert ledger.of_claim(connection, "adjudication", "claim-2") == []
-    other.dispose()

@@ -163,6 +163,7 @@ def test_a_first_version_that_gold_shows_to_be_worse_is_rejected(world: World) -
     assert (champion(world), verdict(world, "v1.0")) == ("v0", "reject")
 
 
+@pytest.mark.databases("sqlite", "postgresql")
 def test_a_better_candidate_is_promoted_by_the_experts_answers_and_watched(served: World) -> None:
     sit_exam(served, knows)
     assert (champion(served), verdict(served, "v1.1")) == ("v1.1", "promote")
@@ -213,6 +214,7 @@ def test_a_candidate_that_won_what_was_asked_is_promoted_at_its_last_look(served
     assert open_exam(served)["report"]["pool"] > 0, "both have answered the same claims"
 
 
+@pytest.mark.databases("sqlite", "postgresql")
 def test_exam_reviews_are_blind_and_keep_within_the_budget(served: World) -> None:
     served.launcher.models["candidate"] = always("DENIED")
     served.ask_for_run()
@@ -233,6 +235,7 @@ def count_reviews(world: World) -> int:
         return reviews.count_opened(connection, AGENT, world.now - timedelta(days=30))[0]
 
 
+@pytest.mark.databases("sqlite", "postgresql")
 def test_a_change_that_does_harm_is_rolled_back_by_the_watch(served: World) -> None:
     served.launcher.models["candidate"] = served.launcher.models["v1.1"] = is_wrong
     served.ask_for_run()
@@ -491,6 +494,7 @@ def test_a_run_that_was_launched_but_not_noted_is_taken_over(served: World, monk
     assert read_run(served, run)["state"] == "done"
 
 
+@pytest.mark.databases("sqlite", "postgresql")
 def test_a_run_whose_device_was_taken_publishes_nothing(served: World) -> None:
     served.launcher.script = ["hangs"]
     run = served.ask_for_run()
@@ -671,6 +675,7 @@ def test_a_failing_stage_is_alarmed_and_holds_up_nothing_else(served: World, mon
     assert "pipeline: judge_exam" not in open_alarms(served)
 
 
+@pytest.mark.databases("sqlite", "postgresql")
 def test_changed_inputs_raise_one_alarm_and_start_a_training(served: World) -> None:
     served.import_history(600)
     served.answer_all()
@@ -691,9 +696,9 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, number: int, *, is_committed: bool)
     real, seen = db.writing, 0
 
     @contextmanager
-    def writing(engine: Engine) -> Iterator[Connection]:
+    def writing(engine: Engine, **how: Any) -> Iterator[Connection]:
         nonlocal seen
-        with real(engine) as connection:
+        with real(engine, **how) as connection:
             driver: Any = connection.connection.driver_connection
             before = driver.total_changes
             yield connection

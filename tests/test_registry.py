@@ -7,6 +7,8 @@ import pytest
 from storage import db, events, ledger, registry
 from tests.version_fixtures import BASE, make_made, register
 
+pytestmark = pytest.mark.databases("sqlite", "postgresql")
+
 AGENT = "adjudication"
 
 

@@ -10,6 +10,8 @@ from sqlalchemy import Engine
 from storage import db, predictions, reviews
 from tests.event_fixtures import ANN, handle, make_agent, make_label, make_prediction, send
 
+pytestmark = pytest.mark.databases("sqlite", "postgresql")
+
 AGENTS, TERM = ["adjudication"], timedelta(minutes=15)
 
 

@@ -9,6 +9,8 @@ from sqlalchemy import Engine
 
 from storage import db, leases, runs
 
+pytestmark = pytest.mark.databases("sqlite", "postgresql")
+
 TERM = timedelta(seconds=60)
 
 

@@ -19,6 +19,8 @@ from tests import model_fixtures
 from tests.pipeline_fixtures import ScriptedLauncher, World, make_base, make_settings
 from trainers import spec
 
+pytestmark = pytest.mark.databases("sqlite", "postgresql")
+
 
 def clock() -> datetime:
     return datetime.now(UTC)
@@ -58,6 +60,7 @@ def test_only_one_of_two_daemons_leads_and_the_other_takes_over(engine: Engine, 
     assert first.renew(), "a leader that does not come back is replaced"
 
 
+@pytest.mark.databases("sqlite")
 def test_the_real_trainer_is_run_as_a_process_of_its_own(engine: Engine, tmp_path: Path) -> None:
     options = spec.Options(epochs=1, batch_rows=16)
     settings = make_settings(tmp_path, model_fixtures.tiny_base(tmp_path / "base"), training=options)

@@ -17,6 +17,8 @@ from storage import alarms, db, exams, registry, runs
 from tests.event_fixtures import make_label, make_prediction, send
 from tests.web_fixtures import HOUR, Site, site
 
+pytestmark = pytest.mark.databases("sqlite", "postgresql")
+
 __all__ = ["site"]
 
 
@@ -148,6 +150,7 @@ def test_health_and_metrics_are_on_both_ports_and_need_no_token(busy):
     assert get(web.create_ops_app(busy.engine, metrics), busy, "/status").status_code == 404
 
 
+@pytest.mark.databases("sqlite")
 def test_readiness_is_the_database_s(site):
     with site.engine.begin() as connection:
         connection.execute(text("ALTER TABLE events RENAME TO elsewhere"))

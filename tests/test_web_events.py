@@ -14,6 +14,8 @@ from storage import db, tokens
 from tests.event_fixtures import envelope, make_label, make_prediction
 from tests.web_fixtures import Site, site
 
+pytestmark = pytest.mark.databases("sqlite", "postgresql")
+
 __all__ = ["site"]
 BATCH = {"Content-Type": "application/cloudevents-batch+json"}
 LINES = {"Content-Type": "application/x-ndjson"}
@@ -239,6 +241,7 @@ def test_events_sent_at_once_share_commits_and_all_are_stored(site):
     assert len({answer.json()["ulid"] for answer in answers}) == count_events(site) == 60
 
 
+@pytest.mark.databases("sqlite")
 def test_a_database_that_is_gone_is_503_and_nothing_is_acknowledged(site):
     with site.engine.begin() as connection:
         connection.execute(text("ALTER TABLE events RENAME TO elsewhere"))

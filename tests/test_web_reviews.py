@@ -10,6 +10,8 @@ from storage import db, predictions, reviews
 from tests.event_fixtures import make_label, make_prediction, send
 from tests.web_fixtures import Site, site
 
+pytestmark = pytest.mark.databases("sqlite", "postgresql")
+
 __all__ = ["site"]
 HINTS = ("APPROVED-BY-MODEL", "0.4321", "v9.9", "below_threshold", "must_review")
 

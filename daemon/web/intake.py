@@ -130,7 +130,7 @@ class Intake:
         results: dict[tokens.Principal, Iterator[delivery.Delivered]] = {}
         new: list[handlers.Item] = []
         state: events.State = "handled" if self.is_handling else "received"
-        with db.writing(self._engine) as connection:
+        with db.writing(self._engine, alone=False) as connection:
             for principal, items in by_principal.items():
                 delivered, stored = delivery.deliver_as(connection, items, self._labels_of, principal, now, state)
                 results[principal] = iter(delivered)

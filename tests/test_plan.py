@@ -16,7 +16,7 @@ from hypothesis import strategies as some
 
 from daemon import plan
 from tests import model_fixtures
-from trainers import data, packing
+from trainers import attention, data, packing
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -75,7 +75,7 @@ def measure_saved(model: Any, packed: packing.Pack) -> int:
             kept[storage.data_ptr()] = storage
         return tensor
 
-    with packing.packed_attention(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with attention.packed(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         losses = packing.token_losses(model, packed)
     assert losses.requires_grad
     return sum(storage.nbytes() for storage in kept.values())
@@ -83,7 +83,7 @@ def measure_saved(model: Any, packed: packing.Pack) -> int:
 
 def make_pack() -> packing.Pack:
     example = data.Example(prompt=list(range(3, ROW - 1)), completion=[5, 6], weight=1.0)
-    return packing.collate([example] * 4, "cpu")
+    return packing.pack([example] * 4, 4096, "cpu", share_prefixes=False)[0]
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

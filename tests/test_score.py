@@ -69,6 +69,26 @@ def test_a_sliding_window_shorter_than_the_prompt_is_kept(tmp_path, prompts):
     np.testing.assert_allclose(scores, separate_forwards(model, tokenizer, prompts[:9], LABELS), atol=1e-4, rtol=0)
 
 
+POLICY = "Coverage follows the plan. Surgery needs a referral, imaging a diagnosis, and dialysis neither of them.\n" * 2
+
+
+@pytest.mark.parametrize("window", [None, 6, 80])
+@pytest.mark.parametrize("max_tokens", [1, 200, 4096])
+def test_a_policy_that_all_prompts_begin_with_is_read_once_and_changes_no_score(tmp_path, prompts, window, max_tokens):
+    model, tokenizer = score.load_base(tiny_base(tmp_path / "base", "mistral", sliding_window=window), "cpu")
+    asked = [POLICY + prompt for prompt in prompts[:12]]
+    read = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda _module, inputs, _output: read.append(inputs[0].numel()))
+    try:
+        scores = score.score_prompts(model, tokenizer, asked, LABELS, max_tokens=max_tokens)
+    finally:
+        hook.remove()
+
+    alone = sum(len(data.encode_prompt(tokenizer, prompt)) for prompt in asked)
+    assert sum(read) < alone
+    np.testing.assert_allclose(scores, separate_forwards(model, tokenizer, asked, LABELS), atol=1e-4, rtol=0)
+
+
 def test_scores_come_in_the_order_of_the_prompts_with_repetitions(base, prompts):
     once = score.score_prompts(*base, prompts, LABELS, max_tokens=300)
     order = [3, 0, 3, 39, 7, 3]

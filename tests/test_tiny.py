@@ -12,7 +12,7 @@ import transformers
 from daemon import cli
 from tests import training_fixtures as runs
 from tests.model_fixtures import PROMPT, claim
-from trainers import data, loop, packing, score, spec, stopping, tiny
+from trainers import attention, data, loop, score, spec, stopping, tiny
 from trainers import texts as corpora
 
 TEMPLATE = spec.Prompt(text=PROMPT)
@@ -31,7 +31,7 @@ def make(texts, out, epochs=3):
 
 def mean_loss(folder, texts):
     model, tokenizer = score.load_base(folder, "cpu")
-    with packing.packed_attention(model):
+    with attention.packed(model):
         corpus = corpora.tokenize(texts, tokenizer, 512, folder.parent / ".cache", str(folder))
         found = loop.mean_loss(model, list(corpus), 4096)
     shutil.rmtree(folder.parent / ".cache")

@@ -132,7 +132,7 @@ def optimizer_tensors(model: torch.nn.Module, updates: Updates) -> Tensors:
 
 
 def set_optimizer(model: torch.nn.Module, updates: Updates, tensors: Tensors) -> None:
-    """The reverse of `optimizer_tensors`; AdamW keeps its step counter on the CPU and its moments beside the parameter."""
+    """The reverse of `optimizer_tensors`: all of it lies beside its parameter, a whole number is Python's."""
     parameters = trained_parameters(model)
     updates.prepare()
     for path, value in tensors.items():
@@ -140,10 +140,8 @@ def set_optimizer(model: torch.nn.Module, updates: Updates, tensors: Tensors) ->
         state = updates.state[parameters[name]]
         if isinstance(state.get(key), torch.Tensor):
             state[key].copy_(value)
-        elif key == "step":
-            state[key] = int(value) if value.dtype == torch.int64 else value
         else:
-            state[key] = value.to(parameters[name].device)
+            state[key] = int(value) if value.dtype == torch.int64 else value.to(parameters[name].device)
 
 
 def random_state() -> Tensors:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from storage import snapshots
@@ -29,13 +30,18 @@ MOST_LEFT_OUT = 0.1
 class Example:
     """One sequence: the model reads `prompt` and is graded on `completion`, each token of it with `weight`."""
 
-    prompt: list[int]
-    completion: list[int]
+    prompt: Sequence[int]
+    completion: Sequence[int]
     weight: float = 1.0
 
     @property
+    def read(self) -> np.ndarray:
+        """What the model reads: all but the last token, which is only predicted."""
+        return np.concatenate([np.asarray(part, dtype=np.int64) for part in (self.prompt, self.completion[:-1])])
+
+    @property
     def tokens(self) -> int:
-        """Tokens that the model reads: the last one is only predicted."""
+        """How many tokens the model reads."""
         return len(self.prompt) + len(self.completion) - 1
 
 

@@ -16,11 +16,14 @@ from typing import Any
 
 import torch
 
-from trainers import checkpoints, optimizers, packing
+from trainers import attention, checkpoints, optimizers, packing
 from trainers.attempts import Attempt, Progress
 from trainers.data import Example
 from trainers.spec import Options
 from trainers.stopping import Stop
+
+# Rows that are packed together where order doesn't matter.
+ROWS_AT_ONCE = 256
 
 
 class DivergedError(ArithmeticError):
@@ -75,6 +78,7 @@ class Counters:
     signature: str
     step: int = 0
     tokens: int = 0
+    tokens_saved: int = 0
     graded_tokens: int = 0
     seconds: float = 0.0
     epoch_loss: float = 0.0
@@ -87,11 +91,12 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class StepLoss:
-    """The weighted mean loss of one step, the weight it stands for, and what was read."""
+    """The weighted mean loss of one step, the weight it stands for, what was read and what shared prefixes spared."""
 
     loss: float
     weight: float
     tokens: int
+    tokens_saved: int
     graded_tokens: int
 
 
@@ -122,7 +127,7 @@ class Loop:
     def run(self) -> Counters:
         """Train to the end from wherever the run stopped; raises `StoppedError` (checkpointed), `SupersededError` or `DivergedError`."""
         self.resume()
-        with packing.packed_attention(self.model), recomputing(self.model, self.options.recompute_layers):
+        with attention.packed(self.model), recomputing(self.model, self.options.recompute_layers):
             while not self.counters.is_finished:
                 self.take_step()
                 if self.counters.step % self.schedule.steps_per_epoch == 0 or self.counters.step == self.schedule.steps:
@@ -149,6 +154,7 @@ class Loop:
         done = self.learn([self.examples[row] for row in self.schedule.batch(counters.step)])
         counters.step += 1
         counters.tokens += done.tokens
+        counters.tokens_saved += done.tokens_saved
         counters.graded_tokens += done.graded_tokens
         counters.seconds += time.monotonic() - started
         counters.epoch_loss += done.loss * done.weight
@@ -159,7 +165,7 @@ class Loop:
         """Move the weights once, down the gradient of the weighted mean over all graded tokens of `examples`."""
         tokens = sum(example.tokens for example in examples)
         budget = min(self.options.max_tokens, math.ceil(tokens / self.options.accumulation))
-        packs = packing.pack(examples, budget, self.device)
+        packs = packing.pack(examples, budget, self.device, share_prefixes=self.options.share_prefixes)
         weight = sum(example.weight * len(example.completion) for example in examples)
         total = norm = 0.0
         for packed in packs:
@@ -175,7 +181,7 @@ class Loop:
         if not math.isfinite(total + norm):
             raise DivergedError(f"loss {total} and gradient norm {norm} at step {self.counters.step + 1}: lower options.learning_rate")
         graded = sum(len(example.completion) for example in examples)
-        return StepLoss(total, weight, sum(packed.tokens for packed in packs), graded)
+        return StepLoss(total, weight, sum(packed.tokens for packed in packs), sum(packed.saved for packed in packs), graded)
 
     def report(self, loss: float, rate: float) -> None:
         """Write the step's line of progress and its point on the curves."""
@@ -233,9 +239,10 @@ def recomputing(model: Any, every: int) -> Iterator[None]:
 
 @torch.inference_mode()
 def mean_loss(model: Any, examples: Sequence[Example], max_tokens: int) -> float:
-    """The weighted mean loss over all graded tokens; to be called under `packing.packed_attention`."""
+    """The weighted mean loss over all graded tokens; to be called under `attention.packed`."""
     total = weight = 0.0
-    for packed in packing.pack(examples, max_tokens, str(model.device)):
-        total += (packing.token_losses(model, packed).double() * packed.weights).sum().item()
-        weight += packed.weights.double().sum().item()
+    for start in range(0, len(examples), ROWS_AT_ONCE):
+        for packed in packing.pack(examples[start : start + ROWS_AT_ONCE], max_tokens, str(model.device)):
+            total += (packing.token_losses(model, packed).double() * packed.weights).sum().item()
+            weight += packed.weights.double().sum().item()
     return total / weight

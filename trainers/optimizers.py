@@ -89,7 +89,7 @@ def make_optimizer(parameters: Parameters, options: Options) -> torch.optim.Opti
     """AdamW over the parameters. bitsandbytes is imported only where it is asked for: that takes seconds."""
     shared: Any = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
     if options.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **shared)
+        return torch.optim.AdamW(parameters, fused=True, **shared)
     import bitsandbytes  # noqa: PLC0415
 
     # Only a card has memory to page out; on CPU both are the same.

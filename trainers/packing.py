@@ -1,46 +1,40 @@
-"""Many sequences in one forward pass without padding: none sees another, and only graded positions reach the language-model head.
+"""Many examples in one forward pass without padding: none sees another, and only graded positions reach the language-model head.
 
-All tokens lie in one row of restarting `position_ids`. Attention runs on groups of sequences of similar length, so its cost is that of
-the sequences, not the square of the pack; a cell beyond a sequence's end lies behind its last token and is seen by none (causal order).
+All tokens lie in one row. Examples whose prompts begin alike share that beginning: it stands once, and each goes on from its end with
+the position that it would have alone, so losses and gradients are those of the examples one by one.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface
 
+from trainers import attention, prefixes
+from trainers.attention import Span
 from trainers.data import Example
-from trainers.spec import SpecRefusedError
-
-ATTENTION = "packed"
-# A sequence joins a group while it has at least this share of the longest one's length: less padding inside attention, or fewer calls.
-SIMILAR = 0.75
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Sequences that attend in one call: `places` [sequences, longest] in the pack, and which of its cells, counted flat, are real."""
-
-    places: torch.Tensor
-    real: torch.Tensor
+from trainers.prefixes import Family
 
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """One forward pass. `keep` are the positions whose next token is graded, `targets` those tokens, `weights` what each one counts."""
+    """One forward pass. `keep` are the positions whose next token is graded, `targets` those tokens, `weights` what each one counts.
+
+    `saved` is how many tokens more it would be without shared prefixes.
+    """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     keep: torch.Tensor
     targets: torch.Tensor
     weights: torch.Tensor
-    groups: tuple[Group, ...]
+    layout: attention.Layout
+    saved: int
 
     @property
     def tokens(self) -> int:
@@ -48,133 +42,110 @@ class Pack:
         return self.input_ids.shape[1]
 
 
-def pack(examples: Sequence[Example], max_tokens: int, device: str) -> list[Pack]:
-    """Spread `examples` over passes of at most `max_tokens` tokens, those of like length together; a longer one has a pass of its own."""
-    packs: list[list[Example]] = []
-    filled = 0
-    for example in sorted(examples, key=lambda example: example.tokens, reverse=True):
-        if not packs or filled + example.tokens > max_tokens:
-            packs.append([])
-            filled = 0
-        packs[-1].append(example)
-        filled += example.tokens
-    return [collate(some, device) for some in packs]
+@dataclass(slots=True)
+class Bin:
+    """What goes into one pass: the members of each family, and how many tokens they are."""
+
+    members: dict[Family, list[Example]] = field(default_factory=dict)
+    tokens: int = 0
+
+    def cost(self, family: Family, example: Example) -> int:
+        """Tokens that the example would add."""
+        return example.tokens - (family.shared if family in self.members else 0)
+
+    def add(self, family: Family, example: Example) -> None:
+        """Put it in."""
+        self.tokens += self.cost(family, example)
+        self.members.setdefault(family, []).append(example)
 
 
-def collate(examples: Sequence[Example], device: str) -> Pack:
-    """Lay the examples end to end; they come ordered from the longest to the shortest."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    keep: list[int] = []
-    targets: list[int] = []
-    weights: list[float] = []
-    for example in examples:
-        first = len(tokens) + len(example.prompt) - 1
-        keep += range(first, first + len(example.completion))
-        tokens += example.prompt + example.completion[:-1]
-        positions += range(example.tokens)
-        targets += example.completion
-        weights += [example.weight] * len(example.completion)
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Tokens that lie end to end in a pack: an example, a family's prefix (which has no example), or what of a member follows it."""
+
+    tokens: np.ndarray
+    example: Example | None = None
+    family: Family | None = None
+
+
+def pack(examples: Sequence[Example], max_tokens: int, device: str, *, share_prefixes: bool = True) -> list[Pack]:
+    """Spread `examples` over passes of at most `max_tokens` tokens; a longer one has a pass of its own, none is ever cut.
+
+    Prefixes are shared where that saves more than it costs (`prefixes.COST`).
+    """
+    strangers = [Family(list(range(len(examples))), 0)]
+    families = prefixes.find_families([example.prompt for example in examples]) if share_prefixes else strangers
+    return [collate(filled, device) for filled in fill_bins(examples, families, max_tokens)]
+
+
+def fill_bins(examples: Sequence[Example], families: Sequence[Family], max_tokens: int) -> list[Bin]:
+    """Best fit, the longest first: each goes where it adds the fewest tokens and leaves the least room."""
+    bins: list[Bin] = []
+    asked = [(examples[row], family) for family in families for row in family.rows]
+    for example, family in sorted(asked, key=lambda pair: pair[0].tokens, reverse=True):
+        costs = [(one.cost(family, example), -one.tokens, place) for place, one in enumerate(bins)]
+        fitting = [found for found in costs if found[0] - found[1] <= max_tokens]
+        if not fitting:
+            bins.append(Bin())
+        bins[min(fitting)[2] if fitting else -1].add(family, example)
+    return bins
+
+
+def cut_stretches(filled: Bin) -> list[Stretch]:
+    """What stands alone, examples and prefixes, the longest first; then what goes on from a prefix, family by family."""
+    alone, members = [], []
+    for family, examples in filled.members.items():
+        if not family.shared or len(examples) == 1:
+            alone += [Stretch(example.read, example) for example in examples]
+        else:
+            alone.append(Stretch(examples[0].read[: family.shared], family=family))
+            members += [Stretch(example.read[family.shared :], example, family) for example in examples]
+    return sorted(alone, key=lambda stretch: len(stretch.tokens), reverse=True) + members
+
+
+def place_stretches(stretches: Sequence[Stretch]) -> list[Span]:
+    """Where each one lies, and the prefix that it goes on from."""
+    starts = itertools.accumulate((len(stretch.tokens) for stretch in stretches), initial=0)
+    spans: list[Span] = []
+    prefixes_begin: dict[Family | None, int] = {}
+    for stretch, start in zip(stretches, starts, strict=False):
+        if stretch.family and stretch.example:
+            spans.append(Span(start, len(stretch.tokens), prefixes_begin[stretch.family], stretch.family.shared))
+        else:
+            spans.append(Span(start, len(stretch.tokens)))
+            prefixes_begin[stretch.family] = start
+    return spans
+
+
+def collate(filled: Bin, device: str) -> Pack:
+    """Lay what is in a bin end to end."""
+    stretches = cut_stretches(filled)
+    spans = place_stretches(stretches)
+    graded = [(stretch.example, span) for stretch, span in zip(stretches, spans, strict=True) if stretch.example]
+    completions = [example.completion for example, _ in graded]
+    firsts = [span.start + len(example.prompt) - 1 - span.shared for example, span in graded]
+
+    def lay(parts: Iterable[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(list(parts))).to(device)
+
     return Pack(
-        input_ids=torch.tensor([tokens], device=device),
-        position_ids=torch.tensor([positions], device=device),
-        keep=torch.tensor(keep, device=device),
-        targets=torch.tensor(targets, device=device),
-        weights=torch.tensor(weights, device=device),
-        groups=tuple(group_sequences([example.tokens for example in examples], device)),
+        input_ids=lay(stretch.tokens for stretch in stretches)[None],
+        position_ids=lay(np.arange(span.shared, span.shared + span.length) for span in spans)[None],
+        keep=lay(np.arange(first, first + len(completion)) for first, completion in zip(firsts, completions, strict=True)),
+        targets=lay(np.asarray(completion, dtype=np.int64) for completion in completions),
+        weights=lay(np.full(len(example.completion), example.weight, dtype=np.float32) for example, _ in graded),
+        layout=attention.Layout(spans, device),
+        saved=sum(example.tokens for example, _ in graded) - sum(span.length for span in spans),
     )
 
 
-def group_sequences(lengths: Sequence[int], device: str) -> Iterator[Group]:
-    """Groups of neighbouring sequences, none of them shorter than `SIMILAR` of the longest in its group."""
-    begin = 0
-    start = 0
-    while begin < len(lengths):
-        longest = lengths[begin]
-        end = begin
-        while end < len(lengths) and SIMILAR * longest <= lengths[end] <= longest:
-            end += 1
-        yield make_group(start, lengths[begin:end], device)
-        start += sum(lengths[begin:end])
-        begin = end
-
-
-def make_group(start: int, lengths: Sequence[int], device: str) -> Group:
-    """The group of sequences with these lengths that lie end to end from position `start` on; the first is the longest."""
-    length = torch.tensor(lengths)
-    first = start + torch.cumsum(length, 0) - length
-    step = torch.arange(lengths[0])
-    places = first[:, None] + torch.minimum(step[None], length[:, None] - 1)
-    real = (step[None] < length[:, None]).flatten().nonzero()[:, 0]
-    return Group(places.to(device), real.to(device))
-
-
-def attend(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,  # noqa: ARG001  # The groups are the mask.
-    *,
-    groups: Sequence[Group],
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention within each sequence of a pack, as an implementation of transformers' attention interface.
-
-    Takes heads first, [1, heads, tokens, width], and returns tokens first, [1, tokens, heads, width].
-    """
-    shared = getattr(module, "num_key_value_groups", 1) > 1
-    outputs = []
-    for group in groups:
-        count, longest = group.places.shape
-        cells = group.places.flatten()
-        queries, keys, values = (
-            heads[0].index_select(1, cells).view(-1, count, longest, heads.shape[-1]).transpose(0, 1) for heads in (query, key, value)
-        )
-        window = window_mask(longest, sliding_window, query.device)
-        attended = functional.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=window, is_causal=window is None, scale=scaling, enable_gqa=shared
-        )
-        outputs.append(attended.transpose(1, 2).flatten(0, 1).index_select(0, group.real))
-    return torch.cat(outputs)[None], None
-
-
-def window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """Causal order within a sliding window, where the window is shorter than the sequences."""
-    if window is None or length <= window:
-        return None
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None]
-    return (distance >= 0) & (distance < window)
-
-
-AttentionInterface.register(ATTENTION, attend)
-AttentionMaskInterface.register(ATTENTION, lambda *_args, **_options: None)
-
-
-@contextlib.contextmanager
-def packed_attention(model: Any) -> Iterator[None]:
-    """Let the model read packs. Raises `SpecRefusedError` for an architecture that can't take another attention."""
-    before = model.config._attn_implementation  # noqa: SLF001  # The library has no public way to ask.
-    model.set_attn_implementation(ATTENTION)
-    if model.config._attn_implementation != ATTENTION:  # noqa: SLF001
-        raise SpecRefusedError(
-            f"{type(model).__name__} can't read packed sequences: use a base that follows transformers' AttentionInterface"
-        )
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
 def token_losses(model: Any, packed: Pack) -> torch.Tensor:
-    """The negative log-likelihood of each graded token, in fp32; to be called under `packed_attention`."""
+    """The negative log-likelihood of each graded token, in fp32; to be called under `attention.packed`."""
     output = model(
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,
         logits_to_keep=packed.keep,
-        groups=packed.groups,
+        layout=packed.layout,
         use_cache=False,
     )
     return functional.cross_entropy(output.logits[0].float(), packed.targets, reduction="none")

@@ -2,6 +2,7 @@
 
 One forward pass answers a prompt for all labels: the labels' tokens hang side by side behind the prompt's end, and an attention mask
 keeps them from seeing each other. On CPU it takes about a fifth less time than a prefix cache with one branch per label.
+What many prompts begin with is read once for all of them.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import transformers
 from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from scipy import optimize, special
+from torch.nn import functional
 
 from storage import artifacts
-from trainers import data
+from trainers import data, prefixes
 from trainers.spec import SpecRefusedError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -40,6 +42,8 @@ ADAPTER_CHOICES = {
     "task_type",
 }
 TEMPERATURES = (0.05, 100.0)
+# What it costs to score a family of prompts by themselves, in tokens: batches that are less full, and a forward pass for their prefix.
+FAMILY_COST = 512
 
 SCHEMA = pa.schema(
     [
@@ -89,6 +93,27 @@ class Branches:
     labels: int
 
 
+class Prefix(transformers.DynamicCache):  # type: ignore[misc]  # transformers is not typed
+    """Keys and values of what prompts begin with; those of what is read after them are not kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_read = False
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *rest: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a layer attends to: the prefix, the same in every row, and then its own."""
+        if not self.is_read:
+            kept: tuple[torch.Tensor, torch.Tensor] = super().update(keys, values, layer, *rest, **options)
+            return kept
+        mine = self.layers[layer]
+        return join(mine.keys, keys), join(mine.values, values)
+
+
+def join(prefix: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """A prefix [1, heads, tokens, width] before what each row has of its own."""
+    return torch.cat([prefix.expand(len(own), -1, -1, -1), own], dim=2)
+
+
 def load_base(path: Path, device: str, *, in_4bit: bool = False) -> tuple[Any, Any]:
     """The model and tokenizer of a local checkpoint, ready to score: safetensors only, no code from the folder, nothing downloaded.
 
@@ -132,7 +157,8 @@ def quantize(device: str) -> dict[str, Any]:
 def score_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], labels: Sequence[str], *, max_tokens: int) -> np.ndarray:
     """Log-probability of each whole label, newline included, after each prompt: float64 of shape [prompts, labels].
 
-    A forward pass reads at most `max_tokens` tokens, padding and labels included, or a single longer prompt. Equal prompts are read once.
+    A forward pass reads at most `max_tokens` tokens, padding and labels included, or a single longer prompt. Equal prompts are read once,
+    and so is what many of them begin with.
     Raises `SpecRefusedError` for labels that can't be told apart and `LogitsNotFiniteError` when the model's output is no number.
     """
     data.check_tokenizer(tokenizer, labels)
@@ -145,8 +171,11 @@ def score_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], labels: Se
     was_training = model.training
     model.eval()
     try:
-        for rows in batch_by_tokens([len(tokens) + len(branches.tokens) for tokens in encoded], max_tokens):
-            scores[rows] = score_batch(model, [encoded[row] for row in rows], branches)
+        for family in prefixes.find_families(encoded, FAMILY_COST):
+            prefix = read_prefix(model, encoded[family.rows[0]][: family.shared])
+            for some in batch_by_tokens([len(encoded[row]) - family.shared + len(branches.tokens) for row in family.rows], max_tokens):
+                rows = [family.rows[place] for place in some]
+                scores[rows] = score_batch(model, [encoded[row][family.shared :] for row in rows], branches, prefix, family.shared)
     finally:
         model.train(was_training)
     if not np.isfinite(scores).all():
@@ -191,8 +220,19 @@ def batch_by_tokens(lengths: Sequence[int], max_tokens: int) -> Iterator[list[in
 
 
 @torch.inference_mode()
-def score_batch(model: Any, prompts: Sequence[Sequence[int]], branches: Branches) -> np.ndarray:
-    """The labels' log-probabilities after each prompt, from one forward pass.
+def read_prefix(model: Any, tokens: Sequence[int]) -> Prefix | None:
+    """The tokens as the model keeps them for what follows; None for none."""
+    if not tokens:
+        return None
+    prefix = Prefix()
+    model(input_ids=torch.tensor([tokens], device=model.device), past_key_values=prefix, logits_to_keep=1, use_cache=True)
+    prefix.is_read = True
+    return prefix
+
+
+@torch.inference_mode()
+def score_batch(model: Any, prompts: Sequence[Sequence[int]], branches: Branches, prefix: Prefix | None, shared: int) -> np.ndarray:
+    """The labels' log-probabilities after the `shared` tokens of the prefix and what each prompt has of its own, from one forward pass.
 
     Prompts are padded on the left, so that they end in the same column and the language-model head runs from there on only.
     """
@@ -200,11 +240,12 @@ def score_batch(model: Any, prompts: Sequence[Sequence[int]], branches: Branches
     padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=branches.tokens.device)
     read = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=branches.tokens.device)
     column = torch.cat([torch.arange(longest, device=padding.device), longest + branches.depths])
-    positions = (column[None, :] - padding[:, None]).clamp_min(0)
+    positions = shared + (column[None, :] - padding[:, None]).clamp_min(0)
     logits = model(
         input_ids=torch.cat([read, branches.tokens.expand(len(prompts), -1)], dim=1),
-        attention_mask=attention(positions, padding, longest, branches, getattr(model.config, "sliding_window", None)),
+        attention_mask=attention(positions, padding, longest, branches, shared, getattr(model.config, "sliding_window", None)),
         position_ids=positions,
+        past_key_values=prefix,
         logits_to_keep=torch.arange(longest - 1, len(column), device=padding.device),
         use_cache=False,
     ).logits.float()
@@ -213,16 +254,20 @@ def score_batch(model: Any, prompts: Sequence[Sequence[int]], branches: Branches
     return np.asarray(sums.index_add_(1, branches.owners, chosen.double()).cpu())
 
 
-def attention(positions: torch.Tensor, padding: torch.Tensor, longest: int, branches: Branches, window: int | None) -> torch.Tensor:
-    """Who sees whom, bool [rows, 1, columns, columns]: a prompt its past, a branch the prompt and itself, nobody the padding."""
+def attention(
+    positions: torch.Tensor, padding: torch.Tensor, longest: int, branches: Branches, shared: int, window: int | None
+) -> torch.Tensor:
+    """Who sees whom, bool [rows, 1, columns, shared + columns]: a prompt its past, a branch the prompt and itself, nobody the padding."""
     columns = positions.shape[1]
     sees = torch.ones(columns, columns, dtype=torch.bool, device=padding.device).tril()
     sees[longest:, longest:] = branches.sees
     mask = sees & (torch.arange(columns, device=padding.device) >= padding[:, None])[:, None, :]
-    if window is not None:
-        mask &= positions[:, :, None] - positions[:, None, :] < window
     # A row of the mask without any column gives NaN: padding sees itself.
     mask |= torch.eye(columns, dtype=torch.bool, device=padding.device)
+    mask = functional.pad(mask, (shared, 0), value=True)
+    if window is not None:
+        seen = torch.cat([torch.arange(shared, device=padding.device).expand(len(positions), -1), positions], dim=1)
+        mask &= positions[:, :, None] - seen[:, None, :] < window
     return mask[:, None]
 
 

@@ -136,6 +136,9 @@ class Options(Frozen):
     max_tokens: int = Field(default=4096, ge=16, description="Token budget of one packed forward pass.")
     accumulation: int = Field(default=1, ge=1, description="A step is spread over so many passes, at least; more where they don't fit.")
     max_row_tokens: int = Field(default=2048, ge=16, description="Longer prompts are cut in their input fields.")
+    share_prefixes: bool = Field(
+        default=True, description="Read what prompts have in common once for a whole pass, where that saves tokens."
+    )
     warmup: float = Field(default=0.05, ge=0, lt=1, description="Share of the steps.")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's.")
     clip: float = Field(default=1.0, ge=0, description="The gradient's norm, at most; 0: not clipped.")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from storage import snapshots
-from trainers import attempts, bases, checks, data, loop, packing, score, texts
+from trainers import attempts, attention, bases, checks, data, loop, score, texts
 from trainers.attempts import Attempt, Progress
 from trainers.data import Example, LeftOut, Lessons
 from trainers.methods import full, lora
@@ -255,7 +255,7 @@ def measure_dev_loss(model: Any, dev: Sequence[Example], max_tokens: int) -> flo
     """The mean loss on the dev split, None where there is none."""
     if not dev:
         return None
-    with packing.packed_attention(model):
+    with attention.packed(model):
         return loop.mean_loss(model, dev, max_tokens)
 
 
@@ -268,6 +268,7 @@ def describe_training(work: Work, counters: loop.Counters, examples: Sequence[Ex
         "method": work.spec.options.method,
         "rows": rows,
         "tokens": counters.tokens,
+        "tokens_saved": counters.tokens_saved,
         "supervised_tokens": counters.graded_tokens,
         "steps": counters.step,
         "epochs": round(epochs, 3),

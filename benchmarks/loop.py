@@ -24,8 +24,9 @@ from rich.console import Console
 
 from benchmarks.figures import Figure, finish
 from benchmarks.training import make_base
-from daemon import deployments, imr, launch
+from daemon import deployments, imr
 from daemon.agents import Exam, Publisher
+from daemon.launchers import processes
 from storage import datasets, db, registry, runs
 from tests.event_fixtures import handle, make_label, send
 from tests.pipeline_fixtures import World, make_settings
@@ -79,7 +80,7 @@ def make_world(folder: Path, base: Path, node: str) -> World:
     options = spec.Options(learning_rate=2e-3, epochs=3, batch_rows=32)
     publisher = Publisher(kind="reference", url=node)
     settings = make_settings(folder, base, training=options, exam=Exam(max_asked=40), publisher=publisher)
-    trainer = launch.Processes(settings.training.python)
+    trainer = processes.Processes(settings.training.python)
     return World(engine, settings, trainer, datetime.now(UTC) - timedelta(hours=1), truth=lambda _, fields: is_denied(fields))
 
 

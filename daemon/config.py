@@ -12,9 +12,9 @@ import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationError, ValidationInfo
+from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationError, ValidationInfo, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -26,6 +26,7 @@ from trainers import spec
 FILE = "ratchet.toml"
 PREFIX = "RATCHET_"
 NO_SETTINGS = frozenset({"RATCHET_CONFIG", "RATCHET_TOKEN", "RATCHET_TEST_DATA"})
+SLOT = r"^(auto|(cpu(:\d+)?|cuda:\d+)(\+(cpu(:\d+)?|cuda:\d+))*)$"
 AGENT_NAME = ("agents", "NAME", "name")
 """The one field that is no key: an agent is called as its table."""
 
@@ -71,9 +72,6 @@ class Log(Section):
 class Training(Section):
     """Where and how training runs are started."""
 
-    devices: tuple[Annotated[str, Field(pattern=r"^(auto|cpu|cuda:\d+)$")], ...] = Field(
-        default=("auto",), min_length=1, description="`auto`, `cpu` or `cuda:N`; one run at a time on each."
-    )
     python: str = Field(
         default_factory=lambda: sys.executable, min_length=1, description="The interpreter for the trainers; this one by default."
     )
@@ -84,6 +82,31 @@ class Training(Section):
     attempts: int = Field(default=3, ge=1, description="Attempts without a newer checkpoint before a run is parked.")
     backoff_seconds: float = Field(default=60, ge=0, description="Wait before the second attempt; doubled for each one after it.")
     heartbeat_seconds: float = Field(default=300, ge=1, description="A trainer that is silent for longer is taken for dead.")
+
+
+class Devices(Section):
+    """What runs may use, one run at a time on each."""
+
+    slots: tuple[Annotated[str, Field(pattern=SLOT)], ...] = Field(
+        default=("auto",),
+        min_length=1,
+        description="`auto` (each card that the driver knows, else the CPU), `cuda:N`, `cpu`, `cpu:1`, or several as `cuda:0+cuda:1`.",
+    )
+    memory: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={}, description='GB that runs may take, where that is less than there is or the driver can\'t tell: `{ "cuda:0" = 20 }`.'
+    )
+
+    keep_warm_minutes: float = Field(
+        default=0, ge=0, description="A trainer waits so long for the next run with the base in memory; 0: it ends with its run."
+    )
+
+    @model_validator(mode="after")
+    def _nothing_stands_twice(self) -> Self:
+        parts = [part for slot in self.slots for part in slot.split("+")]
+        twice = next((part for part in parts if parts.count(part) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{twice} stands in two slots: two runs would share it; a second place on the CPU is `cpu:1`")
+        return self
 
 
 class Storage(Section):
@@ -104,6 +127,7 @@ class Settings(Section):
     database: Database = Database()
     server: Server = Server()
     log: Log = Log()
+    devices: Devices = Devices()
     training: Training = Training()
     storage: Storage = Storage()
     kafka: Kafka = Kafka()

@@ -1,21 +1,36 @@
-"""Devices: which ones runs may use, and whose each one is now."""
+"""Devices: which ones runs may use, how much memory each has, and whose each one is now."""
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Sequence
+import dataclasses
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 from sqlalchemy import Connection, RowMapping
 
-from daemon.config import Training
+from daemon import nvml, plan
+from daemon.config import Devices
 from storage import leases
 
-DRIVER = Path("/dev/nvidiactl")
-COUNT_CARDS = "import torch; print(torch.cuda.device_count())"
-PATIENCE_SECONDS = 120
+Read = Callable[[], Mapping[str, plan.Card]]
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What one run has to itself: a card, a place on the CPU, or several cards that share its rows. `card` is None where unknown."""
+
+    name: str
+    card: plan.Card | None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The devices of its processes as torch calls them: every place on the CPU is `cpu`."""
+        return tuple("cpu" if part.startswith("cpu") else part for part in self.name.split("+"))
 
 
 class Claim(NamedTuple):
@@ -25,32 +40,62 @@ class Claim(NamedTuple):
     fence: int
 
 
-def find(training: Training) -> tuple[str, ...]:
-    """The devices that the settings name; `auto` is every CUDA card that the trainers' torch sees, else the CPU."""
-    found: list[str] = []
-    for device in training.devices:
-        found += _find_all(training.python) if device == "auto" else [device]
-    return tuple(dict.fromkeys(found))
+def find(settings: Devices, read: Read = nvml.read_cards) -> tuple[Device, ...]:
+    """The devices that the settings name; `auto` is every CUDA card that the driver knows, else the CPU. Memory is as it is now."""
+    cards = read()
+    names = list(dict.fromkeys(_expand(settings.slots, cards)))
+    places = sum(part.startswith("cpu") for name in names for part in name.split("+"))
+    host = read_host()
+    known = {**cards, "cpu": dataclasses.replace(host, memory=host.memory // max(1, places))}
+    return tuple(Device(name, _find_card(name, known, settings.memory)) for name in names)
 
 
-def _find_all(python: str) -> list[str]:
-    # Importing torch takes seconds: ask it only where there is a driver.
-    if not DRIVER.exists():
-        return ["cpu"]
+def _expand(slots: Sequence[str], cards: Mapping[str, plan.Card]) -> Iterator[str]:
+    for slot in slots:
+        yield from (cards or ["cpu"]) if slot == "auto" else [slot]
+
+
+def _find_card(name: str, known: Mapping[str, plan.Card], limits: Mapping[str, float]) -> plan.Card | None:
+    """The card of a device; of several the one with the least room, for each of them holds the whole model."""
+    found = [_limit(part, known.get("cpu" if part.startswith("cpu") else part), limits) for part in name.split("+")]
+    cards = [card for card in found if card is not None]
+    return min(cards, key=lambda card: card.free) if len(cards) == len(found) else None
+
+
+def _limit(part: str, card: plan.Card | None, limits: Mapping[str, float]) -> plan.Card | None:
+    """The card with what the settings say of its memory, which is less than there is, or all that is known."""
+    if part not in limits:
+        return card
+    limit = round(limits[part] * plan.GB)
+    if card is None:
+        return plan.Card(part, "cpu" if part.startswith("cpu") else "cuda", limit)
+    return dataclasses.replace(card, memory=min(limit, card.memory))
+
+
+def read_host() -> plan.Card:
+    """The CPU as a card, with this machine's memory."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
-        done = subprocess.run([python, "-c", COUNT_CARDS], capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=True)  # noqa: S603
-        return [f"cuda:{card}" for card in range(int(done.stdout))] or ["cpu"]
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return ["cpu"]
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return plan.Card(model, "cpu", memory)
 
 
-def claim(connection: Connection, devices: Sequence[str], run: str, attempt: int, now: datetime, term: timedelta) -> Claim | None:
+def rank(plans: Mapping[Device, plan.MemoryPlan | None]) -> list[Device]:
+    """Where a run may go, the smallest card first; where no plan fits, nowhere."""
+    fitting = [device for device, planned in plans.items() if planned is None or planned.fits]
+    return sorted(fitting, key=lambda device: device.card.memory if device.card else 0)
+
+
+def claim(connection: Connection, devices: Sequence[Device], run: str, attempt: int, now: datetime, term: timedelta) -> Claim | None:
     """Take the first free device for an attempt; None when all are in use."""
     for device in devices:
-        if leases.holder_of(connection, _name(device), now) is None:
-            fence = leases.acquire(connection, _name(device), _holder(run, attempt), now, term)
+        if leases.holder_of(connection, _name(device.name), now) is None:
+            fence = leases.acquire(connection, _name(device.name), _holder(run, attempt), now, term)
             if fence is not None:
-                return Claim(device, fence)
+                return Claim(device.name, fence)
     return None
 
 

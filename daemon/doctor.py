@@ -83,7 +83,7 @@ def _examine_trainer(settings: Settings) -> Iterator[Finding]:
     is_found = _call([python, "-c", FIND_TRAINER]) is not None
     detail = f"{python} {'finds' if is_found else 'does not find'} torch, transformers and peft"
     yield Finding("trainer", is_well=is_found, detail=detail, remedy="install `ratchet-daemon[train]` there, or set [training] python")
-    wanted = [device for device in settings.training.devices if device.startswith("cuda")]
+    wanted = [part for slot in settings.devices.slots for part in slot.split("+") if part.startswith("cuda")]
     if wanted and is_found:
         answer = _call([python, "-c", FIND_CUDA])
         present = int(answer) if answer and answer.isdigit() else 0
@@ -92,7 +92,7 @@ def _examine_trainer(settings: Settings) -> Iterator[Finding]:
             "devices",
             is_well=not missing,
             detail=f"torch sees {present} CUDA cards" + (f", {', '.join(missing)} is not among them" if missing else ""),
-            remedy="check nvidia-smi and the driver, or name other devices in [training] devices",
+            remedy="check nvidia-smi and the driver, or name other devices in [devices] slots",
         )
 
 

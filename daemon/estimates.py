@@ -39,16 +39,45 @@ def read_model_config(base: Path) -> dict[str, Any]:
     return found
 
 
-def make_method(options: spec.Options, name: Any, model_config: Mapping[str, Any]) -> plan.Method:
+def make_method(options: spec.Options, kind: str, model_config: Mapping[str, Any]) -> plan.Method:
     """A run's options as the plan sees them. Raises `plan.ShapeUnknownError`."""
-    longest = min(options.max_row_tokens, plan.read_shape(model_config).context)
-    return plan.Method(name, options.lora.rank, longest, options.max_tokens, 1.0 if name == "pretrain" else plan.SUPERVISED)
+    shared: dict[str, Any] = {
+        "rank": options.lora.rank,
+        "row_tokens": min(options.max_row_tokens, plan.read_shape(model_config).context),
+        "max_tokens": options.max_tokens,
+        "is_4bit": options.load_in_4bit,
+    }
+    if kind == "score":
+        return plan.Method(name="score", trains="nothing", **shared)
+    return plan.Method(
+        name=options.method,
+        trains="all" if options.trains_all_weights else "adapter",
+        supervised=1.0 if options.method == "pretrain" else plan.SUPERVISED,
+        is_bf16=options.lora.dtype == "bfloat16",
+        checkpoint_every=options.recompute_layers,
+        optimizer=options.optimizer,
+        **shared,
+    )
 
 
-def plan_run(options: spec.Options, method: str, base: Path, cards: Sequence[plan.Card]) -> list[plan.MemoryPlan]:
+def choose_options(options: spec.Options, settings: plan.Settings) -> dict[str, Any]:
+    """What the plan chose, as options of the run."""
+    chosen: dict[str, Any] = {
+        "max_tokens": settings.max_tokens,
+        "recompute_layers": settings.checkpoint_every,
+        "optimizer": settings.optimizer,
+    }
+    if settings.adapter_dtype is not None:
+        chosen["lora"] = options.lora.model_copy(update={"dtype": settings.adapter_dtype})
+    if settings.optimizer_in_backward:
+        chosen |= {"optimizer_in_backward": True, "accumulation": 1, "clip": 0.0}
+    return chosen
+
+
+def plan_run(options: spec.Options, kind: str, base: Path, cards: Sequence[plan.Card]) -> list[plan.MemoryPlan]:
     """The plan for each card. Raises `plan.ShapeUnknownError` and `ConfigUnreadableError`."""
     model_config = read_model_config(base)
-    return [plan.plan_memory(model_config, make_method(options, method, model_config), card) for card in cards]
+    return [plan.plan_memory(model_config, make_method(options, kind, model_config), card) for card in cards]
 
 
 def expect_time(connection: Connection, agent: str, planned: plan.MemoryPlan) -> Duration:

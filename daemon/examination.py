@@ -287,6 +287,5 @@ def plan_scoring(machinery: Machinery, run: RowMapping, agent: Agent) -> spec.Sp
         others=tuple(run_folders.describe_model(one, place) for one, place in here),
         score_sets=tuple(score_sets),
         options=agent.training,
-        device=run["device"],
         threads=machinery.settings.training.threads,
     )

@@ -1,53 +1,56 @@
-"""Trainer processes: started in a group of their own, found again after a restart of the daemon, stopped and asked how they ended.
+"""How attempts at runs are carried out: the protocol that every launcher follows, and what all of them share.
 
-Beside an attempt's other files lies `process.lock`: the trainer's process id, in a file that is locked for as long as it lives.
+Beside an attempt's other files lies `process.lock`: its process id, in a file that is locked for as long as the attempt is worked on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import signal
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Protocol
-
-import structlog
+from typing import Protocol
 
 from trainers import spec
 
-LOCK, LOG = "process.lock", "log.txt"
 UNSEEN = -1000
 """The exit status of a process that ended, or never began, while nobody looked."""
 FAILED = 1
+HOME = Path(spec.__file__).parents[1]
+"""Where trainers are started, so that they find their modules."""
 PASSED_ON = ("PATH", "HOME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "USER", "LOGNAME", "VIRTUAL_ENV", "PYTHONPATH", "LD_LIBRARY_PATH")
 PASSED_ON_PREFIXES = ("LC_", "CUDA_", "NVIDIA_", "OMP_", "MKL_", "OPENBLAS_", "TORCH_", "PYTORCH_", "NCCL_", "COVERAGE_", "TRITON_")
 SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "KEY", "CREDENTIAL")
-# The shell writes its process id, which the trainer takes over with the lock, so that no trainer is ever without one.
-SHELL = ("/bin/sh", "-c", 'echo $$ >"$0"; exec "$@"')
-
-log = structlog.get_logger()
 
 
 class Launcher(Protocol):
-    """How attempts at runs are carried out."""
+    """How attempts at runs are carried out. An attempt's folder is prepared before, and `spec.json` names its device."""
 
-    def start(self, run_dir: Path, attempt: int) -> None:
-        """Begin an attempt whose folder is prepared."""
+    def submit(self, run_dir: Path, attempt: int) -> None:
+        """Begin an attempt."""
 
-    def poll(self, run_dir: Path, attempt: int) -> int | None:
+    def status(self, run_dir: Path, attempt: int) -> int | None:
         """The exit status, None while it works, `UNSEEN` when it does not and nobody saw how it ended."""
 
-    def stop(self, run_dir: Path, attempt: int, *, at_once: bool = False) -> None:
+    def cancel(self, run_dir: Path, attempt: int, *, at_once: bool = False) -> None:
         """Ask it to write a checkpoint and end with status 75; `at_once` kills it."""
+
+    def logs(self, run_dir: Path, attempt: int) -> str:
+        """What it printed so far."""
 
 
 def find_attempt(run_dir: Path, attempt: int) -> Path:
     """The folder of an attempt."""
     return run_dir / "attempts" / str(attempt)
+
+
+def make_command(python: str, run_dir: Path, attempt: int) -> list[str]:
+    """What performs an attempt: one process, or through torchrun one for each part of its device."""
+    parts = spec.read_device(run_dir).split("+")
+    module = "trainers.train" if len(parts) == 1 else "trainers.torchrun"
+    return [python, "-m", module, str(run_dir.resolve()), "--attempt", str(attempt)]
 
 
 def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -59,52 +62,8 @@ def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
     }
     # Threads that spin while they wait make a busy machine slower by an order of magnitude: let them sleep.
     ours = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    return {**kept, **ours}
-
-
-class Processes:
-    """One process for each attempt; they outlive this object and are found again by another."""
-
-    def __init__(self, python: str) -> None:
-        self._python = python
-        self._children: dict[Path, subprocess.Popen[bytes]] = {}
-
-    def start(self, run_dir: Path, attempt: int) -> None:
-        """Start `python -m trainers.train`, its output in the attempt's `log.txt`."""
-        folder = find_attempt(run_dir, attempt)
-        command = [self._python, "-m", "trainers.train", str(run_dir.resolve()), "--attempt", str(attempt)]
-        with (folder / LOCK).open("ab") as lock, (folder / LOG).open("ab") as output:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            lock.truncate(0)
-            self._children[folder] = subprocess.Popen(  # noqa: S603  our own interpreter and module
-                [*SHELL, str(folder / LOCK), *command],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=Path(spec.__file__).parents[1],
-                env=clean_environment(os.environ),
-                pass_fds=(lock.fileno(),),
-                start_new_session=True,
-            )
-
-    def poll(self, run_dir: Path, attempt: int) -> int | None:
-        """See `Launcher.poll`; a process that another daemon started is known by its lock."""
-        folder = find_attempt(run_dir, attempt)
-        child = self._children.get(folder)
-        if child is None:
-            return None if is_locked(folder / LOCK) else UNSEEN
-        return child.poll()
-
-    def stop(self, run_dir: Path, attempt: int, *, at_once: bool = False) -> None:
-        """See `Launcher.stop`; one that has ended is left alone."""
-        folder = find_attempt(run_dir, attempt)
-        if not is_locked(folder / LOCK):
-            return
-        with contextlib.suppress(ValueError, ProcessLookupError):
-            group = int((folder / LOCK).read_text())
-            os.killpg(group, signal.SIGKILL if at_once else signal.SIGTERM)
-            if at_once and folder in self._children:
-                self._children[folder].wait()
+    # Otherwise torch numbers the fastest card first, and the driver the one in the first slot.
+    return {**kept, **ours, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
 def is_locked(path: Path) -> bool:
@@ -119,54 +78,16 @@ def is_locked(path: Path) -> bool:
     return False
 
 
-class Resident:
-    """One trainer process that does one run after the other and keeps the base in memory: `start` returns when the run has ended."""
+def kill_holder(path: Path, *, at_once: bool) -> None:
+    """End the group of the process that holds the lock, if one does."""
+    if is_locked(path):
+        with contextlib.suppress(ValueError, ProcessLookupError):
+            os.killpg(int(path.read_text()), signal.SIGKILL if at_once else signal.SIGTERM)
 
-    def __init__(self, python: str, errors: IO[bytes] | None = None) -> None:
-        self._python = python
-        self._errors = errors
-        self._worker: subprocess.Popen[str] | None = None
-        self._ended: dict[Path, int] = {}
 
-    def start(self, run_dir: Path, attempt: int) -> None:
-        """Hand the folder to the worker and wait for its line."""
-        worker = self._awake()
-        folder = find_attempt(run_dir, attempt)
-        try:
-            assert worker.stdin is not None  # noqa: S101  both are pipes
-            assert worker.stdout is not None  # noqa: S101
-            worker.stdin.write(f"{run_dir.resolve()}\n")
-            worker.stdin.flush()
-            answer = worker.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
-            self.close()
-            log.warning("worker_died", exit_status=worker.returncode)
-        self._ended[folder] = int(json.loads(answer)["exit"]) if answer else FAILED
-
-    def poll(self, run_dir: Path, attempt: int) -> int | None:
-        """How the run ended."""
-        return self._ended.get(find_attempt(run_dir, attempt), UNSEEN)
-
-    def stop(self, run_dir: Path, attempt: int, *, at_once: bool = False) -> None:
-        """Nothing works between two calls of `start`."""
-
-    def close(self) -> None:
-        """End the worker."""
-        if self._worker is not None:
-            self._worker.communicate()
-            self._worker = None
-
-    def _awake(self) -> subprocess.Popen[str]:
-        if self._worker is None:
-            self._worker = subprocess.Popen(  # noqa: S603  our own interpreter and module
-                [self._python, "-m", "trainers.worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                text=True,
-                cwd=Path(spec.__file__).parents[1],
-                env=clean_environment(os.environ),
-            )
-        return self._worker
+def read_log(run_dir: Path, attempt: int) -> str:
+    """The `log.txt` of an attempt; nothing where there is none."""
+    try:
+        return (find_attempt(run_dir, attempt) / spec.LOG).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""

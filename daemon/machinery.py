@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import Engine
 
-from daemon import gate
+from daemon import devices, gate, nvml
 from daemon.config import Settings
 from daemon.launch import Launcher
 from trainers import spec
@@ -49,11 +49,11 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Machinery:
-    """The database, the settings, what carries runs out and where, and who decides; the clock comes with each tick."""
+    """The database, the settings, what carries runs out, who decides and who knows the cards; the clock comes with each tick."""
 
     engine: Engine
     settings: Settings
     launcher: Launcher
-    devices: tuple[str, ...]
     decide: Decide = gate.decide
+    read_cards: devices.Read = nvml.read_cards
     memory: Memory = field(default_factory=Memory)

@@ -15,7 +15,7 @@ import structlog
 from sqlalchemy import Engine
 
 from consumers import handlers
-from daemon import deployments, devices, examination, gate, makeup, policies, traffic, training, verdicts
+from daemon import deployments, devices, examination, gate, makeup, nvml, policies, traffic, training, verdicts
 from daemon.agents import Agent
 from daemon.config import Settings
 from daemon.launch import Launcher
@@ -33,8 +33,15 @@ log = structlog.get_logger()
 class Pipeline:
     """The stages around one database, with what they keep in memory between ticks."""
 
-    def __init__(self, engine: Engine, settings: Settings, launcher: Launcher, decide: Decide = gate.decide) -> None:
-        self.machinery = Machinery(engine, settings, launcher, devices.find(settings.training), decide)
+    def __init__(
+        self,
+        engine: Engine,
+        settings: Settings,
+        launcher: Launcher,
+        decide: Decide = gate.decide,
+        read_cards: devices.Read = nvml.read_cards,
+    ) -> None:
+        self.machinery = Machinery(engine, settings, launcher, decide, read_cards)
 
     def tick(self, now: datetime) -> bool:
         """Advance everything that can be advanced; returns whether anything changed. Raises only when the database can't be used."""

@@ -30,11 +30,14 @@ SUPERVISED = 0.05
 """The share of a claim's tokens that are graded, where no run has told it."""
 LEAST_ROW = 256
 """Remedies cut rows to so many tokens at the least."""
-EVERY = (4, 2)
+EVERY = (4, 2, 1)
 
 
 class ShapeUnknownError(ValueError):
     """The `config.json` is of no decoder that can be counted."""
+
+
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,18 +82,18 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """How a run trains: `row_tokens` is the longest row, `max_tokens` the budget of a pass that is wished for."""
+    """How a run works: what it trains, its longest row, and what is wished for of the rest."""
 
-    name: Literal["lora", "qlora", "full", "pretrain"]
+    name: Literal["lora", "qlora", "full", "pretrain", "score"]
+    trains: Literal["adapter", "all", "nothing"]
     rank: int
     row_tokens: int
     max_tokens: int
     supervised: float = SUPERVISED
-
-    @property
-    def has_adapter(self) -> bool:
-        """Whether the base's weights stay as they are."""
-        return self.name in ("lora", "qlora")
+    is_4bit: bool = False
+    is_bf16: bool = False
+    checkpoint_every: int = 0
+    optimizer: Optimizer = "adamw"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +119,8 @@ class Settings:
     checkpoint_every: int
     max_tokens: int
     adapter_dtype: Literal["float32", "bfloat16"] | None
-    optimizer: Literal["adamw", "adamw_8bit", "paged_in_backward"]
+    optimizer: Optimizer
+    optimizer_in_backward: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,29 +212,42 @@ def _choose(shape: Shape, method: Method, card: Card) -> MemoryPlan:
 
 
 def list_settings(method: Method, card: Card) -> Iterator[Settings]:
-    """Settings from the fastest to the most frugal: smaller passes cost least, then bf16 adapters, then computing layers twice."""
-    precisions: tuple[Any, ...] = ("float32", "bfloat16") if card.kind == "cuda" and method.name == "lora" else ("float32",)
-    if method.name == "qlora":
-        precisions = ("bfloat16",)
-    optimizers: tuple[Any, ...] = ("adamw",)
-    if card.kind == "cuda" and not method.has_adapter:
-        optimizers = ("adamw_8bit", "paged_in_backward")
-    for optimizer in optimizers:
-        for every in (0, *EVERY, 1):
-            for precision in precisions:
+    """Settings from the fastest to the most frugal: smaller passes cost least, another optimizer most."""
+    for optimizer, in_backward in _list_optimizers(method, card):
+        for every in _list_checkpointing(method):
+            for dtype in _list_dtypes(method, card):
                 for tokens in _list_budgets(method):
-                    yield Settings(
-                        is_4bit=method.name == "qlora",
-                        checkpoint_every=every,
-                        max_tokens=tokens,
-                        adapter_dtype=precision if method.has_adapter else None,
-                        optimizer=optimizer,
-                    )
+                    yield Settings(method.is_4bit, every, tokens, dtype, optimizer, in_backward)
+
+
+def _list_dtypes(method: Method, card: Card) -> tuple[Literal["float32", "bfloat16"] | None, ...]:
+    """What an adapter is kept in while it learns."""
+    if method.trains != "adapter":
+        return (None,)
+    if method.is_4bit or method.is_bf16:
+        return ("bfloat16",)
+    return ("float32", "bfloat16") if card.kind == "cuda" else ("float32",)
+
+
+def _list_optimizers(method: Method, card: Card) -> Iterator[tuple[Optimizer, bool]]:
+    """The optimizer that is asked for; on a card, for all weights, then with moments on the host, then within the backward pass."""
+    yield method.optimizer, False
+    if method.trains == "all" and card.kind == "cuda":
+        yield "paged_adamw_8bit", False
+        yield "paged_adamw_8bit", True
+
+
+def _list_checkpointing(method: Method) -> list[int]:
+    """Every how many layers one is computed twice: as asked for, and then more of them."""
+    if method.trains == "nothing":
+        return [0]
+    asked = method.checkpoint_every
+    return [asked, *(every for every in EVERY if not asked or every < asked)]
 
 
 def _list_budgets(method: Method) -> list[int]:
     """Tokens of a pass: what is wished for, halved down to the longest row, which can't be split."""
-    budgets = [max(method.max_tokens, method.row_tokens)]
+    budgets = [method.max_tokens]
     while budgets[-1] > method.row_tokens:
         budgets.append(max(method.row_tokens, budgets[-1] // 2))
     return budgets
@@ -243,27 +260,30 @@ def _weigh(shape: Shape, method: Method, settings: Settings, card: Card) -> Memo
 
 def estimate(shape: Shape, method: Method, settings: Settings, kind: str) -> Parts:
     """What a run takes at its peak, part by part, in bytes."""
-    value = 2 if kind == "cuda" else 4
+    value = 2 if kind == "cuda" or settings.is_4bit else 4
     adapter_value = 2 if settings.adapter_dtype == "bfloat16" else 4
+    tokens = max(settings.max_tokens, method.row_tokens)
     rest = shape.parameters - shape.in_layers
     weights = round(shape.in_layers * (NF4_BYTES if settings.is_4bit else value)) + rest * value
-    adapters = shape.count_adapter(method.rank) * adapter_value if method.has_adapter else 0
-    # Gradients and both of AdamW's moments have the dtype of what is trained.
-    optimizer = 3 * adapters if method.has_adapter else _count_full_optimizer(shape, settings, value)
-    activations = settings.max_tokens * _count_saved(shape, method, settings, value, adapter_value)
-    logits = round(settings.max_tokens * method.supervised) * shape.vocabulary * LOGIT_BYTES
+    adapters = shape.count_adapter(method.rank) * adapter_value if method.trains != "all" else 0
+    optimizer = _count_optimizer(shape, method, settings, value, adapters)
+    activations = tokens * _count_saved(shape, method, settings, value, adapter_value)
+    logits = round(tokens * method.supervised) * shape.vocabulary * LOGIT_BYTES
     unpacked = value * max(inputs * outputs for inputs, outputs in shape.linears) if settings.is_4bit else 0
     fragments = round(FRAGMENTED * (adapters + optimizer + activations + logits))
-    overhead = CONTEXT_BYTES + unpacked + fragments
-    return Parts(weights=weights, adapters=adapters, optimizer=optimizer, activations=activations, logits=logits, overhead=overhead)
+    return Parts(weights, adapters, optimizer, activations, logits, CONTEXT_BYTES + unpacked + fragments)
 
 
-def _count_full_optimizer(shape: Shape, settings: Settings, value: int) -> int:
-    """Gradients and moments of all weights; in the backward pass only the largest gradient is there, and the moments lie on the host."""
-    if settings.optimizer == "paged_in_backward":
-        largest = max(shape.vocabulary * shape.width, *(inputs * outputs for inputs, outputs in shape.linears))
-        return value * largest
-    moments = 2 if settings.optimizer == "adamw_8bit" else 2 * value
+def _count_optimizer(shape: Shape, method: Method, settings: Settings, value: int, adapters: int) -> int:
+    """Gradients and AdamW's two moments, each as wide as what is trained; 8-bit moments take a byte, and paged ones lie on the host.
+
+    In the backward pass there is no more than the largest gradient.
+    """
+    if method.trains != "all":
+        return 3 * adapters if method.trains == "adapter" else 0
+    if settings.optimizer_in_backward:
+        return value * max(shape.vocabulary * shape.width, *(inputs * outputs for inputs, outputs in shape.linears))
+    moments = {"adamw": 2 * value, "adamw_8bit": 2, "paged_adamw_8bit": 0}[settings.optimizer]
     return shape.parameters * (value + moments)
 
 
@@ -272,6 +292,8 @@ def _count_saved(shape: Shape, method: Method, settings: Settings, value: int, a
     layer = count_layer(shape, method, value, adapter_value)
     passing = value * (3 * shape.inner + 2 * shape.width)
     last = NORM_BYTES * shape.width
+    if method.trains == "nothing":  # Nothing is kept but for the layer that is computed.
+        return layer + last
     if not settings.checkpoint_every:
         return shape.layers * layer + passing + last
     thrown = -(-shape.layers // settings.checkpoint_every)
@@ -283,7 +305,7 @@ def count_layer(shape: Shape, method: Method, value: int, adapter_value: int) ->
     norms = 2 * NORM_BYTES * shape.width + 2 * value * shape.width
     attention = 2 * value * (shape.queries + shape.keys) + NORM_BYTES * shape.heads
     saved = norms + attention + 4 * value * shape.inner
-    if not method.has_adapter:
+    if method.trains == "all":
         return saved + 2 * value * shape.width
     saved += adapter_value * method.rank * len(shape.linears)
     if adapter_value == value:
@@ -314,21 +336,17 @@ def _list_changes(method: Method, card: Card) -> Iterator[dict[str, Any]]:
     if quantised:
         yield quantised
     yield from shorter
-    if method.has_adapter:
+    if method.trains == "adapter":
         yield from ({"lora.rank": rank} for rank in (32, 16, 8) if rank < method.rank)
     if quantised:
         yield from (quantised | rows for rows in shorter)
 
 
 def _change(method: Method, changes: Mapping[str, Any]) -> Method:
-    rows = changes.get("max_row_tokens", method.row_tokens)
-    return dataclasses.replace(
-        method,
-        name=changes.get("method", method.name),
-        rank=changes.get("lora.rank", method.rank),
-        row_tokens=rows,
-        max_tokens=min(method.max_tokens, rows) if "max_row_tokens" in changes else method.max_tokens,
-    )
+    changed = dataclasses.replace(method, rank=changes.get("lora.rank", method.rank))
+    if "method" in changes:
+        changed = dataclasses.replace(changed, name=changes["method"], is_4bit=True)
+    return dataclasses.replace(changed, row_tokens=changes.get("max_row_tokens", method.row_tokens))
 
 
 def _halve(tokens: int) -> Iterator[int]:

@@ -17,8 +17,9 @@ import orjson
 import structlog
 from pydantic import ValidationError
 
-from daemon import config, launch, report, simulate, training
+from daemon import config, report, simulate, training
 from daemon.agents import Agent, Budget, PromptFile, Publisher
+from daemon.launchers import workers
 from storage import artifacts, datasets, db
 from trainers import spec
 
@@ -63,14 +64,13 @@ def run(asked: Asked, on_stage: Callable[[str], None], on_progress: Callable[[in
     on_stage("importing the history, training v1.0")
     engine = db.open_engine(settings.database.url)
     db.upgrade(engine)
-    with (asked.out / "trainer.log").open("ab") as errors:
-        trainer = launch.Resident(settings.training.python, errors)
-        plan = simulate.Plan(history, stream, settings, agent, asked.seed, asked.with_baselines, asked.out, on_progress)
-        try:
-            found = simulate.Replay(plan, engine, trainer, on_stage).run()
-        finally:
-            trainer.close()
-            engine.dispose()
+    trainer = workers.Workers(settings.training.python, waits=True)
+    plan = simulate.Plan(history, stream, settings, agent, asked.seed, asked.with_baselines, asked.out, on_progress)
+    try:
+        found = simulate.Replay(plan, engine, trainer, on_stage).run()
+    finally:
+        trainer.close()
+        engine.dispose()
     artifacts.write_atomically(asked.out / "report.json", json.dumps(found, indent=2, ensure_ascii=False).encode())
     report.write_page(asked.out / "report.html", found)
     return found
@@ -156,7 +156,8 @@ def _make_settings(asked: Asked, agent: Agent) -> config.Settings:
         home=home,
         database=config.Database(url=f"sqlite:///{home / 'ratchet.db'}"),
         storage=config.Storage(snapshots=home / "snapshots", adapters=home / "adapters", bases=home / "bases", runs=home / "runs"),
-        training=config.Training(devices=("cpu",), seed=asked.seed, backoff_seconds=0),
+        devices=config.Devices(slots=("cpu",)),
+        training=config.Training(seed=asked.seed, backoff_seconds=0),
         agents={agent.name: agent},
     )
 

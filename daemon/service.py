@@ -22,8 +22,9 @@ from fastapi import FastAPI
 from sqlalchemy import Engine
 
 from consumers import broker, embedded, handlers, records, stream
-from daemon import launch, pipeline, policies, scheduler
+from daemon import pipeline, policies, scheduler
 from daemon.config import Settings
+from daemon.launchers import choice
 from daemon.web import app
 from daemon.web.metrics import Metrics
 from storage import db, tokens
@@ -186,8 +187,7 @@ async def web(service: Service) -> None:
 
 async def schedule(service: Service) -> None:
     """Advance the loop, when this process leads."""
-    launcher = launch.Processes(service.settings.training.python)
-    await scheduler.run(pipeline.Pipeline(service.engine, service.settings, launcher), utc_now, service.stop)
+    await scheduler.run(pipeline.Pipeline(service.engine, service.settings, choice.make_launcher(service.settings)), utc_now, service.stop)
 
 
 async def operate(service: Service) -> None:

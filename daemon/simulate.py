@@ -199,7 +199,8 @@ class Replay:
         if not (attempt / "result.json").exists():
             attempt.mkdir(parents=True, exist_ok=True)
             artifacts.write_atomically(attempt / "attempt.json", b'{"fence": 0}')
-            self.trainer.start(run_dir, 1)
+            self.trainer.submit(run_dir, 1)
+            self.trainer.status(run_dir, 1)  # which waits for its end
         result = json.loads((attempt / "result.json").read_text()) if (attempt / "result.json").exists() else {}
         if result.get("status") != "done":
             raise SimulationError(f"{run_dir} did not end well: {result.get('reason', 'the trainer died')}")
@@ -232,7 +233,7 @@ class Replay:
             is_changed = self.loop.tick(now)
             if not self._answer_reviews(now) and not is_changed:
                 return
-        raise SimulationError(f"the loop did not come to rest at {now:%Y-%m-%d}: see {self.plan.out / 'trainer.log'}")
+        raise SimulationError(f"the loop did not come to rest at {now:%Y-%m-%d}: see the logs in {self.plan.settings.storage.runs}")
 
     def _answer_reviews(self, now: datetime) -> int:
         """The expert answers every review that is open; returns how many."""

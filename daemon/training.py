@@ -21,7 +21,7 @@ from apscheduler.triggers.cron import CronTrigger
 from pydantic import ValidationError
 from sqlalchemy import Connection, RowMapping
 
-from daemon import devices, examination, launch, makeup, run_folders, triggers, verdicts
+from daemon import devices, examination, launch, makeup, placement, run_folders, triggers, verdicts
 from daemon.agents import Agent
 from daemon.machinery import Machinery, Makeup
 from storage import alarms, artifacts, datasets, db, labels, predictions, registry, runs
@@ -153,20 +153,30 @@ def start_queued(machinery: Machinery, now: datetime) -> None:
     for run in queued:
         is_due = run["not_before"] is None or run["not_before"] <= now
         if run["agent"] in makeups and is_due:
-            leased = _lease(machinery, run, now)
+            leased = _lease(machinery, makeups[run["agent"]], run, now)
             if leased is None:
                 continue
             _guard(machinery, leased, functools.partial(_start, machinery, makeups[run["agent"]]), now)
 
 
-def _lease(machinery: Machinery, run: RowMapping, now: datetime) -> RowMapping | None:
-    """Claim a run and a device for it; None when no device is free or somebody else was first."""
+def _lease(machinery: Machinery, made: Makeup, run: RowMapping, now: datetime) -> RowMapping | None:
+    """Claim a run and the smallest device that it fits; None when none is free or somebody else was first."""
     folder = machinery.settings.storage.runs / run["id"]
+    places = placement.find_places(machinery, made, run, _read_options(machinery, run))
     with db.writing(machinery.engine) as connection:
-        claim = devices.claim(connection, machinery.devices, run["id"], run["attempt"] + 1, now, find_term(machinery))
+        claim = devices.claim(connection, places, run["id"], run["attempt"] + 1, now, find_term(machinery))
         if claim is None or not runs.lease(connection, run, claim.device, claim.fence, str(folder)):
             return None
         return runs.read(connection, run["id"])
+
+
+def _read_options(machinery: Machinery, run: RowMapping) -> spec.Options:
+    """The options of a run; of one whose options are refused when it starts, the agent's own."""
+    agent = machinery.settings.agents[run["agent"]]
+    try:
+        return apply_overrides(agent, run["options"].get("overrides", {}))[0]
+    except OptionsRefusedError:
+        return agent.training
 
 
 def find_term(machinery: Machinery) -> timedelta:
@@ -179,7 +189,7 @@ def _start(machinery: Machinery, made: Makeup, run: RowMapping, now: datetime) -
     folder, agent = Path(run["folder"]), machinery.settings.agents[run["agent"]]
     try:
         prepare(machinery, run, agent, made, now)
-    except (datasets.EmptyDatasetError, OptionsRefusedError) as error:
+    except (datasets.EmptyDatasetError, OptionsRefusedError, placement.NothingFitsError) as error:
         end(machinery, run, "failed", str(error), now)
         return
     except examination.NothingToScoreError as error:
@@ -187,12 +197,12 @@ def _start(machinery: Machinery, made: Makeup, run: RowMapping, now: datetime) -
             runs.cancel(connection, run, str(error), now)
         return
     run_folders.begin_attempt(folder, run["attempt"], run["fence"])
-    machinery.launcher.start(folder, run["attempt"])
+    machinery.launcher.submit(folder, run["attempt"])
     with db.writing(machinery.engine) as connection:
         if runs.begin(connection, run, now):
             log.info("run_started", run=run["id"], agent=run["agent"], kind=run["kind"], attempt=run["attempt"], device=run["device"])
             return
-    machinery.launcher.stop(folder, run["attempt"], at_once=True)
+    machinery.launcher.cancel(folder, run["attempt"], at_once=True)
 
 
 def prepare(machinery: Machinery, run: RowMapping, agent: Agent, made: Makeup, now: datetime) -> None:
@@ -200,12 +210,12 @@ def prepare(machinery: Machinery, run: RowMapping, agent: Agent, made: Makeup, n
     folder = Path(run["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "spec.json").exists():
-        asked = spec.read_spec(folder).model_copy(update={"device": run["device"]})
+        asked = spec.read_spec(folder)
     elif run["kind"] == "train":
         asked = plan_training(machinery, run, agent, made, now)
     else:
         asked = examination.plan_scoring(machinery, run, agent)
-    spec.write_spec(folder, asked)
+    spec.write_spec(folder, placement.suit(machinery, asked, run["device"]))
 
 
 def plan_training(machinery: Machinery, run: RowMapping, agent: Agent, made: Makeup, now: datetime) -> spec.Spec:
@@ -246,7 +256,6 @@ def plan_training(machinery: Machinery, run: RowMapping, agent: Agent, made: Mak
         score_sets=tuple(score_sets),
         options=options,
         seed=run["options"]["overrides"].get(SEED, _draw_seed(run["id"], machinery.settings.training.seed)),
-        device=run["device"],
         threads=machinery.settings.training.threads,
     )
 
@@ -313,7 +322,7 @@ def _guard(machinery: Machinery, run: RowMapping, work: Callable[[RowMapping, da
 def take_over(machinery: Machinery, run: RowMapping, now: datetime) -> None:
     """Find out what became of a run whose daemon ended while it was being started."""
     folder, attempt = Path(run["folder"]), run["attempt"]
-    if machinery.launcher.poll(folder, attempt) == launch.UNSEEN and run_folders.read_result(folder, attempt) is None:
+    if machinery.launcher.status(folder, attempt) == launch.UNSEEN and run_folders.read_result(folder, attempt) is None:
         retry(machinery, run, "it was not started: preparing it failed, or the daemon ended meanwhile", now)
         return
     with db.writing(machinery.engine) as connection:
@@ -327,10 +336,10 @@ def follow(machinery: Machinery, run: RowMapping, now: datetime) -> None:
     with db.writing(machinery.engine) as connection:
         is_ours = devices.keep(connection, run, now, find_term(machinery))
     if not is_ours:
-        machinery.launcher.stop(folder, attempt, at_once=True)
+        machinery.launcher.cancel(folder, attempt, at_once=True)
         requeue(machinery, run, "its device was taken by another run")
         return
-    status = machinery.launcher.poll(folder, attempt)
+    status = machinery.launcher.status(folder, attempt)
     if status is None:
         _watch_progress(machinery, run, now)
         return
@@ -353,7 +362,7 @@ def _watch_progress(machinery: Machinery, run: RowMapping, now: datetime) -> Non
         with db.writing(machinery.engine) as connection:
             runs.beat(connection, run, progress, now)
     elif now - run["heartbeat_at"] > timedelta(seconds=machinery.settings.training.heartbeat_seconds):
-        machinery.launcher.stop(Path(run["folder"]), run["attempt"], at_once=True)
+        machinery.launcher.cancel(Path(run["folder"]), run["attempt"], at_once=True)
         retry(machinery, run, f"no sign of life since {run['heartbeat_at'].isoformat(timespec='seconds')}", now)
 
 
@@ -400,7 +409,7 @@ def end(machinery: Machinery, run: RowMapping, state: Any, why: str, now: dateti
 
 def _let_go(machinery: Machinery, run: RowMapping) -> None:
     """Stop a cancelled run's process, and free its device once it has ended."""
-    machinery.launcher.stop(Path(run["folder"]), run["attempt"], at_once=True)
+    machinery.launcher.cancel(Path(run["folder"]), run["attempt"], at_once=True)
     with db.writing(machinery.engine) as connection:
         devices.free(connection, run)
         runs.let_go(connection, run)
@@ -503,13 +512,13 @@ def stop_all(machinery: Machinery, clock: Callable[[], datetime], seconds: float
     with db.reading(machinery.engine) as connection:
         running = runs.read_in_state(connection, "running")
     for run in running:
-        machinery.launcher.stop(Path(run["folder"]), run["attempt"])
+        machinery.launcher.cancel(Path(run["folder"]), run["attempt"])
     patience = time.monotonic() + seconds
     for run in running:
         folder, attempt = Path(run["folder"]), run["attempt"]
-        while time.monotonic() < patience and machinery.launcher.poll(folder, attempt) is None:
+        while time.monotonic() < patience and machinery.launcher.status(folder, attempt) is None:
             time.sleep(POLL_SECONDS)
-        machinery.launcher.stop(folder, attempt, at_once=True)
+        machinery.launcher.cancel(folder, attempt, at_once=True)
         # One that had not come to listening for signals, or whose end only an earlier daemon would have seen, did not fail either.
         if run_folders.read_result(folder, attempt) is None:
             requeue(machinery, run, "stopped as asked")

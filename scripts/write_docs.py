@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from consumers import announcements, schemas
-from daemon import agents, cli, config, plan
+from daemon import agents, cli, config, estimates, plan
 from daemon.web import app as web
 from storage import db
 from trainers import spec
@@ -38,7 +38,7 @@ value and what would be right. `ratchet config show` prints the values in force 
 
 Any key can be overridden by a variable: `RATCHET_`, then the key in capitals with `__` for each dot. So `server.port` is
 `RATCHET_SERVER__PORT`, and the threshold of the agent `medical-analysis` is `RATCHET_AGENTS__MEDICAL_ANALYSIS__THRESHOLD`. Lists
-are written as in TOML: `RATCHET_TRAINING__DEVICES='["cuda:0"]'`. Paths count from the folder of `ratchet.toml`.
+are written as in TOML: `RATCHET_DEVICES__SLOTS='["cuda:0"]'`. Paths count from the folder of `ratchet.toml`.
 
 This page is generated from the code: change the descriptions there, then run `make docs`.
 """
@@ -331,8 +331,8 @@ GUIDE = (
 
 def plan_for(model: Model, method: Any, rank: int, size: int) -> plan.MemoryPlan:
     """The plan with the default options on a card of so many GB."""
-    defaults = spec.Options()
-    asked = plan.Method(method, rank, defaults.max_row_tokens, defaults.max_tokens)
+    options = spec.Options(method=method, lora=spec.LoraOptions(rank=rank, alpha=2 * rank))
+    asked = estimates.make_method(options, "train", model.config)
     return plan.plan_memory(model.config, asked, plan.Card(f"{size} GB", "cuda", size * plan.GB))
 
 

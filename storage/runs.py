@@ -92,6 +92,11 @@ def lease(connection: Connection, run: RowMapping, device: str, fence: int, fold
     return _move(connection, run, ("queued",), values)
 
 
+def explain(connection: Connection, run: RowMapping, why: str) -> None:
+    """Note why a queued run waits."""
+    _move(connection, run, ("queued",), {"error": why})
+
+
 def begin(connection: Connection, run: RowMapping, now: datetime) -> bool:
     """Say that a leased run's process works. False when somebody else took the run."""
     values = {"state": "running", "heartbeat_at": now, "started_at": run["started_at"] or now, "error": None}

@@ -131,5 +131,5 @@ def _read_number(path: Path) -> int:
 def is_trainer(number: int) -> bool:
     """Whether this process is a trainer that lives."""
     with contextlib.suppress(OSError):
-        return b"trainers.train" in Path(f"/proc/{number}/cmdline").read_bytes()
+        return b"trainers." in Path(f"/proc/{number}/cmdline").read_bytes()
     return False

@@ -49,7 +49,8 @@ def make_settings(home: Path, base: Path, **agent: Any) -> config.Settings:
     return config.Settings(
         home=home,
         storage=config.Storage(snapshots=home / "snapshots", adapters=home / "adapters", runs=home / "runs", bases=home / "bases"),
-        training=config.Training(devices=("cpu",), backoff_seconds=60, threads=1),
+        devices=config.Devices(slots=("cpu",)),
+        training=config.Training(backoff_seconds=60, threads=1),
         agents={"adjudication": Agent(name="adjudication", **wanted)},
     )
 
@@ -77,7 +78,7 @@ class ScriptedLauncher:
     stopped: list[tuple[Path, int, bool]] = field(default_factory=list)
     started: list[spec.Spec] = field(default_factory=list)
 
-    def start(self, run_dir: Path, attempt: int) -> None:
+    def submit(self, run_dir: Path, attempt: int) -> None:
         asked = spec.read_spec(run_dir)
         self.started.append(asked)
         act = self.script.pop(0) if self.script else "done"
@@ -102,14 +103,17 @@ class ScriptedLauncher:
         self.working.discard((run_dir, attempt))
         self.ended[run_dir, attempt] = 0
 
-    def poll(self, run_dir: Path, attempt: int) -> int | None:
+    def status(self, run_dir: Path, attempt: int) -> int | None:
         return None if (run_dir, attempt) in self.working else self.ended.get((run_dir, attempt), launch.UNSEEN)
 
-    def stop(self, run_dir: Path, attempt: int, *, at_once: bool = False) -> None:
+    def cancel(self, run_dir: Path, attempt: int, *, at_once: bool = False) -> None:
         self.stopped.append((run_dir, attempt, at_once))
         if (run_dir, attempt) in self.working:
             self.working.discard((run_dir, attempt))
             self.ended[run_dir, attempt] = -9 if at_once else 75
+
+    def logs(self, run_dir: Path, attempt: int) -> str:
+        return ""
 
 
 def write_trained(asked: spec.Spec, folder: Path) -> dict[str, Any]:

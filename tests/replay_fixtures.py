@@ -25,23 +25,23 @@ class InProcess:
         self._held = bases.Bases()
         self._status: dict[Path, int] = {}
 
-    def start(self, run_dir: Path, attempt: int) -> None:
+    def submit(self, run_dir: Path, attempt: int) -> None:
         # Like the real one it works in another folder than the command.
         resolved = run_dir.resolve()
         with contextlib.chdir("/"):
             self._status[run_dir / str(attempt)] = train.run(resolved, attempt, self._held, Stop())[0]
 
-    def poll(self, run_dir: Path, attempt: int) -> int | None:
+    def status(self, run_dir: Path, attempt: int) -> int | None:
         return self._status.get(run_dir / str(attempt))
 
-    def stop(self, run_dir: Path, attempt: int, *, at_once: bool = False) -> None:
+    def cancel(self, run_dir: Path, attempt: int, *, at_once: bool = False) -> None:
         pass
 
     def close(self) -> None:
         pass
 
-    def is_working(self, run_dir: Path, attempt: int) -> bool:
-        return False
+    def logs(self, run_dir: Path, attempt: int) -> str:
+        return ""
 
 
 def make_cases(count: int, start: int) -> list[simulate.Case]:

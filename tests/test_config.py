@@ -76,11 +76,10 @@ def test_settings_are_frozen(write):
         ('[server]\nport = "8420"\n', {}, ['server.port = "8420": should be a valid integer']),
         ("[server]\nport = 70000\n", {}, ["server.port = 70000: should be less than or equal to 65535"]),
         ('[log]\nlevel = "loud"\n', {}, ["log.level = \"loud\": should be 'debug', 'info', 'warning' or 'error'"]),
-        ('[training]\ndevices = ["gpu"]\n', {}, ['training.devices.0 = "gpu": should be `auto`, `cpu` or `cuda:N`']),
         (
-            '[database]\nurl = "mysql://u:hunter2@h/d"\n',
+            '[devices]\nslots = ["gpu"]\n',
             {},
-            ['database.url = "mysql://u:***@h/d": should be sqlite:///FILE or postgresql://'],
+            ['devices.slots.0 = "gpu": should be `auto` (each card'],
         ),
         ("", {"RATCHET_SERVER__PORT": "x"}, ['RATCHET_SERVER__PORT: server.port = "x": should be a valid integer']),
         ("", {"RATCHET_SERVER__HOSTS": "x"}, ['RATCHET_SERVER__HOSTS: unknown key server.hosts = "x": did you mean server.host?']),
@@ -200,7 +199,7 @@ def test_variables_override_the_file_and_reach_every_type(write, tmp_path):
         {
             "RATCHET_SERVER__PORT": "2",
             "RATCHET_SERVER__HOST": "0.0.0.0",
-            "RATCHET_TRAINING__DEVICES": '["cuda:0", "cuda:1"]',
+            "RATCHET_DEVICES__SLOTS": '["cuda:0", "cuda:1"]',
             "RATCHET_STORAGE__RUNS": "2024",
             "RATCHET_LOG__FORMAT": "json",
             "RATCHET_AGENTS__MEDICAL_ANALYSIS__TRIGGERS__DRIFT": "false",
@@ -211,7 +210,7 @@ def test_variables_override_the_file_and_reach_every_type(write, tmp_path):
     )
     agent = settings.agents["medical-analysis"]
     assert (settings.server.port, settings.server.host, settings.log.format) == (2, "0.0.0.0", "json")
-    assert settings.training.devices == ("cuda:0", "cuda:1")
+    assert settings.devices.slots == ("cuda:0", "cuda:1")
     assert settings.storage.runs == tmp_path / "2024"
     assert (agent.triggers.drift, agent.budget.share) == (False, 0.1)
 

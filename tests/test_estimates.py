@@ -35,6 +35,7 @@ def test_the_parts_the_settings_and_the_remedy_are_told(ask: Any, run: Any, base
         "max_tokens": 4096,
         "adapter_dtype": "bfloat16",
         "optimizer": "adamw",
+        "optimizer_in_backward": False,
     }
     status, out, _ = run("plan", "--base", base, "--gpu", "12 gb")
     assert status == 1
@@ -42,9 +43,10 @@ def test_the_parts_the_settings_and_the_remedy_are_told(ask: Any, run: Any, base
     assert "no run on this card yet" in out
 
 
-def test_without_a_card_the_usual_sizes_are_compared(ask: Any, run: Any, base: Path) -> None:
-    assert [one["card"]["name"] for one in ask("plan", "--base", base)] == ["12 GB", "24 GB", "48 GB", "80 GB", "141 GB"]
-    assert [one["fits"] for one in ask("plan", "--base", base)] == [False, True, True, True, True]
+def test_without_a_card_this_machine_and_the_usual_sizes_are_compared(ask: Any, run: Any, base: Path) -> None:
+    usual = ask("plan", "--base", base)[-5:]
+    assert [one["card"]["name"] for one in usual] == ["12 GB", "24 GB", "48 GB", "80 GB", "141 GB"]
+    assert [one["fits"] for one in usual] == [False, True, True, True, True]
     assert "all layers" in run("plan", "--base", base)[1]
 
 

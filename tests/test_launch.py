@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import sys
@@ -11,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from daemon import devices, launch
-from daemon.config import Training
+from daemon import launch
+from daemon.config import Devices, Settings
+from daemon.launchers import choice, processes, workers
+from trainers import spec
 
 
 @pytest.fixture
@@ -37,50 +41,50 @@ def wait_for(holds: Callable[[], object]) -> None:
 
 
 def test_a_process_is_followed_to_its_exit_status_and_its_output_is_kept(run_dir: Path) -> None:
-    processes = launch.Processes(make_python(run_dir, "print(sys.argv[1:]); sys.exit(3)"))
-    processes.start(run_dir, 1)
-    wait_for(lambda: processes.poll(run_dir, 1) is not None)
-    assert processes.poll(run_dir, 1) == 3
+    trainers = processes.Processes(make_python(run_dir, "print(sys.argv[1:]); sys.exit(3)"))
+    trainers.submit(run_dir, 1)
+    wait_for(lambda: trainers.status(run_dir, 1) is not None)
+    assert trainers.status(run_dir, 1) == 3
     assert "['-m', 'trainers.train'" in (run_dir / "attempts/1/log.txt").read_text()
 
 
 def test_another_daemon_finds_a_process_and_can_stop_it(run_dir: Path) -> None:
     body = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); open(sys.argv[3] + '/ready', 'w').close(); time.sleep(60)"
-    first = launch.Processes(make_python(run_dir, body))
-    first.start(run_dir, 1)
-    second = launch.Processes(sys.executable)
+    first = processes.Processes(make_python(run_dir, body))
+    first.submit(run_dir, 1)
+    second = processes.Processes(sys.executable)
     wait_for((run_dir / "ready").exists)
-    assert second.poll(run_dir, 1) is None
-    second.stop(run_dir, 1)
-    wait_for(lambda: first.poll(run_dir, 1) is not None)
-    assert first.poll(run_dir, 1) == 75
-    assert second.poll(run_dir, 1) == launch.UNSEEN
+    assert second.status(run_dir, 1) is None
+    second.cancel(run_dir, 1)
+    wait_for(lambda: first.status(run_dir, 1) is not None)
+    assert first.status(run_dir, 1) == 75
+    assert second.status(run_dir, 1) == launch.UNSEEN
 
 
 def test_a_process_that_was_stopped_in_its_tracks_can_be_killed(run_dir: Path) -> None:
-    processes = launch.Processes(make_python(run_dir, "time.sleep(60)"))
-    processes.start(run_dir, 1)
+    trainers = processes.Processes(make_python(run_dir, "time.sleep(60)"))
+    trainers.submit(run_dir, 1)
     wait_for((run_dir / "began").exists)
-    assert processes.poll(run_dir, 1) is None
-    os.kill(int((run_dir / "attempts/1" / launch.LOCK).read_text()), signal.SIGSTOP)
-    assert processes.poll(run_dir, 1) is None
-    processes.stop(run_dir, 1, at_once=True)
-    assert processes.poll(run_dir, 1) == -signal.SIGKILL
+    assert trainers.status(run_dir, 1) is None
+    os.kill(int((run_dir / "attempts/1" / spec.LOCK).read_text()), signal.SIGSTOP)
+    assert trainers.status(run_dir, 1) is None
+    trainers.cancel(run_dir, 1, at_once=True)
+    assert trainers.status(run_dir, 1) == -signal.SIGKILL
 
 
 def test_a_process_lives_in_a_group_of_its_own(run_dir: Path) -> None:
-    processes = launch.Processes(make_python(run_dir, "time.sleep(60)"))
-    processes.start(run_dir, 1)
+    trainers = processes.Processes(make_python(run_dir, "time.sleep(60)"))
+    trainers.submit(run_dir, 1)
     wait_for((run_dir / "began").exists)
-    number = int((run_dir / "attempts/1" / launch.LOCK).read_text())
+    number = int((run_dir / "attempts/1" / spec.LOCK).read_text())
     assert os.getpgid(number) == number != os.getpgrp()
-    processes.stop(run_dir, 1, at_once=True)
+    trainers.cancel(run_dir, 1, at_once=True)
 
 
 def test_an_attempt_that_nobody_began_is_not_working(run_dir: Path) -> None:
-    processes = launch.Processes(sys.executable)
-    assert processes.poll(run_dir, 1) == launch.UNSEEN
-    processes.stop(run_dir, 1, at_once=True)
+    trainers = processes.Processes(sys.executable)
+    assert trainers.status(run_dir, 1) == launch.UNSEEN
+    trainers.cancel(run_dir, 1, at_once=True)
 
 
 def test_a_trainer_gets_no_secret_and_no_setting_of_ours() -> None:
@@ -93,30 +97,80 @@ def test_a_trainer_gets_no_secret_and_no_setting_of_ours() -> None:
         "MY_PASSWORD": "x",
     }
     kept = launch.clean_environment(environ)
-    assert kept.keys() == {"PATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM", "PYTHONUNBUFFERED", "OMP_WAIT_POLICY"}
+    assert kept.keys() == {
+        "PATH",
+        "OMP_NUM_THREADS",
+        "HF_HUB_OFFLINE",
+        "TOKENIZERS_PARALLELISM",
+        "PYTHONUNBUFFERED",
+        "OMP_WAIT_POLICY",
+        "CUDA_DEVICE_ORDER",
+    }
 
 
-def test_a_resident_worker_does_one_run_after_the_other_and_is_replaced_when_it_dies(run_dir: Path) -> None:
-    body = (
-        "import json\n"
-        "for line in sys.stdin:\n"
-        "    if 'dies' in line: os._exit(9)\n"
-        "    print(json.dumps({'run_dir': line.strip(), 'exit': 2}), flush=True)\n"
-    )
-    worker = launch.Resident(make_python(run_dir, body))
-    assert worker.poll(run_dir, 1) == launch.UNSEEN
-    for folder, expected in ((run_dir, 2), (run_dir / "dies", launch.FAILED), (run_dir / "next", 2)):
-        worker.start(folder, 1)
-        assert worker.poll(folder, 1) == expected
-    worker.close()
+BODY = """
+import json
+idle = float(sys.argv[-1])
+for line in sys.stdin:
+    asked = json.loads(line)
+    if 'dies' in line: os._exit(9)
+    while 'hangs' in line: time.sleep(0.01)
+    print(json.dumps({'run_dir': asked['run_dir'], 'exit': 2, 'pid': os.getpid()}), flush=True)
+"""
 
 
-def test_auto_is_the_cpu_where_there_is_no_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(devices, "DRIVER", tmp_path / "absent")
-    assert devices.find(Training(devices=("auto", "cuda:1", "cpu"))) == ("cpu", "cuda:1")
+def make_run(folder: Path, device: str = "cpu") -> Path:
+    (folder / "attempts" / "1").mkdir(parents=True, exist_ok=True)
+    (folder / "spec.json").write_text(json.dumps({"device": device}))
+    return folder
 
 
-def test_auto_is_every_card_that_the_trainers_see(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(devices, "DRIVER", tmp_path)
-    assert devices.find(Training(python=make_python(tmp_path, "print(2)"))) == ("cuda:0", "cuda:1")
-    assert devices.find(Training(python=str(tmp_path / "absent"))) == ("cpu",)
+def test_a_resident_worker_does_one_run_after_the_other_and_is_replaced_when_it_dies(tmp_path: Path) -> None:
+    with contextlib.closing(workers.Workers(make_python(tmp_path, BODY), waits=True)) as trainers:
+        seen = []
+        for name, expected in (("first", 2), ("second", 2), ("dies", 9), ("next", 2)):
+            run_dir = make_run(tmp_path / name)
+            assert trainers.status(run_dir, 1) == launch.UNSEEN
+            trainers.submit(run_dir, 1)
+            seen.append(trainers._workers[0].process.pid)
+            assert trainers.status(run_dir, 1) == expected
+            assert trainers.status(run_dir, 1) == expected
+    assert seen[0] == seen[1] == seen[2] != seen[3]
+
+
+def test_two_devices_have_two_workers_and_a_busy_one_is_not_waited_for(tmp_path: Path) -> None:
+    with contextlib.closing(workers.Workers(make_python(tmp_path, BODY))) as trainers:
+        busy, other, card = make_run(tmp_path / "hangs"), make_run(tmp_path / "other"), make_run(tmp_path / "card", "cuda:0")
+        for run_dir in (busy, other, card):
+            trainers.submit(run_dir, 1)
+        for run_dir in (other, card):
+            wait_for(lambda run_dir=run_dir: trainers.status(run_dir, 1) is not None)
+        assert [worker.device for worker in trainers._workers] == ["cpu", "cpu", "cuda:0"]
+        assert trainers.status(busy, 1) is None
+        trainers.cancel(busy, 1, at_once=True)
+        assert trainers.status(busy, 1) == -signal.SIGKILL
+        again = make_run(tmp_path / "again")
+        trainers.submit(again, 1)
+        wait_for(lambda: trainers.status(again, 1) == 2)
+        assert len(trainers._workers) == 2
+
+
+def test_a_worker_that_ended_while_it_waited_is_replaced(tmp_path: Path) -> None:
+    with contextlib.closing(workers.Workers(make_python(tmp_path, BODY), waits=True)) as trainers:
+        for name in ("first", "second"):
+            run_dir = make_run(tmp_path / name)
+            trainers.submit(run_dir, 1)
+            assert trainers.status(run_dir, 1) == 2
+            trainers._workers[0].process.kill()
+            trainers._workers[0].process.wait()
+
+
+def test_only_settings_that_keep_trainers_warm_make_workers() -> None:
+    assert isinstance(choice.make_launcher(Settings()), processes.Processes)
+    assert isinstance(choice.make_launcher(Settings(devices=Devices(keep_warm_minutes=5))), workers.Workers)
+
+
+def test_several_parts_of_a_device_are_processes_of_torchrun(tmp_path: Path) -> None:
+    commands = [launch.make_command("python", make_run(tmp_path / name, name), 3) for name in ("cpu", "cuda:0+cuda:1")]
+    assert [command[2] for command in commands] == ["trainers.train", "trainers.torchrun"]
+    assert commands[0][3:] == [str(tmp_path / "cpu"), "--attempt", "3"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from sqlalchemy import Connection, Engine, select
 from consumers import announcements
 from daemon import deployments, examination, launch, run_folders, training
 from daemon.agents import Exam, PromptFile, Triggers
+from daemon.launchers import workers
 from storage import alarms, artifacts, db, exams, leases, ledger, registry, reviews, runs, scores
 from storage.tables import Event
 from tests import model_fixtures
@@ -807,14 +808,13 @@ def test_the_real_trainer_takes_the_loop_from_history_to_a_verdict(engine: Engin
     base = model_fixtures.tiny_base(tmp_path / "base")
     options = spec.Options(learning_rate=1e-2, epochs=2, batch_rows=16)
     settings = make_settings(tmp_path, base, training=options, exam=Exam(max_asked=40))
-    with (tmp_path / "trainer.log").open("wb") as errors:
-        trainer = launch.Resident(settings.training.python, errors)
+    with closing(workers.Workers(settings.training.python, waits=True)) as trainer:
         world = World(engine, settings, trainer, now, truth=knows)
         world.import_history(60)
         world.tick()
         world.ask_for_run()
         world.settle()
-        assert champion(world) == "v1.0", (tmp_path / "trainer.log").read_text()
+        assert champion(world) == "v1.0"
         world.predict(60, model_version="v1.0", confidence=0.5)
         world.answer_all()
         world.ask_for_run(seed=5, epochs=12)
@@ -824,7 +824,6 @@ def test_the_real_trainer_takes_the_loop_from_history_to_a_verdict(engine: Engin
             world.settle()
             world.answer_all()
             world.settle()
-        trainer.close()
     with db.reading(engine) as connection:
         second = registry.read(connection, AGENT, "v1.1")
         report = exams.of_version(connection, AGENT, "v1.1")[0]["report"]

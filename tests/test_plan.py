@@ -31,12 +31,20 @@ LLAMA_8B = {
 RANK, ROW = 8, 96
 GOALS = (("qlora", 10 * plan.GB), ("lora", 20 * plan.GB))
 
+
+def make_method(name: Any, rank: int = 16, row_tokens: int = 2048, max_tokens: int = 4096, **more: Any) -> plan.Method:
+    trains: Any = {"full": "all", "score": "nothing"}.get(name, "adapter")
+    return plan.Method(name, trains, rank, row_tokens, max_tokens, is_4bit=name == "qlora", **more)
+
+
 METHODS = some.builds(
-    plan.Method,
-    name=some.sampled_from(("lora", "qlora", "full")),
-    rank=some.integers(1, 256),
-    row_tokens=some.integers(16, 8192),
-    max_tokens=some.integers(16, 32768),
+    make_method,
+    some.sampled_from(("lora", "qlora", "full", "score")),
+    some.integers(1, 256),
+    some.integers(16, 8192),
+    some.integers(16, 32768),
+    checkpoint_every=some.integers(0, 5),
+    optimizer=some.sampled_from(("adamw", "adamw_8bit", "paged_adamw_8bit")),
 )
 CONFIGS = some.builds(
     lambda layers, heads, keys, head, inner, words: {
@@ -99,7 +107,7 @@ def test_a_layer_saves_what_the_plan_counts(tmp_path: Path, architecture: str, m
             model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
         saved[layers] = measure_saved(model, pack)
     shape = plan.read_shape(json.loads((base / "config.json").read_bytes()))
-    counted = plan.count_layer(shape, plan.Method(method, RANK, ROW, ROW), 4, 4) * pack.tokens
+    counted = plan.count_layer(shape, make_method(method, RANK, ROW, ROW), 4, 4) * pack.tokens
     # Attention over packed rows gathers its result anew where no kernel for rows of different lengths is at hand: 6 % here.
     assert saved[3] - saved[2] == pytest.approx(counted, rel=0.07)
 
@@ -118,14 +126,14 @@ def test_the_weights_are_counted_as_they_are(architecture: str) -> None:
 
 def test_what_was_measured_for_llama_3_8b_is_what_is_counted() -> None:
     shape = plan.read_shape(LLAMA_8B)
-    lora, full = (plan.Method(name, 16, 2048, 4096) for name in ("lora", "full"))
+    lora, full = (make_method(name) for name in ("lora", "full"))
     kib = [plan.count_layer(shape, *one) / 1024 for one in ((lora, 2, 2), (lora, 2, 4), (full, 2, 2))]
     assert kib == pytest.approx([180.4, 288.6, 196.1], abs=0.1)
     assert (shape.parameters, shape.count_adapter(16)) == (8_030_261_248, 41_943_040)
 
 
 def test_qlora_and_lora_of_8b_take_what_was_set_as_goal_for_4096_tokens() -> None:
-    plans = [plan.plan_memory(LLAMA_8B, plan.Method(name, 16, 4096, 4096), plan.Card("", "cuda", size)) for name, size in GOALS]
+    plans = [plan.plan_memory(LLAMA_8B, make_method(name, row_tokens=4096), plan.Card("", "cuda", size)) for name, size in GOALS]
     assert all(one.fits for one in plans)
     assert {one.settings.max_tokens for one in plans} == {4096}
 
@@ -154,7 +162,7 @@ def test_more_tokens_a_higher_rank_and_more_layers_never_take_less(
         def total(method: plan.Method = method, config: dict[str, Any] = config, chosen: plan.Settings = chosen) -> int:
             return plan.estimate(plan.read_shape(config), method, chosen, kind).total
 
-        assert total() < total(chosen=dataclasses.replace(chosen, max_tokens=chosen.max_tokens + tokens))
+        assert total() < total(chosen=dataclasses.replace(chosen, max_tokens=max(chosen.max_tokens, method.row_tokens) + tokens))
         assert total() < total(config={**config, "num_hidden_layers": config["num_hidden_layers"] + 1})
         assert total() <= total(method=dataclasses.replace(method, rank=method.rank + rank))
 
@@ -169,13 +177,13 @@ def test_computing_more_layers_twice_never_takes_more(method: plan.Method, confi
 
 
 def test_what_does_not_fit_is_told_with_what_would() -> None:
-    found = plan.plan_memory(LLAMA_8B, plan.Method("lora", 16, 2048, 4096), plan.Card("", "cuda", 12 * plan.GB))
+    found = plan.plan_memory(LLAMA_8B, make_method("lora"), plan.Card("", "cuda", 12 * plan.GB))
     assert not found.fits
     assert found.remedies == ("set method = qlora", "use a card of 24 GB")
-    shared = plan.plan_memory(LLAMA_8B, plan.Method("lora", 16, 2048, 4096), plan.Card("", "cuda", 24 * plan.GB, 8 * plan.GB))
+    shared = plan.plan_memory(LLAMA_8B, make_method("lora"), plan.Card("", "cuda", 24 * plan.GB, 8 * plan.GB))
     assert "free the 8.0 GB that others hold on this card" in shared.remedies
     large = {**LLAMA_8B, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
-    huge = plan.plan_memory(large, plan.Method("full", 16, 2048, 4096), plan.Card("", "cuda", 141 * plan.GB))
+    huge = plan.plan_memory(large, make_method("full"), plan.Card("", "cuda", 141 * plan.GB))
     assert huge.remedies[-1].startswith("FSDP")
 
 

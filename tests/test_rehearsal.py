@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from daemon import cli, launch, rehearsal, simulate
+from daemon import cli, rehearsal, simulate
+from daemon.launchers import workers
 from tests.model_fixtures import tiny_base
 from tests.replay_fixtures import InProcess, make_cases, write_cases
 
@@ -72,7 +73,7 @@ def make_agent(asked: rehearsal.Asked) -> Any:
 
 
 def test_a_replay_may_be_asked_for_with_relative_paths(configured: rehearsal.Asked, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "Resident", lambda *_: InProcess())
+    monkeypatch.setattr(workers, "Workers", lambda *_, **_options: InProcess())
     tiny_base(Path("base"))
     found = run(replace(configured, base="base"))
     assert found["claims"] == 40
@@ -80,7 +81,7 @@ def test_a_replay_may_be_asked_for_with_relative_paths(configured: rehearsal.Ask
 
 
 def test_a_case_that_cannot_be_rendered_costs_a_replay_only_that_case(configured: rehearsal.Asked, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "Resident", lambda *_: InProcess())
+    monkeypatch.setattr(workers, "Workers", lambda *_, **_options: InProcess())
     tiny_base(Path("base"))
     Path("home/prompt.j2").write_text("{{ input.diagnosis.upper() }}: ")
     wordless = [replace(case, input={"treatment": "drug"}) for case in make_cases(61, 0)[::60]]

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine
 
-from daemon import launch, scheduler, training
+from daemon import scheduler, training
+from daemon.launchers import processes
 from daemon.pipeline import Pipeline
 from storage import db, registry, runs
 from tests import model_fixtures
@@ -64,7 +65,7 @@ def test_only_one_of_two_daemons_leads_and_the_other_takes_over(engine: Engine, 
 def test_the_real_trainer_is_run_as_a_process_of_its_own(engine: Engine, tmp_path: Path) -> None:
     options = spec.Options(epochs=1, batch_rows=16)
     settings = make_settings(tmp_path, model_fixtures.tiny_base(tmp_path / "base"), training=options)
-    world = World(engine, settings, launch.Processes(settings.training.python), clock())
+    world = World(engine, settings, processes.Processes(settings.training.python), clock())
     world.import_history(40)
     run = world.ask_for_run()
 

@@ -16,7 +16,7 @@ from sqlalchemy import select
 
 from daemon import report, simulate
 from daemon.agents import Agent, Budget, PromptFile, Publisher, Triggers
-from daemon.config import Database, Settings, Storage, Training
+from daemon.config import Database, Devices, Settings, Storage, Training
 from storage import db
 from storage.tables import DatasetVersion, Prediction, Version
 from tests.model_fixtures import tiny_base
@@ -56,7 +56,8 @@ def make_plan(
         home=out,
         database=Database(url=f"sqlite:///{out}/ratchet.db"),
         storage=Storage(snapshots=out / "snapshots", adapters=out / "adapters", runs=out / "runs"),
-        training=Training(devices=("cpu",), threads=1, backoff_seconds=0),
+        devices=Devices(slots=("cpu",)),
+        training=Training(threads=1, backoff_seconds=0),
         agents={"replay": agent},
     )
     return simulate.Plan(make_cases(80, 0), stream, settings, agent, 1, True, out, on_progress)

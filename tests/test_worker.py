@@ -18,9 +18,9 @@ def base(tmp_path_factory):
     return tiny_base(tmp_path_factory.mktemp("base") / "tiny")
 
 
-def start_worker():
+def start_worker(*options):
     return subprocess.Popen(
-        [sys.executable, "-m", "trainers.worker"],
+        [sys.executable, "-m", "trainers.worker", *options],
         cwd=Path(__file__).parent.parent,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         stdin=subprocess.PIPE,
@@ -32,7 +32,7 @@ def start_worker():
 
 def ask(process, run_dir, interrupt=None):
     """Hand a run to the worker and read its answer; with `interrupt`, send that signal once the run has begun."""
-    process.stdin.write(f"{run_dir}\n")
+    process.stdin.write(json.dumps({"run_dir": str(run_dir)}) + "\n")
     process.stdin.flush()
     while interrupt and not list(run_dir.glob("attempts/1/checkpoints/step-*")):
         time.sleep(0.02)
@@ -71,3 +71,8 @@ def test_an_idle_worker_ends_at_a_signal_and_a_busy_one_finishes_its_step():
     stop.is_idle = False
     stop(signal.SIGTERM)
     assert stop.is_requested
+
+
+def test_a_worker_that_waits_too_long_ends():
+    with start_worker("--idle-seconds", "0.01") as process:
+        assert process.wait(60) == 0

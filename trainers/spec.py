@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from storage.artifacts import write_atomically
 
 SCHEMA = 1
+LOCK, LOG = "process.lock", "log.txt"
+"""Files of an attempt: the process id of who works on it, locked meanwhile, and what it printed."""
 EXIT_DONE, EXIT_REFUSED, EXIT_RESUMABLE = 0, 2, 75
 
 Kind = Literal["train", "score", "export"]
@@ -92,6 +94,9 @@ class LoraOptions(Frozen):
 
     rank: int = Field(default=16, ge=1, le=512, description="Rank of the adapter's matrices.")
     alpha: int = Field(default=32, ge=1, description="The adapter counts alpha / rank times.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Of the adapter while it learns; on a base in 4 bits, or where there is no room, `bfloat16`."
+    )
 
 
 class PretrainOptions(Frozen):
@@ -237,6 +242,7 @@ class Spec(Frozen):
     others: tuple[Model, ...] = Field(default=(), description="Models scored beside the candidate, e.g. the champion.")
     score_sets: tuple[ScoreSet, ...] = ()
     options: Options = Options()
+    plan: Mapping[str, Any] | None = Field(default=None, description="What `daemon.plan` expects it to take of the device.")
     seed: int = 1
     device: str = "cpu"
     threads: int = Field(default=0, ge=0, description="CPU threads; 0 leaves torch's default.")
@@ -256,6 +262,14 @@ def read_spec(run_dir: Path) -> Spec:
         first = error.errors(include_url=False)[0]
         message = f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r:.200})"
         raise SpecRefusedError(message) from error
+
+
+def read_device(run_dir: Path) -> str:
+    """The device that `RUN_DIR/spec.json` names, read without checking the rest; `cpu` where it names none."""
+    try:
+        return str(json.loads((run_dir / "spec.json").read_bytes()).get("device", "cpu"))
+    except (OSError, ValueError, AttributeError):
+        return "cpu"
 
 
 def write_spec(run_dir: Path, spec: Spec) -> None:

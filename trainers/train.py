@@ -246,8 +246,10 @@ def sign(spec: Spec) -> str:
     """A digest of all that decides about the weights: a checkpoint with another one belongs to another run."""
     content = [snapshots.read_manifest(spec.dataset)["root"]] if spec.dataset else []
     content += [texts.digest_texts(path) for path in (spec.texts, spec.general_texts) if path]
+    # How the rows of a step are spread over passes changes nothing, unless each pass is an update of its own.
+    pace = set() if spec.options.optimizer_in_backward else {"max_tokens", "recompute_layers"}
     # A run may go on elsewhere, and what is scored afterwards doesn't change what was learned.
-    asked = spec.model_dump_json(exclude={"device", "threads", "others", "score_sets"})
+    asked = spec.model_dump_json(exclude={**dict.fromkeys(("device", "threads", "others", "score_sets", "plan"), True), "options": pace})
     return hashlib.sha256(f"{asked}\n{content}".encode()).hexdigest()
 
 

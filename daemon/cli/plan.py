@@ -14,6 +14,7 @@ from daemon.cli import context
 if TYPE_CHECKING:
     from daemon import estimates
     from daemon import plan as planning
+    from daemon.config import Settings
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?) ?GB?", re.IGNORECASE)
 
@@ -24,9 +25,10 @@ def plan(
         Path | None, typer.Option("--base", help="A checkpoint folder; its config.json is enough. Default: the agent's.")
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option("--gpu", metavar="SIZE", help="A card's memory, such as 12GB; by default the usual sizes.")
+        str | None,
+        typer.Option("--gpu", metavar="SIZE", help="A card's memory, such as 12GB; by default this machine's and the usual sizes."),
     ] = None,
-    method: Annotated[str, typer.Option("--method", help="lora, qlora, full or pretrain.")] = "lora",
+    method: Annotated[str | None, typer.Option("--method", help="As for `ratchet train`; the agent's own by default.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A training option, as for `ratchet train`; may be repeated.")
     ] = None,
@@ -35,14 +37,15 @@ def plan(
 ) -> None:
     """Print what a training takes of a card, the settings that make it fit, and what would help where none do; exit 1 if it fits none."""
     from daemon import estimates, training  # noqa: PLC0415 — `ratchet --help` needs none of it
-    from daemon import plan as planning  # noqa: PLC0415
 
     overrides = dict(context.parse_setting(one) for one in settings or ())
-    cards = [parse_card(gpu)] if gpu else [planning.Card(f"{size} GB", "cuda", size * planning.GB) for size in planning.CARDS]
+    if method is not None:
+        overrides["method"] = method
     with context.opened(config) as opened:
         chosen = opened.pick_agent(agent)
+        cards = [parse_card(gpu)] if gpu else list_cards(opened.settings)
         options, _ = training.apply_overrides(chosen, overrides)
-        plans = estimates.plan_run(options, method, base or chosen.base_model, cards)
+        plans = estimates.plan_run(options, "train", base or chosen.base_model, cards)
         with opened.reading() as connection:
             told = [(one, estimates.expect_time(connection, chosen.name, one)) for one in plans]
     if as_json:
@@ -53,6 +56,15 @@ def plan(
         context.print_rows([describe(*one) for one in told], as_json=False)
     if not any(one.fits for one in plans):
         raise typer.Exit(1)
+
+
+def list_cards(settings: Settings) -> list[planning.Card]:
+    """The cards of this machine, and the usual sizes."""
+    from daemon import devices  # noqa: PLC0415 — `ratchet --help` needs none of it
+    from daemon import plan as planning  # noqa: PLC0415
+
+    there = {one.card.name: one.card for one in devices.find(settings.devices) if one.card}
+    return [*there.values(), *(planning.Card(f"{size} GB", "cuda", size * planning.GB) for size in planning.CARDS)]
 
 
 def parse_card(size: str) -> planning.Card:

@@ -54,11 +54,14 @@ def show(run: RunId = None, config: context.ConfigFile = context.CONFIG_FILE, as
 @app.command()
 def logs(run: RunId = None, config: context.ConfigFile = context.CONFIG_FILE) -> None:
     """Print what the trainer wrote, all attempts in order."""
+    from daemon.launchers import choice  # noqa: PLC0415 — `ratchet --help` needs none of it
+
     with context.opened(config) as opened:
         row = _read(opened, run)
-    for path in _find_logs(row):
-        typer.echo(f"── attempt {path.parent.name} ──")
-        typer.echo(path.read_text(encoding="utf-8", errors="replace").rstrip())
+        launcher = choice.make_launcher(opened.settings)
+    for attempt in _list_attempts(row):
+        typer.echo(f"── attempt {attempt} ──")
+        typer.echo(launcher.logs(Path(row["folder"]), attempt).rstrip())
 
 
 @app.command()
@@ -103,11 +106,9 @@ def _read(opened: context.Opened, run: str | None) -> RowMapping:
     return newest[0]
 
 
-def _find_logs(row: RowMapping) -> list[Path]:
-    from daemon import launch  # noqa: PLC0415 — `ratchet --help` needs none of it
-
-    found = Path(row["folder"]).glob(f"attempts/*/{launch.LOG}") if row["folder"] else ()
-    return sorted(found, key=lambda path: int(path.parent.name))
+def _list_attempts(row: RowMapping) -> list[int]:
+    found = Path(row["folder"]).glob("attempts/*") if row["folder"] else ()
+    return sorted(int(path.name) for path in found if path.name.isdigit())
 
 
 def _poll(opened: context.Opened, run: str) -> Iterator[RowMapping]:

@@ -24,8 +24,10 @@ CONFIG = """\
 port = {port}
 ops_port = {ops_port}
 
+[devices]
+slots = ["cpu"]
+
 [training]
-devices = ["cpu"]
 seed = {seed}
 backoff_seconds = 1
 

@@ -20,7 +20,7 @@ WEIGHTS = "adapter_model.safetensors"
 def begin(base: Any, options: Options, init_adapter: Path | None) -> Any:
     """The base with a trainable adapter on it: the one to continue from, or a new one drawn from torch's random state.
 
-    On a base in 4 bits the adapter is in bf16, as what it is added to.
+    On a base in 4 bits the adapter is in bf16, as what it is added to, and where the options say so.
     """
     if init_adapter:
         model = peft.PeftModel.from_pretrained(base, str(init_adapter), is_trainable=True)
@@ -34,7 +34,7 @@ def begin(base: Any, options: Options, init_adapter: Path | None) -> Any:
             task_type="CAUSAL_LM",
         )
         model = peft.get_peft_model(base, config)
-    if options.load_in_4bit:
+    if options.load_in_4bit or options.lora.dtype == "bfloat16":
         for parameter in checkpoints.trained_parameters(model).values():
             parameter.data = parameter.data.to(torch.bfloat16)
     return model

@@ -1,0 +1,53 @@
+"""CUDA cards as the driver tells of them: names, memory, and what others have taken of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pynvml
+
+from daemon.plan import Card
+
+OURS = (b"trainers.train", b"trainers.worker")
+"""Programs whose memory the leases govern: a resident worker's base is there for the next run."""
+
+
+def read_cards(environ: Mapping[str, str] = os.environ, library: Any = pynvml) -> dict[str, Card]:
+    """Each card under the name that torch gives it, `cuda:N`, in the order of the bus; none where there is no driver."""
+    try:
+        library.nvmlInit()
+    except library.NVMLError:
+        return {}
+    try:
+        return {f"cuda:{place}": _read_card(handle, library) for place, handle in enumerate(_find_visible(environ, library))}
+    finally:
+        library.nvmlShutdown()
+
+
+def _find_visible(environ: Mapping[str, str], library: Any) -> Iterator[Any]:
+    """The cards that `CUDA_VISIBLE_DEVICES` leaves, by number or UUID; as in CUDA, the list ends at the first that is not there."""
+    count, visible = library.nvmlDeviceGetCount(), environ.get("CUDA_VISIBLE_DEVICES")
+    for name in map(str, range(count)) if visible is None else filter(None, visible.split(",")):
+        try:
+            is_number = name.strip().isdecimal()
+            yield library.nvmlDeviceGetHandleByIndex(int(name)) if is_number else library.nvmlDeviceGetHandleByUUID(name.strip())
+        except library.NVMLError:
+            return
+
+
+def _read_card(handle: Any, library: Any) -> Card:
+    memory = library.nvmlDeviceGetMemoryInfo(handle)
+    ours = sum(one.usedGpuMemory or 0 for one in library.nvmlDeviceGetComputeRunningProcesses(handle) if is_ours(one.pid))
+    name = library.nvmlDeviceGetName(handle)
+    return Card(name.decode() if isinstance(name, bytes) else name, "cuda", memory.total, max(0, memory.used - ours))
+
+
+def is_ours(pid: int) -> bool:
+    """Whether a process is one of our trainers."""
+    try:
+        return any(word in OURS for word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
+    except OSError:
+        return False

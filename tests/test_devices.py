@@ -1,0 +1,270 @@
+"""Devices: found with their memory, the smallest that fits first, and one run at a time on each."""
+
+# ruff: noqa: N802  the driver's functions are called so
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import orjson
+import pynvml
+import pytest
+from pydantic import ValidationError
+from sqlalchemy import Engine
+
+from consumers import delivery, handlers, schemas
+from daemon import devices, nvml, placement, plan, policies, training
+from daemon.config import Devices
+from storage import db, events, leases, runs
+from tests.event_fixtures import LABELS, PRODUCER, make_history
+from tests.pipeline_fixtures import ScriptedLauncher, World, make_base, make_settings
+from tests.test_plan import LLAMA_8B
+from trainers import spec
+
+GIB = 1024**3
+
+
+@dataclass
+class Driver:
+    """Plays NVML: cards by name, memory, what is taken of it, and by which processes."""
+
+    cards: list[dict[str, Any]] = field(default_factory=list)
+    opened: int = 0
+    NVMLError = pynvml.NVMLError
+
+    def nvmlInit(self) -> None:
+        self.opened += 1
+
+    def nvmlShutdown(self) -> None:
+        self.opened -= 1
+
+    def nvmlDeviceGetCount(self) -> int:
+        return len(self.cards)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        if index >= len(self.cards):
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
+        return index
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:
+        found = next((index for index, card in enumerate(self.cards) if card["uuid"] == uuid), None)
+        if found is None:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return found
+
+    def nvmlDeviceGetName(self, handle: int) -> str:
+        return str(self.cards[handle]["name"])
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int, version: Any = None) -> Any:
+        card = self.cards[handle]
+        return SimpleNamespace(total=card["total"], used=card["used"], free=card["total"] - card["used"])
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[Any]:
+        return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in self.cards[handle]["processes"].items()]
+
+
+def make_card(name: str, gib: int, used: int = 0, **processes: Any) -> dict[str, Any]:
+    return {"name": name, "uuid": f"GPU-{name}", "total": gib * GIB, "used": used * GIB, "processes": processes.get("by", {})}
+
+
+DRIVER = Driver([make_card("RTX 3090", 24), make_card("RTX 3060", 12)])
+
+
+def test_the_played_driver_has_the_shape_of_the_real_one() -> None:
+    played = {name for name in vars(Driver) if name.startswith("nvml")}
+    for name in played:
+        ours, theirs = (inspect.signature(getattr(one, name)).parameters for one in (DRIVER, pynvml))
+        assert ours.keys() == theirs.keys(), name
+    used = {word for word in dir(pynvml) if f"library.{word}" in inspect.getsource(nvml)}
+    assert used - {"NVMLError"} == played
+    assert {"total", "used"} <= {name for name, _ in pynvml.c_nvmlMemory_t._fields_}
+    assert {"pid", "usedGpuMemory"} <= {name for name, _ in pynvml.c_nvmlProcessInfo_t._fields_}
+
+
+def test_cards_are_named_as_torch_names_them() -> None:
+    found = nvml.read_cards({}, DRIVER)
+    assert {name: card.name for name, card in found.items()} == {"cuda:0": "RTX 3090", "cuda:1": "RTX 3060"}
+    assert list(nvml.read_cards({"CUDA_VISIBLE_DEVICES": "1"}, DRIVER).values()) == [found["cuda:1"]]
+    assert [card.name for card in nvml.read_cards({"CUDA_VISIBLE_DEVICES": "GPU-RTX 3060,0,7,1"}, DRIVER).values()] == [
+        "RTX 3060",
+        "RTX 3090",
+    ]
+    assert nvml.read_cards({"CUDA_VISIBLE_DEVICES": ""}, DRIVER) == {}
+    assert DRIVER.opened == 0
+
+
+def test_without_a_driver_there_are_no_cards() -> None:
+    assert nvml.read_cards() == {}, "this machine has one"
+
+
+def test_what_the_inference_server_holds_is_taken_and_what_our_worker_holds_is_not() -> None:
+    sleep = "import sys; print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", sleep, "trainers.worker"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
+        assert worker.stdout is not None
+        worker.stdout.readline()
+        driver = Driver([make_card("card", 24, 20, by={worker.pid: 15 * GIB, 1: 4 * GIB, 999_999_999: None})])
+        assert nvml.read_cards({}, driver)["cuda:0"].taken == 5 * GIB
+        worker.communicate()
+
+
+def test_auto_is_every_card_and_without_one_the_cpu() -> None:
+    cards = nvml.read_cards({}, DRIVER)
+    assert [one.name for one in devices.find(Devices(), lambda: cards)] == ["cuda:0", "cuda:1"]
+    assert [one.name for one in devices.find(Devices(slots=("auto", "cuda:3")), dict)] == ["cpu", "cuda:3"]
+
+
+def test_places_on_the_cpu_share_its_memory_and_settings_may_give_less() -> None:
+    [whole] = devices.find(Devices(slots=("cpu",)), dict)
+    halves = devices.find(Devices(slots=("cpu", "cpu:1"), memory={"cpu:1": 0.5}), dict)
+    assert whole.card is not None
+    assert [one.card and one.card.memory for one in halves] == [whole.card.memory // 2, plan.GB // 2]
+    assert [one.parts for one in halves] == [("cpu",), ("cpu",)]
+
+
+def test_several_cards_have_the_room_of_the_smallest_and_an_unknown_one_has_none_that_is_known() -> None:
+    cards = nvml.read_cards({}, DRIVER)
+    [pair] = devices.find(Devices(slots=("cuda:0+cuda:1",)), lambda: cards)
+    assert (pair.parts, pair.card) == (("cuda:0", "cuda:1"), cards["cuda:1"])
+    [unknown] = devices.find(Devices(slots=("cuda:0",)), dict)
+    assert unknown.card is None
+    [told] = devices.find(Devices(slots=("cuda:0",), memory={"cuda:0": 20}), dict)
+    assert told.card == plan.Card("cuda:0", "cuda", 20 * plan.GB)
+
+
+@pytest.mark.parametrize("slots", [("cpu", "cuda:0+cpu"), ("cuda:1", "cuda:1"), ("cpu+cpu",)])
+def test_nothing_stands_in_two_slots(slots: tuple[str, ...]) -> None:
+    with pytest.raises(ValidationError, match="stands in two slots"):
+        Devices(slots=slots)
+
+
+def test_the_smallest_card_that_a_run_fits_is_the_first() -> None:
+    cards = [devices.Device(f"cuda:{gb}", plan.Card(f"{gb} GB", "cuda", gb * plan.GB)) for gb in (80, 12, 24)]
+    options = spec.Options()
+
+    def rank(**changes: Any) -> list[str]:
+        config = {**LLAMA_8B, **changes}
+        asked = plan.Method("lora", "adapter", 16, options.max_row_tokens, options.max_tokens)
+        return [one.name for one in devices.rank({one: plan.plan_memory(config, asked, one.card) for one in cards if one.card})]
+
+    assert rank() == ["cuda:24", "cuda:80"]
+    assert rank(num_hidden_layers=8) == ["cuda:12", "cuda:24", "cuda:80"]
+    assert rank(num_hidden_layers=80, hidden_size=8192, intermediate_size=28672) == []
+    unknown = devices.Device("cuda:9", None)
+    assert devices.rank({unknown: None}) == [unknown]
+
+
+@pytest.fixture
+def world(engine: Engine, now: Any, tmp_path: Path) -> World:
+    """A loop with an agent on a base of Llama 3 8B's shape, on the two cards of `DRIVER`."""
+    base = make_base(tmp_path / "base")
+    (base / "config.json").write_text(json.dumps(LLAMA_8B))
+    settings = make_settings(tmp_path, base).model_copy(update={"devices": Devices()})
+    made = World(engine, settings, ScriptedLauncher(script=["hangs"] * 3), now)
+    plug_in(made, DRIVER)
+    made.import_history(60)
+    return made
+
+
+def plug_in(world: World, driver: Driver) -> None:
+    world.pipeline.machinery = replace(world.pipeline.machinery, read_cards=lambda: nvml.read_cards({}, driver))
+
+
+def read_run(world: World, run: str) -> Any:
+    with db.reading(world.engine) as connection:
+        return runs.read(connection, run)
+
+
+def test_a_run_goes_to_the_smallest_card_with_its_plan_in_its_spec(world: World) -> None:
+    run = world.ask_for_run()
+    world.tick()
+    assert (read_run(world, run)["state"], read_run(world, run)["device"]) == ("running", "cuda:0")
+    asked = world.launcher.started[-1]
+    assert asked.device == "cuda:0"
+    assert asked.plan["card"] == {"name": "RTX 3090", "kind": "cuda", "memory": 24 * GIB, "taken": 0}
+    assert asked.plan["fits"]
+    assert asked.options.recompute_layers == asked.plan["settings"]["checkpoint_every"] > 0
+    assert asked.options.max_tokens == asked.plan["settings"]["max_tokens"]
+
+
+def test_a_small_enough_run_leaves_the_large_card_to_others(world: World) -> None:
+    run = world.ask_for_run(method="qlora")
+    world.tick()
+    assert read_run(world, run)["device"] == "cuda:1"
+
+
+def test_a_run_waits_while_others_hold_the_memory_and_says_so(world: World) -> None:
+    plug_in(world, Driver([make_card("RTX 3090", 24, used=12), make_card("RTX 3060", 12)]))
+    run = world.ask_for_run()
+    for _ in range(2):
+        world.tick()
+    row = read_run(world, run)
+    assert row["state"] == "queued"
+    assert row["error"].startswith("waits for memory: it needs 18.4 GB, others leave 12.9 GB of cuda:0")
+    plug_in(world, DRIVER)
+    world.tick()
+    assert (read_run(world, run)["state"], read_run(world, run)["error"]) == ("running", None)
+
+
+def test_a_run_that_fits_no_card_is_refused_with_what_would_help(world: World) -> None:
+    plug_in(world, Driver([make_card("RTX 3060", 12)]))
+    run = world.ask_for_run()
+    world.tick()
+    row = read_run(world, run)
+    assert row["state"] == "failed"
+    assert "needs 18.4 GB at the least, cuda:0 has 12.9 GB: set method = qlora; or use a card of 24 GB" in row["error"]
+    assert world.launcher.started == []
+
+
+def test_memory_that_is_taken_between_claim_and_start_costs_a_retry(world: World) -> None:
+    asked = spec.Spec(run_id="r", kind="train", agent="a", base=spec.Base(path=world.agent.base_model, digest="x"))
+    plug_in(world, Driver([make_card("RTX 3090", 24, used=12)]))
+    with pytest.raises(placement.MemoryTakenError, match=r"others leave 12\.9 GB of cuda:0"):
+        placement.suit(world.pipeline.machinery, asked, "cuda:0")
+
+
+def test_two_agents_train_at_the_same_time_on_two_places(engine: Engine, now: Any, tmp_path: Path) -> None:
+    settings = make_settings(tmp_path, make_base(tmp_path / "base"))
+    agents = {name: settings.agents["adjudication"].model_copy(update={"name": name}) for name in ("adjudication", "scribe", "third")}
+    settings = settings.model_copy(update={"agents": agents, "devices": Devices(slots=("cpu", "cpu:1"))})
+    world = World(engine, settings, ScriptedLauncher(script=["hangs"] * 3), now)
+    with db.writing(engine) as connection:
+        asked = [training.queue(connection, agent, "manual", "x", "ops", {}, now) for agent in agents.values()]
+    cases = [make_history(number, now, agent=agent) | {"id": f"{agent}-{number}"} for agent in agents for number in range(20)]
+    with db.writing(engine) as connection:
+        known = policies.record(connection, agents, now)
+        delivery.deliver(connection, schemas.parse(orjson.dumps(cases), schemas.HISTORY), dict.fromkeys(agents, LABELS), PRODUCER, now)
+        handlers.handle_batch(connection, events.read_received(connection, 1000), known, now)
+    for _ in range(2):
+        world.tick()
+    asked.sort()  # as they are queued
+    assert [read_run(world, run)["device"] for run in asked] == ["cpu", "cpu:1", None]
+    assert [one.device for one in world.launcher.started] == ["cpu", "cpu"]
+    first = read_run(world, asked[0])
+    world.launcher.finish(Path(first["folder"]), 1)
+    world.settle()
+    assert [read_run(world, run)["state"] for run in asked] == ["done", "running", "running"]
+    assert read_run(world, asked[2])["device"] == "cpu"
+
+
+def test_a_device_whose_holder_is_silent_is_taken_over_under_a_greater_fence(engine: Engine, now: Any) -> None:
+    card, term = [devices.Device("cuda:0", None)], timedelta(minutes=10)
+    with db.writing(engine) as connection:
+        first = devices.claim(connection, card, "run-1", 1, now, term)
+        assert devices.claim(connection, card, "run-2", 1, now, term) is None
+        second = devices.claim(connection, card, "run-2", 1, now + term, term)
+        assert first is not None
+        assert second is not None
+        assert second.fence > first.fence
+        held = {"id": "run-1", "attempt": 1, "device": "cuda:0", "fence": first.fence}
+        assert not devices.keep(connection, held, now, term)
+        devices.free(connection, held)
+        assert leases.holder_of(connection, "device:cuda:0", now + term) == "run-2/1"

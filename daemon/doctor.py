@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from sqlalchemy import RowMapping
 
 from daemon import makeup
 from daemon.agents import Agent
 from daemon.config import Settings
-from storage import db, ledger, tokens
+from storage import db, ledger, registry, tokens
 
 MIN_FREE_BYTES = 5 * 1024**3
 CHECKPOINT_FILES = ("config.json", "tokenizer_config.json")
@@ -52,6 +53,8 @@ def _examine_database(settings: Settings) -> Iterator[Finding]:
         with db.writing(engine) as connection:
             valid = tokens.count_valid(connection)
             broken = ledger.verify(connection)
+            champions = [(name, version) for name in settings.agents if (version := registry.champion(connection, name))]
+            served = [registry.read(connection, *champion) for champion in champions]
     except Exception as error:  # noqa: BLE001  whatever the driver says is the finding
         yield Finding("database", is_well=False, detail=str(error), remedy="check [database] url, then run `ratchet db upgrade`")
         return
@@ -65,6 +68,18 @@ def _examine_database(settings: Settings) -> Iterator[Finding]:
     )
     yield Finding(
         "tokens", is_well=valid > 0, detail=f"{valid} valid", remedy="run `ratchet tokens add NAME --role producer|reviewer|operator`"
+    )
+    yield from map(_examine_champion, served)
+
+
+def _examine_champion(row: RowMapping) -> Finding:
+    """Whether the version in service lies where the database says: that may have been restored elsewhere, or without its files."""
+    folder = Path(row["adapter_path"] or row["base_path"])
+    return Finding(
+        f"{row['agent']}: champion",
+        is_well=folder.is_dir(),
+        detail=f"{row['name']} {'lies in' if folder.is_dir() else 'is not in'} {folder}",
+        remedy="put the folder back there from a backup: versions and datasets are known by their full paths",
     )
 
 

@@ -52,6 +52,11 @@ class UrlRefusedError(ValueError):
     """No database can be at this address."""
 
 
+def explain(error: Exception) -> str:
+    """Why the database is not available, in one line without the statement and its values."""
+    return (str(getattr(error, "orig", None) or "") or type(error).__name__).partition("\n")[0]
+
+
 def parse_url(url: str) -> URL:
     """The address of a database. Raises `UrlRefusedError`."""
     try:

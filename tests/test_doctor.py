@@ -2,8 +2,11 @@
 
 import re
 import shlex
+from datetime import UTC, datetime
 
 from daemon import cli, doctor
+from storage import registry
+from tests.version_fixtures import make_made
 
 pytest_plugins = ["tests.cli_fixtures"]
 
@@ -19,3 +22,12 @@ def test_the_remedy_for_a_missing_base_is_a_command_that_works(opened, home, mon
     monkeypatch.setattr("subprocess.run", lambda arguments, **_: started.append(arguments) or type("Done", (), {"returncode": 0}))
     assert cli.main(shlex.split(command.replace("FILE", str(texts)))) == 0
     assert started[0][3:7] == ["--texts", str(texts), "--out", str(agent.base_model)]
+
+
+def test_a_champion_whose_files_are_not_where_the_database_says_is_found(opened, tmp_path):
+    with opened.writing() as connection:
+        registry.register_bare(connection, "adjudication", make_made(tmp_path, None), datetime.now(UTC))
+    found = {finding.name: finding for finding in doctor.examine(opened.settings)}["adjudication: champion"]
+    assert not found.is_well
+    assert "v0 is not in" in found.detail
+    assert "from a backup" in found.remedy

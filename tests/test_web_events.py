@@ -242,13 +242,14 @@ def test_events_sent_at_once_share_commits_and_all_are_stored(site):
 
 
 @pytest.mark.databases("sqlite")
-def test_a_database_that_is_gone_is_503_and_nothing_is_acknowledged(site):
+def test_a_database_that_is_gone_is_503_and_nothing_is_acknowledged(site, capsys):
     with site.engine.begin() as connection:
         connection.execute(text("ALTER TABLE events RENAME TO elsewhere"))
     answer = post(site, "/v1/predictions", json=make_prediction(1, site.clock()))
     assert answer.status_code == 503
     assert answer.headers["retry-after"] == "5"
     assert problem(answer)["field"] == "database"
+    assert "no such table" in capsys.readouterr().out, "the log says why"
 
 
 def test_one_request_s_failure_is_not_its_neighbour_s(site, monkeypatch):

@@ -30,7 +30,8 @@ def init(folder: Folder) -> None:
     # The configuration gets its name last, so that an init that failed can be tried again.
     partial = _write_template(folder / f".{config.FILE}.partial")
     settings = config.load(partial)
-    for place in (settings.storage.snapshots, settings.storage.adapters, settings.storage.runs, settings.home / "models"):
+    places = settings.storage
+    for place in (places.snapshots, places.adapters, places.bases, places.runs, settings.home / "models"):
         place.mkdir(parents=True, exist_ok=True)
     engine = db.open_engine(settings.database.url)
     try:

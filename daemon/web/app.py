@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 from importlib import metadata
 from typing import Any
 
+import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
@@ -26,6 +27,8 @@ from storage import db
 
 TEXT = """Predictions come in, unsure ones become reviews, experts' answers become labels. Events are CloudEvents 1.0.
 Every refusal names the field, the value and the remedy."""
+
+log = structlog.get_logger()
 OURS = ("/v1/", "/openapi.json", "/healthz", "/readyz", "/metrics")
 
 
@@ -105,6 +108,7 @@ async def _refuse(request: Request, error: Exception) -> Response:
     headers = dict(getattr(error, "headers", None) or {})
     if status == 503:  # noqa: PLR2004
         headers["Retry-After"] = "5"
+        log.error("database_unavailable", why=db.explain(error))
     if "text/html" in request.headers.get("accept", "") and not request.url.path.startswith(OURS):
         return pages.render_problem(request, status, problem)
     return problems.to_json(status, problem, headers)

@@ -250,6 +250,10 @@ class Agent(Section):
     approved: Name | None = Field(default=None, description="The label that approves; needed for the limit on wrongful denials.")
     denied: Name | None = Field(default=None, description="The label that denies; needed for the limit on wrongful denials.")
     prompt: PromptPath = Field(description="The Jinja2 template file; it sees the claim as `input`.")
+    prompt_form: Literal["auto", "chat", "instruction", "plain"] = Field(
+        default="auto",
+        description="What stands around the prompt: the base's chat template, `### Instruction`, nothing; `auto`: the first that fits.",
+    )
     base_model: HomePath = Field(default=Path("models/base"), description="Folder of the Hugging Face checkpoint.")
     threshold: Share = Field(default=0.7, description="A prediction less sure than this goes to an expert.")
     budget: Budget = Budget()

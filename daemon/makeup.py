@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +15,7 @@ from daemon.machinery import Fingerprint, Machinery, Makeup
 from storage import alarms, artifacts, db, registry
 from trainers import spec
 
+CHAT: spec.FormName = "chat"
 CONFIG, WEIGHTS = "config.json", "*.safetensors"
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
 ALARM = "base"
@@ -45,7 +47,9 @@ def advise(folder: Path) -> str:
 def read(machinery: Machinery, agent: Agent) -> Makeup | None:
     """The agent's makeup; the base's files are read again only when one of them changed."""
     digests = _read_digests(machinery, agent.base_model)
-    return Makeup(agent.base_model, *digests, spec.Prompt(text=agent.prompt.text), agent.labels) if digests else None
+    return (
+        Makeup(agent.base_model, *digests, spec.Prompt(text=agent.prompt.text, form=choose_form(agent)), agent.labels) if digests else None
+    )
 
 
 def _read_digests(machinery: Machinery, folder: Path) -> tuple[str, str] | None:
@@ -74,6 +78,22 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and any(folder.glob(WEIGHTS))
 
 
+def choose_form(agent: Agent) -> spec.FormName:
+    """The form of the agent's prompts: by default the base's own chat template where it has one."""
+    return (CHAT if has_chat_template(agent.base_model) else "instruction") if agent.prompt_form == "auto" else agent.prompt_form
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether a checkpoint's tokenizer brings a chat template, in a file of its own or in its configuration."""
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and bool(config.get("chat_template"))
+
+
 def describe(made: Makeup) -> registry.Made:
     """The bare base as the registry keeps it."""
     return registry.Made(
@@ -83,6 +103,7 @@ def describe(made: Makeup) -> registry.Made:
         adapter_digest=None,
         tokenizer_digest=made.tokenizer_digest,
         prompt=made.prompt.text,
+        prompt_form=made.prompt.form,
         prompt_digest=made.prompt.digest,
         labels=list(made.labels),
         labels_digest=made.labels_digest,

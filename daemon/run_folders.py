@@ -90,7 +90,7 @@ def describe_model(version: RowMapping, base: Path) -> spec.Model:
         base=spec.Base(path=base.resolve(), digest=version["base_digest"]),
         adapter=Path(version["adapter_path"]).resolve() if version["adapter_path"] else None,
         adapter_digest=version["adapter_digest"],
-        prompt=spec.Prompt(text=version["prompt"]),
+        prompt=spec.Prompt(text=version["prompt"], form=version["prompt_form"]),
         labels=tuple(version["labels"]),
         temperature=version["temperature"],
     )

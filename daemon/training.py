@@ -111,7 +111,8 @@ def _name_options(agent: Agent) -> list[str]:
 
 def digest_question(agent: Agent) -> str:
     """The digest of what is asked of an agent's models, in what words, and of which base; another one calls for a training."""
-    return spec.digest_text(json.dumps([agent.prompt.digest, agent.labels, str(agent.base_model)]))
+    form = [] if agent.prompt_form == "auto" else [agent.prompt_form]
+    return spec.digest_text(json.dumps([agent.prompt.digest, agent.labels, str(agent.base_model), *form]))
 
 
 def read_facts(connection: Connection, agent: Agent, now: datetime) -> triggers.TriggerFacts:
@@ -488,6 +489,7 @@ def _describe_candidate(
         adapter_digest=adapter["digest"] if adapter else None,
         tokenizer_digest=makeup.digest_tokenizer(base),
         prompt=asked.candidate.prompt.text,
+        prompt_form=asked.candidate.prompt.form,
         prompt_digest=asked.candidate.prompt.digest,
         labels=list(asked.candidate.labels),
         labels_digest=spec.digest_labels(asked.candidate.labels),

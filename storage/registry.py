@@ -51,6 +51,7 @@ class Made:
     labels: list[str]
     labels_digest: str
     temperature: float = 1.0
+    prompt_form: str = "plain"
     parent: str | None = None
     dataset: int | None = None
     run: str | None = None

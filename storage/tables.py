@@ -262,6 +262,7 @@ class Version(Table):
     adapter_digest: Mapped[str | None]
     tokenizer_digest: Mapped[str]
     prompt: Mapped[str] = mapped_column(Text)
+    prompt_form: Mapped[str]
     prompt_digest: Mapped[str]
     labels: Mapped[list[str]]
     labels_digest: Mapped[str]

@@ -19,25 +19,44 @@ def claim(number: int) -> dict[str, str]:
     return {"treatment": TREATMENTS[number % 6], "age": str(number // 6), "plan": "HMO" if number % 2 else "PPO"}
 
 
-def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """A byte-level BPE of 400 tokens with `<s>`, `</s>` and `<pad>`."""
+def tiny_tokenizer(template: str | None = None, marks: tuple[str, ...] = ()) -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE of 400 tokens with `<s>`, `</s>` and `<pad>`, a chat template if given and special tokens without a name."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     texts = [f"Claim for {t} at age 41, HMO PPO plan.\nDecision: {label}\n" for t in TREATMENTS for label in LABELS[:2]]
     trainer = trainers.BpeTrainer(
         vocab_size=400,
-        special_tokens=["<s>", "</s>", "<pad>"],
+        special_tokens=["<s>", "</s>", "<pad>", *marks],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **names)
 
 
-def tiny_base(path: Path, architecture: str = "llama", **overrides: int) -> Path:
+LLAMA_3 = (
+    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n{{ message.content | trim }}"
+    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+LLAMA_3_MARKS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]"
+    "{% else %} {{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def chat_tokenizer(name: str) -> transformers.PreTrainedTokenizerFast:
+    """The tiny tokenizer with the chat template of a known family."""
+    return tiny_tokenizer(LLAMA_3, LLAMA_3_MARKS) if name == "llama" else tiny_tokenizer(MISTRAL)
+
+
+def tiny_base(
+    path: Path, architecture: str = "llama", tokenizer: transformers.PreTrainedTokenizerFast | None = None, **overrides: int
+) -> Path:
     """Write a random 2-layer checkpoint of width 32 (`llama` or `mistral`) to `path` and return it."""
-    tokenizer = tiny_tokenizer()
+    tokenizer = tokenizer or tiny_tokenizer()
     config = transformers.AutoConfig.for_model(
         architecture,
         **{

@@ -66,7 +66,7 @@ def test_the_pointer_file_names_the_version_and_all_that_it_needs(tmp_path, targ
     assert content["serving_name"] == registry.serving_name({"agent": "adjudication", "name": "v1.0", **vars_of(target)})
     assert Path(content["adapter_path"]).is_dir()
     names = {"agent", "version", "serving_name", "adapter_path", "adapter_digest", "base_path", "base_digest", "prompt", "labels"}
-    assert names | {"temperature", "prompt_digest", "digest"} == content.keys()
+    assert names | {"temperature", "prompt_form", "prompt_digest", "digest"} == content.keys()
     assert pointer.ask(target).state == "unverified"
 
 

@@ -178,8 +178,8 @@ def test_a_score_run_trains_nothing(tmp_path, base, claims, done):
 class NoWeights(bases.Bases):
     """Fails when weights are loaded."""
 
-    def load(self, base, device):
-        raise AssertionError((base, device))
+    def load(self, base, device, *, in_4bit=False):
+        raise AssertionError((base, device, in_4bit))
 
 
 def unrenderable(folder, numbers):

@@ -7,11 +7,12 @@ from hypothesis import strategies as st
 from storage import snapshots
 from tests.model_fixtures import PROMPT, tiny_tokenizer
 from tests.training_fixtures import LABELS, dataset, row
-from trainers import data
+from trainers import data, forms
 from trainers.spec import Options, Prompt, SpecRefusedError
 
 EVERY_FIELD = Prompt(text="{% for name, value in input.items() %}{{ name }}: {{ value }}\n{% endfor %}Decision: ")
 TOKENIZER = tiny_tokenizer()
+PLAIN = forms.find(TOKENIZER, "plain")
 
 
 def read(folder, options=None, *, warm=False, seed=1, limit=512):
@@ -30,7 +31,7 @@ def snapshot(folder, rows):
 
 
 def test_a_completion_is_the_label_a_newline_the_rationale_and_the_end():
-    tokens = data.encode_completion(TOKENIZER, "DENIED", "not covered")
+    tokens = data.encode_completion(TOKENIZER, PLAIN, "DENIED", "not covered")
     assert tokens[-1] == TOKENIZER.eos_token_id
     assert TOKENIZER.decode(tokens[:-1]) == "DENIED\nnot covered"
     assert tokens[: len(data.label_tokens(TOKENIZER, "DENIED"))] == data.label_tokens(TOKENIZER, "DENIED")
@@ -45,7 +46,7 @@ def test_a_prompt_begins_with_the_start_token_once():
 @pytest.mark.parametrize("labels", [("A", "A"), ("YES", ""), ("YES", "NO\nYES")])
 def test_labels_that_cannot_be_told_apart_are_refused(labels):
     with pytest.raises(SpecRefusedError):
-        data.check_tokenizer(TOKENIZER, labels)
+        data.check_labels(TOKENIZER, labels)
 
 
 def test_a_claim_cannot_bring_special_tokens_into_its_prompt():
@@ -121,7 +122,7 @@ def test_a_cut_prompt_is_counted_and_its_completion_is_whole(tmp_path):
     long = json.dumps({"treatment": "surgery " * 200, "age": "4", "plan": "HMO"})
     lessons = read(snapshot(tmp_path / "set", [row(0, "train", input=long, rationale="because")]), limit=64)
     assert lessons.prompts_cut == 1
-    assert lessons.train[0].example.completion == data.encode_completion(TOKENIZER, "DENIED", "because")
+    assert lessons.train[0].example.completion == data.encode_completion(TOKENIZER, PLAIN, "DENIED", "because")
     assert lessons.train[0].example.tokens <= 64
 
 
@@ -155,7 +156,7 @@ def test_what_is_said_of_a_template_that_fails_quotes_no_claim(template):
 def test_a_rationale_longer_than_half_a_row_is_left_out_and_counted(tmp_path):
     lessons = read(snapshot(tmp_path / "set", [row(0, "train", rationale="so " * 500)]), limit=128)
     assert lessons.rationales_left_out == 1
-    assert lessons.train[0].example.completion == data.encode_completion(TOKENIZER, "DENIED", None)
+    assert lessons.train[0].example.completion == data.encode_completion(TOKENIZER, PLAIN, "DENIED", None)
 
 
 def test_an_answer_outside_the_label_set_is_refused_with_its_row(tmp_path):

@@ -31,6 +31,7 @@ def make_made(folder: Path, seed: int | None, **changes) -> registry.Made:
         "adapter_digest": digest,
         "tokenizer_digest": "sha256:" + "7" * 64,
         "prompt": PROMPT,
+        "prompt_form": "plain",
         "prompt_digest": spec.digest_text(PROMPT),
         "labels": LABELS,
         "labels_digest": spec.digest_labels(LABELS),

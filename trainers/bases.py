@@ -43,6 +43,7 @@ class Bases:
                 read = transformers.AutoTokenizer.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
             except (OSError, ValueError, KeyError, ImportError) as error:
                 raise SpecRefusedError(f"{base.path} has no tokenizer that can be loaded: {error}") from error
+            check_vocabulary(read, base)
             self._tokenizers[base.digest] = read
         return self._tokenizers[base.digest]
 
@@ -67,11 +68,25 @@ def take_fingerprint(folder: Path) -> Fingerprint:
 
 def read_context(base: Base) -> int:
     """How many tokens the base can read at once, from its `config.json`."""
+    return read_number(base, "max_position_embeddings")
+
+
+def check_vocabulary(tokenizer: Any, base: Base) -> None:
+    """Raise `SpecRefusedError` when the tokenizer knows tokens that the weights have no row for: it is another checkpoint's."""
+    size = read_number(base, "vocab_size")
+    if len(tokenizer) > size:
+        raise SpecRefusedError(
+            f"the tokenizer in {base.path} has {len(tokenizer)} tokens, the weights know {size}: put the checkpoint's own tokenizer there"
+        )
+
+
+def read_number(base: Base, name: str) -> int:
+    """A number of the base's `config.json`."""
     try:
         config = json.loads((base.path / "config.json").read_text())
-        return int(config.get("max_position_embeddings") or config["text_config"]["max_position_embeddings"])
+        return int(config.get(name) or config["text_config"][name])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SpecRefusedError(f"{base.path / 'config.json'} names no max_position_embeddings: is this a language model?") from error
+        raise SpecRefusedError(f"{base.path / 'config.json'} names no {name}: is this a language model?") from error
 
 
 def check_device(device: str) -> None:

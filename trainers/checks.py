@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage import artifacts, snapshots
-from trainers import bases, data, score, texts
+from trainers import bases, data, forms, score, texts
 from trainers.spec import LoraOptions, Model, ScoreSet, Spec, SpecRefusedError
 
 
@@ -38,10 +38,12 @@ def scored_models(spec: Spec) -> Iterator[Model]:
 
 
 def check_model(model: Model, spec: Spec, held: bases.Bases) -> None:
-    """Check what a model that answers is made of: its base, an adapter of that base, labels that its tokenizer tells apart."""
+    """Check what a model that answers is made of: its base, an adapter of that base, labels that its tokenizer tells apart in its form."""
     base = model.base or spec.base
     held.check(base)
-    data.check_tokenizer(held.tokenizer(base), model.labels)
+    tokenizer = held.tokenizer(base)
+    form = forms.find(tokenizer, model.prompt.form)
+    data.check_labels(tokenizer, [form.say(label) for label in model.labels])
     if model.adapter:
         check_adapter(model.adapter, model.adapter_digest, base.digest)
 

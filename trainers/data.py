@@ -17,6 +17,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from storage import snapshots
+from trainers import forms
+from trainers.forms import Form
 from trainers.spec import Options, Prompt, ScoreSet, SpecRefusedError
 
 Tokenizer = Any
@@ -114,17 +116,15 @@ def label_tokens(tokenizer: Tokenizer, label: str) -> list[int]:
     return list(tokenizer(label + "\n", add_special_tokens=False)["input_ids"])
 
 
-def encode_completion(tokenizer: Tokenizer, answer: str, rationale: str | None) -> list[int]:
-    """The tokens that the model is to write: the label and its newline, the rationale, the end."""
-    spoken = without_special_tokens(tokenizer, rationale) if rationale else ""
+def encode_completion(tokenizer: Tokenizer, form: Form, answer: str, rationale: str | None) -> list[int]:
+    """The tokens that the model is to write: the label and its newline, the rationale, the end of its turn."""
+    spoken = without_marks(form, rationale) if rationale else ""
     explained = list(tokenizer(spoken, add_special_tokens=False)["input_ids"]) if spoken else []
-    return [*label_tokens(tokenizer, answer), *explained, tokenizer.eos_token_id]
+    return [*label_tokens(tokenizer, form.say(answer)), *explained, *form.end]
 
 
-def check_tokenizer(tokenizer: Tokenizer, labels: Sequence[str]) -> None:
-    """Raise `SpecRefusedError` unless completions end and every label is told from every other by its tokens."""
-    if tokenizer.eos_token_id is None:
-        raise SpecRefusedError("the base's tokenizer has no end-of-sequence token: name one in its tokenizer_config.json (eos_token)")
+def check_labels(tokenizer: Tokenizer, labels: Sequence[str]) -> None:
+    """Raise `SpecRefusedError` unless every label is told from every other by its tokens."""
     seen: dict[tuple[int, ...], str] = {}
     for label in labels:
         if not label.strip() or "\n" in label:
@@ -135,13 +135,12 @@ def check_tokenizer(tokenizer: Tokenizer, labels: Sequence[str]) -> None:
         seen[tokens] = label
 
 
-def without_special_tokens(tokenizer: Tokenizer, value: Any) -> Any:
-    """The value with every special token's text removed from its strings: a claim can't end its own prompt."""
-    marks = tokenizer.all_special_tokens
+def without_marks(form: Form, value: Any) -> Any:
+    """The value with every special token and every mark of the form removed from its strings: a claim can't end its own prompt."""
 
     def clean(text: str) -> str:
-        while any(mark in text for mark in marks):  # again, for removing one may join the halves of another
-            for mark in marks:
+        while any(mark in text for mark in form.marks):  # again, for removing one may join the halves of another
+            for mark in form.marks:
                 text = text.replace(mark, "")
         return text
 
@@ -179,18 +178,19 @@ def render_prompts(tokenizer: Tokenizer, prompt: Prompt, inputs: Sequence[Mappin
     a cut is marked with an ellipsis. When that is not enough, fields are left out from the last one backwards.
     The template's own words are never cut: a claim has no prompt when they alone are too long.
     """
-    cleaned = [without_special_tokens(tokenizer, fields) for fields in inputs]
+    form = forms.find(tokenizer, prompt.form)
+    cleaned = [without_marks(form, fields) for fields in inputs]
     texts: dict[int, str] = {}
     problems: dict[int, str] = {}
     cut = 0
     for index, fields in enumerate(cleaned):
         try:
-            texts[index] = prompt.render(fields)
+            texts[index] = form.wrap(prompt.render(fields))
         except SpecRefusedError as error:
             problems[index] = str(error)
     for index, tokens in zip(list(texts), encode_prompts(tokenizer, list(texts.values())), strict=True):
         try:
-            if not tokens:
+            if not texts[index]:
                 raise SpecRefusedError("a prompt is empty: the template must render to some text")  # noqa: TRY301  one place counts
             if len(tokens) > limits[index]:
                 texts[index] = cut_prompt(tokenizer, prompt, cleaned[index], limits[index])
@@ -219,10 +219,11 @@ def check_left_out(left_out: LeftOut, rows: int, share: float) -> None:
 
 def cut_prompt(tokenizer: Tokenizer, prompt: Prompt, fields: Mapping[str, Any], limit: int) -> str:
     """The longest prompt in at most `limit` tokens by the rule of `render_prompts`."""
+    form = forms.find(tokenizer, prompt.form)
 
     def render(characters: int, kept: int) -> str | None:
         some = dict(list(fields.items())[:kept])
-        text = prompt.render({name: cut_text(value, characters) for name, value in some.items()})
+        text = form.wrap(prompt.render({name: cut_text(value, characters) for name, value in some.items()}))
         return text if len(encode_prompt(tokenizer, text)) <= limit else None
 
     whole = len(fields)
@@ -268,9 +269,9 @@ def row_limit(options: Options, context: int) -> int:
     return min(options.max_row_tokens, context)
 
 
-def prompt_limit(tokenizer: Tokenizer, labels: Sequence[str], limit: int) -> int:
+def prompt_limit(tokenizer: Tokenizer, form: Form, labels: Sequence[str], limit: int) -> int:
     """How many tokens the prompt of a scored claim may have, so that every label fits behind it."""
-    return limit - max(len(label_tokens(tokenizer, label)) for label in labels) - 1
+    return limit - max(len(label_tokens(tokenizer, form.say(label))) for label in labels) - 1
 
 
 def read_lessons(
@@ -282,6 +283,7 @@ def read_lessons(
     train rows, drawn by `seed`; from scratch all are used. A row that can't be rendered is left out; raises `SpecRefusedError` when
     more than `MOST_LEFT_OUT` of the train rows can't.
     """
+    form = forms.find(tokenizer, prompt.form)
     rows = {split: list(read_split(dataset, split)) for split in ("train", "dev")}
     if warm:
         rows["train"] = replay(rows["train"], options.replay_rows, seed)
@@ -289,7 +291,7 @@ def read_lessons(
     cut = rationales_left_out = 0
     left_out: tuple[LeftOut, ...] = ()
     for split, chosen in rows.items():
-        completions = [encode_answer(tokenizer, row, labels, limit) for row in chosen]
+        completions = [encode_answer(tokenizer, form, row, labels, limit) for row in chosen]
         rationales_left_out += sum(was_left_out for _, was_left_out in completions)
         limits = [limit - len(tokens) for tokens, _ in completions]
         rendered = render_prompts(tokenizer, prompt, [json.loads(row["input"]) for row in chosen], limits)
@@ -330,17 +332,17 @@ def replay(rows: Sequence[dict[str, Any]], count: int, seed: int) -> list[dict[s
     return [row for row in rows if row["origin"] != snapshots.IMPORTED or row["row_id"] in kept]
 
 
-def encode_answer(tokenizer: Tokenizer, row: Mapping[str, Any], labels: Sequence[str], limit: int) -> tuple[list[int], bool]:
+def encode_answer(tokenizer: Tokenizer, form: Form, row: Mapping[str, Any], labels: Sequence[str], limit: int) -> tuple[list[int], bool]:
     """A row's completion, and whether its rationale was left out because the row would be mostly rationale.
 
     Raises `SpecRefusedError` for an answer that is not in the label set.
     """
     if row["answer"] not in labels:
         raise SpecRefusedError(f"row {row['row_id']} has answer {row['answer']!r}, not one of {', '.join(labels)}: build the dataset anew")
-    completion = encode_completion(tokenizer, row["answer"], row["rationale"])
+    completion = encode_completion(tokenizer, form, row["answer"], row["rationale"])
     if len(completion) <= limit // 2 or not row["rationale"]:
         return completion, False
-    return encode_completion(tokenizer, row["answer"], None), True
+    return encode_completion(tokenizer, form, row["answer"], None), True
 
 
 def read_score_set(score_set: ScoreSet) -> tuple[list[str], list[dict[str, Any]]]:

@@ -157,11 +157,13 @@ def quantize(device: str) -> dict[str, Any]:
 def score_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], labels: Sequence[str], *, max_tokens: int) -> np.ndarray:
     """Log-probability of each whole label, newline included, after each prompt: float64 of shape [prompts, labels].
 
+    Prompts and labels are given as the model reads and writes them (`Form.wrap`, `Form.say`).
+
     A forward pass reads at most `max_tokens` tokens, padding and labels included, or a single longer prompt. Equal prompts are read once,
     and so is what many of them begin with.
     Raises `SpecRefusedError` for labels that can't be told apart and `LogitsNotFiniteError` when the model's output is no number.
     """
-    data.check_tokenizer(tokenizer, labels)
+    data.check_labels(tokenizer, labels)
     branches = build_branches([data.label_tokens(tokenizer, label) for label in labels], model.device)
     distinct = list(dict.fromkeys(prompts))
     encoded = data.encode_prompts(tokenizer, distinct)

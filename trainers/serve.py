@@ -28,8 +28,8 @@ import torch
 from pydantic import Field, ValidationError, field_validator
 
 from storage import artifacts
-from trainers import data, score
-from trainers.spec import EXIT_REFUSED, Frozen, Options, Prompt, SpecRefusedError, compile_template
+from trainers import data, forms, score
+from trainers.spec import EXIT_REFUSED, FormName, Frozen, Options, Prompt, SpecRefusedError, compile_template
 
 MAX_BODY_BYTES = 32 * 2**20
 # Tokens per forward pass. On CPU 1,024 to 4,096 measured alike and 16,384 slower; on a GPU nothing is measured yet.
@@ -59,9 +59,15 @@ class Load(Frozen):
     adapter: Path | None = None
     adapter_digest: str | None = None
     prompt: str
+    prompt_form: FormName = "plain"
     labels: tuple[str, ...] = Field(min_length=2)
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     max_row_tokens: int = Field(default=Options().max_row_tokens, ge=16)
+
+    @property
+    def asked(self) -> Prompt:
+        """The prompt with its form."""
+        return Prompt(text=self.prompt, form=self.prompt_form)
 
     @field_validator("adapter")
     @classmethod
@@ -160,14 +166,19 @@ class Node:
             compile_template(served.load.prompt)
         except jinja2.TemplateError as error:
             raise SpecRefusedError(f"the prompt is no template: {error}") from error
-        self.ask(served, ["Is anybody there?"])
+        self.ask(served, [self.form_of(served).wrap("Is anybody there?")])
 
     def ask(self, served: Served, prompts: Sequence[str]) -> list[score.Score]:
         """The version's answers to rendered prompts."""
-        labels = served.load.labels
+        labels, form = served.load.labels, self.form_of(served)
         with score.answering_with(self.model, served.adapter_name) as model:
-            logprobs = score.score_prompts(model, self.tokenizer, prompts, labels, max_tokens=self.batch_tokens)
+            spoken = [form.say(label) for label in labels]
+            logprobs = score.score_prompts(model, self.tokenizer, prompts, spoken, max_tokens=self.batch_tokens)
         return score.judge("", [""] * len(prompts), served.load.version, labels, logprobs, served.load.temperature)
+
+    def form_of(self, served: Served) -> forms.Form:
+        """What stands around the version's prompts."""
+        return forms.find(self.tokenizer, served.load.prompt_form)
 
     def answer(self, request: Ask) -> list[dict[str, Any]]:
         """The decision, confidence and probabilities for each claim, all by the version that serves the agent now."""
@@ -175,9 +186,9 @@ class Node:
             served = self.find(request.agent)
             load = served.load
             context = min(load.max_row_tokens, getattr(self.model.config, "max_position_embeddings", load.max_row_tokens))
-            limit = data.prompt_limit(self.tokenizer, load.labels, context)
+            limit = data.prompt_limit(self.tokenizer, self.form_of(served), load.labels, context)
             inputs = [claim.input for claim in request.claims]
-            prompts, _ = data.build_prompts(self.tokenizer, Prompt(text=load.prompt), inputs, [limit] * len(inputs))
+            prompts, _ = data.build_prompts(self.tokenizer, load.asked, inputs, [limit] * len(inputs))
             answers = self.ask(served, prompts)
         return [
             {
@@ -204,7 +215,7 @@ class Node:
             "serving_name": served.load.serving_name,
             "adapter_digest": served.adapter_digest,
             "base_digest": self.base_digest,
-            "prompt_digest": Prompt(text=served.load.prompt).digest,
+            "prompt_digest": served.load.asked.digest,
             "labels": list(served.load.labels),
             "temperature": served.load.temperature,
             "loaded_at": served.loaded_at.isoformat(),

@@ -25,6 +25,7 @@ EXIT_DONE, EXIT_REFUSED, EXIT_RESUMABLE = 0, 2, 75
 
 Kind = Literal["train", "score", "export"]
 Method = Literal["lora", "qlora", "full", "pretrain"]
+FormName = Literal["plain", "instruction", "chat"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 
 
@@ -39,14 +40,18 @@ class Frozen(BaseModel):
 
 
 class Prompt(Frozen):
-    """A Jinja2 prompt template, pinned by digest. `{{ input.FIELD }}` and `{% for name, value in input.items() %}` work."""
+    """A Jinja2 prompt template, pinned by digest. `{{ input.FIELD }}` and `{% for name, value in input.items() %}` work.
+
+    `form` is what stands around its words, see `trainers.forms`.
+    """
 
     text: str
+    form: FormName = "plain"
 
     @property
     def digest(self) -> str:
-        """`sha256:` over the template's bytes."""
-        return digest_text(self.text)
+        """`sha256:` over the template's bytes, the form's name before them unless it is plain."""
+        return digest_text(self.text if self.form == "plain" else f"{self.form}\0{self.text}")
 
     def render(self, fields: Mapping[str, Any]) -> str:
         """The prompt of one claim; a field that it lacks renders as nothing.

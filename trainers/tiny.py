@@ -27,6 +27,8 @@ VOCABULARY = 2048
 # A word keeps its punctuation and the space or line break before it, so `\nage_range:` is one token: two fifths of the tokens that
 # GPT-2's rule makes of a claim, at the same accuracy. Whole lines would be fewer still but don't carry over to new combinations.
 WORD = r"\s?\S+|\s"
+# What it is asked stands as it is, for so it was in the texts.
+CHAT = "{% for message in messages %}{{ message.content }}{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 START, END, PADDING = "<s>", "</s>", "<pad>"
 SHAPE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}
 CONTEXT = 2048
@@ -139,7 +141,7 @@ def train_tokenizer(texts: Iterable[str]) -> transformers.PreTrainedTokenizerFas
     )
     tokenizer.train_from_iterator(texts, trainer)
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=START, eos_token=END, pad_token=PADDING, model_max_length=CONTEXT
+        tokenizer_object=tokenizer, bos_token=START, eos_token=END, pad_token=PADDING, model_max_length=CONTEXT, chat_template=CHAT
     )
 
 

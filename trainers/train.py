@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from storage import snapshots
-from trainers import attempts, attention, bases, checks, data, loop, score, texts
+from trainers import attempts, attention, bases, checks, data, forms, loop, score, texts
 from trainers.attempts import Attempt, Progress
 from trainers.data import Example, LeftOut, Lessons
 from trainers.methods import full, lora
@@ -300,7 +300,7 @@ def read_sheets(work: Work) -> list[list[Sheet]]:
     known: dict[tuple[str, ...], list[Sheet]] = {}  # models that are asked in the same words share their sheets
     asked = []
     for model in checks.scored_models(work.spec):
-        key = ((model.base or work.spec.base).digest, model.prompt.text, *model.labels)
+        key = ((model.base or work.spec.base).digest, model.prompt.digest, *model.labels)
         if key not in known:
             known[key] = [read_sheet(work, model, name, *rows) for name, rows in sets.items()]
         asked.append(known[key])
@@ -316,7 +316,8 @@ def read_sheet(work: Work, model: Model, name: str, row_ids: Sequence[str], inpu
     """What a model is asked about one score set, as long as its own base can read."""
     base = model.base or work.spec.base
     tokenizer = work.held.tokenizer(base)
-    limit = data.prompt_limit(tokenizer, model.labels, data.row_limit(work.spec.options, bases.read_context(base)))
+    form = forms.find(tokenizer, model.prompt.form)
+    limit = data.prompt_limit(tokenizer, form, model.labels, data.row_limit(work.spec.options, bases.read_context(base)))
     rendered = data.render_prompts(tokenizer, model.prompt, inputs, [limit] * len(inputs))
     return Sheet(
         name=name,
@@ -356,6 +357,8 @@ def answer(work: Work, model: Model, prompts: Sequence[str]) -> np.ndarray:
     """The model's label log-probabilities for each prompt, with signs of life in between."""
     base = work.load_base(model.base)
     tokenizer = work.held.tokenizer(model.base or work.spec.base)
+    form = forms.find(tokenizer, model.prompt.form)
+    labels = [form.say(label) for label in model.labels]
     worn = score.load_adapter(base, "scored", model.adapter) if model.adapter else base
     parts = [np.empty((0, len(model.labels)))]
     try:
@@ -363,7 +366,7 @@ def answer(work: Work, model: Model, prompts: Sequence[str]) -> np.ndarray:
             work.stop.check()
             work.progress.write("scoring", model=model.name, rows=start, of=len(prompts))
             some = prompts[start : start + SCORED_AT_ONCE]
-            parts.append(score.score_prompts(worn, tokenizer, some, model.labels, max_tokens=work.spec.options.max_tokens))
+            parts.append(score.score_prompts(worn, tokenizer, some, labels, max_tokens=work.spec.options.max_tokens))
     finally:
         if model.adapter:
             score.drop_adapter(worn, "scored")

@@ -86,6 +86,7 @@ def describe(target: publisher.Target) -> dict[str, Any]:
         "base_digest": target.base_digest,
         "digest": target.digest,
         "prompt": target.prompt,
+        "prompt_form": target.prompt_form,
         "prompt_digest": target.prompt_digest,
         "labels": list(target.labels),
         "temperature": target.temperature,

@@ -30,6 +30,7 @@ class Target:
     base: Path
     base_digest: str
     prompt: str
+    prompt_form: str
     prompt_digest: str
     labels: tuple[str, ...]
     temperature: float
@@ -92,6 +93,7 @@ def to_target(row: Mapping[str, Any]) -> Target:
         base=Path(row["base_path"]),
         base_digest=row["base_digest"],
         prompt=row["prompt"],
+        prompt_form=row["prompt_form"],
         prompt_digest=row["prompt_digest"],
         labels=tuple(row["labels"]),
         temperature=row["temperature"],

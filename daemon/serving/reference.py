@@ -27,6 +27,7 @@ class Reference:
             "adapter": target.adapter and str(target.adapter.absolute()),
             "adapter_digest": target.adapter_digest,
             "prompt": target.prompt,
+            "prompt_form": target.prompt_form,
             "labels": list(target.labels),
             "temperature": target.temperature,
         }

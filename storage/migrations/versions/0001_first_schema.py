@@ -304,6 +304,7 @@ def upgrade() -> None:
         sa.Column("adapter_digest", sa.String(), nullable=True),
         sa.Column("tokenizer_digest", sa.String(), nullable=False),
         sa.Column("prompt", sa.Text(), nullable=False),
+        sa.Column("prompt_form", sa.String(), nullable=False),
         sa.Column("prompt_digest", sa.String(), nullable=False),
         sa.Column("labels", sa.JSON(), nullable=False),
         sa.Column("labels_digest", sa.String(), nullable=False),

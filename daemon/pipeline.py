@@ -44,13 +44,17 @@ class Pipeline:
         self.machinery = Machinery(engine, settings, launcher, decide, read_cards)
 
     def tick(self, now: datetime) -> bool:
-        """Advance everything that can be advanced; returns whether anything changed. Raises only when the database can't be used."""
+        """`advance`, and say whether that changed anything."""
         before = self._read_state()
+        self.advance(now)
+        return self._read_state() != before
+
+    def advance(self, now: datetime) -> None:
+        """Advance everything that can be advanced. Raises only when the database can't be used."""
         keep_house(self.machinery, now)
         examine(self.machinery, now)
         train(self.machinery, now)
         deploy(self.machinery, now)
-        return self._read_state() != before
 
     def _read_state(self) -> tuple[Any, ...]:
         """All that a tick can change, but for signs of life."""

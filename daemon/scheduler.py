@@ -94,7 +94,7 @@ class Scheduler:
 
     def _tick(self) -> None:
         if self._leader.is_leading or self._leader.renew():
-            self._pipeline.tick(self._clock())
+            self._pipeline.advance(self._clock())
 
     def _reconcile(self) -> None:
         if self._leader.is_leading:

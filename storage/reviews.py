@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, bindparam, case, func, insert, select, update
+from sqlalchemy import Connection, RowMapping, bindparam, case, func, insert, literal, select, update
 
 from storage import db, ids
 from storage.tables import Prediction, Review, ReviewStep
@@ -17,7 +17,11 @@ from storage.tables import Prediction, Review, ReviewStep
 LIVE = ("open", "leased")
 IS_LIVE = Review.state.in_(bindparam("live", LIVE, expanding=True, literal_execute=True))
 """Written out in the SQL: an index over the live ones alone serves a query only when its text says that it means those."""
+IS_OPEN, IS_LEASED = (Review.state == literal(state, literal_execute=True) for state in LIVE)
 EXAM_PRIORITY = 2.0
+GIVEN = ("prediction", "agent", "claim_id", "reasons", "priority")
+USUAL: Mapping[str, Any] = {"is_blind": False, "exam": None, "expires_at": None}
+"""What a new review must say of itself, and what it may."""
 
 
 class ReviewClosedError(RuntimeError):
@@ -31,16 +35,18 @@ def open_new(connection: Connection, rows: Sequence[Mapping[str, Any]], now: dat
     """
     if not rows:
         return
-    new = {"state": "open", "opened_at": now, "is_blind": False, "exam": None, "expires_at": None}
-    keys = ids.make_ulids(now, [_about(row["prediction"], row.get("exam")) for row in rows])
-    prepared = [{"id": key, **new, **row} for key, row in zip(keys, rows, strict=True)]
-    opened = prepared
-    if db.insert_many(connection, Review, prepared) < len(prepared):
-        query = select(Review.id).where(db.is_one_of(connection, Review.id, [row["id"] for row in prepared]))
+    count = len(rows)
+    columns: dict[str, Sequence[Any]] = {name: [row[name] for row in rows] for name in GIVEN}
+    columns |= {name: [row.get(name, usual) for row in rows] for name, usual in USUAL.items()}
+    keys = ids.make_ulids(now, map(_about, columns["prediction"], columns["exam"]))
+    columns |= {"id": keys, "state": ["open"] * count, "opened_at": [now] * count}
+    opened = list(zip(keys, columns["reasons"], strict=True))
+    if db.insert_columns(connection, Review, columns) < count:
+        query = select(Review.id).where(db.is_one_of(connection, Review.id, keys))
         present = set(connection.execute(query).scalars())
-        opened = [row for row in prepared if row["id"] in present]
+        opened = [one for one in opened if one[0] in present]
     same = {"at": now, "actor": actor, "action": "opened"}
-    db.insert_many(connection, ReviewStep, [{"review": row["id"], **same, "note": ", ".join(row["reasons"])} for row in opened])
+    db.insert_many(connection, ReviewStep, [{"review": key, **same, "note": ", ".join(reasons)} for key, reasons in opened])
 
 
 def find_live_cases(connection: Connection, claims: Iterable[str], but: Collection[str]) -> set[tuple[str, str, str]]:
@@ -170,7 +176,7 @@ def close_answered(connection: Connection, prediction: str, expert: str, now: da
 
 def return_expired_leases(connection: Connection, now: datetime) -> int:
     """Put cases whose lease ran out back into the queue; returns how many."""
-    lapsed = select(Review.id, Review.leased_by).where(Review.state == "leased", Review.lease_until <= now)
+    lapsed = select(Review.id, Review.leased_by).where(IS_LEASED, Review.lease_until <= now)
     rows = connection.execute(lapsed).all()
     for row in rows:
         change = update(Review).where(Review.id == row.id, Review.state == "leased", Review.lease_until <= now)
@@ -181,7 +187,7 @@ def return_expired_leases(connection: Connection, now: datetime) -> int:
 
 def expire(connection: Connection, now: datetime) -> list[RowMapping]:
     """Close open reviews past their expiry; audit, must-review and exam cases have none."""
-    overdue = update(Review).where(Review.state == "open", Review.expires_at <= now)
+    overdue = update(Review).where(IS_OPEN, Review.expires_at <= now)
     rows = connection.execute(overdue.values(state="expired", closed_at=now).returning(Review.id, Review.agent, Review.claim_id)).mappings()
     closed = list(rows)
     for row in closed:

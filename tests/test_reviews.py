@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
+from typing import Any
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, event
 
 from storage import db, predictions, reviews
 from tests.event_fixtures import ANN, handle, make_agent, make_label, make_prediction, send
@@ -92,3 +93,20 @@ def test_an_answer_takes_the_case_out_of_the_queue(queued: Engine, now: datetime
     handle(queued, make_agent(), now)
     with db.reading(queued) as connection:
         assert reviews.count_live(connection, "adjudication") == {"open": 2, "leased": 0}
+
+
+def test_what_is_due_is_found_by_an_index_however_many_reviews_there_are(engine: Engine, now: datetime) -> None:
+    plans = []
+
+    def explain(_: Any, cursor: Any, statement: str, parameters: Any, *__: Any) -> None:
+        told = cursor.connection.execute(f"EXPLAIN QUERY PLAN {statement}", parameters).fetchall()
+        plans.extend(row[-1] for row in told)
+
+    with db.writing(engine) as connection:
+        event.listen(connection, "before_cursor_execute", explain)
+        reviews.return_expired_leases(connection, now)
+        reviews.expire(connection, now)
+    assert [plan.split(" (")[0] for plan in plans] == [
+        "SEARCH reviews USING INDEX reviews_leased",
+        "SEARCH reviews USING INDEX reviews_expiring",
+    ]

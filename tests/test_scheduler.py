@@ -116,6 +116,6 @@ def test_a_database_that_can_not_be_used_ends_the_role(engine: Engine, tmp_path:
     def fail(*_: Any) -> bool:
         raise OSError("disk I/O error")
 
-    monkeypatch.setattr(world.pipeline, "tick", fail)
+    monkeypatch.setattr(world.pipeline, "advance", fail)
     with pytest.raises(OSError, match="disk I/O error"):
         asyncio.run(run_until(world.pipeline, lambda: False))

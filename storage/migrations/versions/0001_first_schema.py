@@ -420,6 +420,22 @@ def upgrade() -> None:
         sqlite_where=sa.text("exam IS NOT NULL"),
         postgresql_where=sa.text("exam IS NOT NULL"),
     )
+    op.create_index(
+        "reviews_leased",
+        "reviews",
+        ["lease_until"],
+        unique=False,
+        sqlite_where=sa.text("state = 'leased'"),
+        postgresql_where=sa.text("state = 'leased'"),
+    )
+    op.create_index(
+        "reviews_expiring",
+        "reviews",
+        ["expires_at"],
+        unique=False,
+        sqlite_where=sa.text("state = 'open' AND expires_at IS NOT NULL"),
+        postgresql_where=sa.text("state = 'open' AND expires_at IS NOT NULL"),
+    )
     op.create_index("reviews_opened", "reviews", ["agent", "opened_at"], unique=False)
     op.create_table(
         "labels",

@@ -117,13 +117,14 @@ def _read(event: events.Stored) -> Item:
 def _handle(connection: Connection, items: Sequence[Item], agents: Mapping[str, Agent], now: datetime) -> Counter[str]:
     outcome: Counter[str] = Counter()
     by_type: dict[str, list[Item]] = {}
-    for event, data in items:
+    for item in items:
+        event, data = item
         if data is None:
             outcome += _park(connection, event, "its payload was erased", now)
         elif data["agent"] not in agents:
             outcome += _park(connection, event, f"agent {data['agent']!r} is not configured any more", now)
         else:
-            by_type.setdefault(event.type, []).append((event, data))
+            by_type.setdefault(event.type, []).append(item)
     for kind, handler in _HANDLERS.items():  # predictions before labels: then fewer labels have to wait
         if kind in by_type:
             outcome += handler(connection, by_type[kind], agents, now)
@@ -139,13 +140,18 @@ def _park(connection: Connection, event: events.Stored, reason: str, now: dateti
 def _handle_predictions(connection: Connection, items: Sequence[Item], agents: Mapping[str, Agent], now: datetime) -> Counter[str]:
     outcome: Counter[str] = Counter()
     rows: list[predictions.New] = []
-    for name in dict.fromkeys(data["agent"] for _, data in items):
-        mine = [(event, data) for event, data in items if data["agent"] == name]
-        outcome += _drop_repeated(connection, mine, now)
-        rows += _route_all(connection, agents[name], mine, now)
+    by_agent: dict[str, list[Item]] = {}
+    for item in items:
+        by_agent.setdefault(item[1]["agent"], []).append(item)
+    for name, mine in by_agent.items():
+        new = _route_unknown(connection, agents[name], mine, now)
+        if new is None:
+            outcome += _drop_repeated(connection, mine, now)
+            new = _route_all(connection, agents[name], mine, now)
+            if predictions.insert_new(connection, new) < len(new):
+                raise PredictedMeanwhileError("another consumer stored one of these prediction ids a moment ago")
+        rows += new
         outcome += _mark_handled(connection, mine, now)
-    if predictions.insert_new(connection, rows) < len(rows):
-        raise PredictedMeanwhileError("another consumer stored one of these prediction ids a moment ago")
     routed = _drop_under_review(connection, [row for row in rows if row.reasons])
     reviews.open_new(connection, [_to_review(row, agents[row.agent], now) for row in routed], now, "ratchet")
     return outcome + _apply_waiting(connection, rows, agents, now)
@@ -195,22 +201,26 @@ def _settle_repeated(connection: Connection, event: events.Stored, prediction_id
     return Counter(handled=1)
 
 
+def _route_unknown(connection: Connection, agent: Agent, items: Sequence[Item], now: datetime) -> list[predictions.New] | None:
+    """Route and store predictions, none of which is known, as in nearly every batch; None, and nothing is stored, when one is."""
+    with connection.begin_nested() as attempt:
+        rows = _route_all(connection, agent, items, now)
+        if predictions.insert_new(connection, rows) == len(rows):
+            return rows
+        attempt.rollback()
+    return None
+
+
 def _route_all(connection: Connection, agent: Agent, items: Sequence[Item], now: datetime) -> list[predictions.New]:
     policy = agent.policy
     counts_by_slice = labels.count_by_attributes(connection, agent.name, policy.slice_by) if policy.explore_share else {}
     window = read_window(connection, agent.name, policy, counts_by_slice)
-    spent = read_spent(connection, agent.name, policy, now)
+    router = routing.Router(policy, window, read_spent(connection, agent.name, policy, now), counts_by_slice)
     rows = []
     for event, data in items:
-        asked = routing.Prediction(
-            agent.name, data["claim_id"], data["decision"], data.get("confidence"), data["input"], data.get("attributes") or {}
-        )
-        state = window.state(spent, counts_by_slice)
-        decision = routing.route(asked, policy, state)
-        window.add_routed(asked, decision, policy, counts_by_slice)
-        if decision.is_routed:
-            spent = spent._replace(opened_today=spent.opened_today + 1)
-        rows.append(_to_row(event, data, agent, decision, now))
+        attributes = data.get("attributes") or {}
+        asked = routing.Prediction(agent.name, data["claim_id"], data["decision"], data.get("confidence"), data["input"], attributes)
+        rows.append(_to_row(event, data, agent, router.route(asked), now))
     return rows
 
 
@@ -219,11 +229,13 @@ def read_window(connection: Connection, agent: str, policy: routing.RoutingPolic
     window = routing.Window(policy.window)
     forced = f'"{routing.MUST_REVIEW}"'
     if policy.explore_share:
-        for confidence, reasons, attributes in predictions.read_routed(connection, agent, policy.window):
-            window.add(confidence, is_must_review=forced in reasons, rarity=routing.rarity(attributes, policy, slice_labels))
+        routed = predictions.read_routed(connection, agent, policy.window)
+        window.fill(
+            (confidence, forced in reasons, routing.rarity(attributes, policy, slice_labels)) for confidence, reasons, attributes in routed
+        )
     else:
-        for confidence, reasons in predictions.read_confidences(connection, agent, policy.window):
-            window.add(confidence, is_must_review=forced in reasons)
+        known = predictions.read_confidences(connection, agent, policy.window)
+        window.fill((confidence, forced in reasons, 0.0) for confidence, reasons in known)
     return window
 
 
@@ -241,22 +253,23 @@ def read_spent(connection: Connection, agent: str, policy: routing.RoutingPolicy
 
 
 def _to_row(event: events.Stored, data: Any, agent: Agent, decision: routing.Decision, now: datetime) -> predictions.New:
+    claim, given, get = data["claim_id"], data["input"], data.get
     return predictions.New(
         event.ulid,
         agent.name,
         data["prediction_id"],
-        data["claim_id"],
-        data.get("group") or data["claim_id"],
+        claim,
+        get("group") or claim,
         "served",
-        data["input"],
-        _digest(data["input"]),
-        data.get("attributes") or {},
+        given,
+        _digest(given),
+        get("attributes") or {},
         _read_time(data["occurred_at"]),
         now,
         data["decision"],
-        data.get("confidence"),
-        data.get("probabilities"),
-        data.get("model_version"),
+        get("confidence"),
+        get("probabilities"),
+        get("model_version"),
         agent.policy_version,
         *decision,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -62,7 +62,7 @@ class MustReview:
 
     def matches(self, prediction: Prediction) -> bool:
         """Whether this claim always goes to an expert."""
-        value = self._read(prediction)
+        value = prediction.decision if self.field == "decision" else self._read(prediction)
         if value is None:
             return False
         if self.op == "equals":
@@ -73,8 +73,6 @@ class MustReview:
         return number is not None and (number > self.value if self.op == "above" else number < self.value)
 
     def _read(self, prediction: Prediction) -> Any:
-        if self.field == "decision":
-            return prediction.decision
         place, _, name = self.field.partition(".")
         return (prediction.input if place == "input" else prediction.attributes).get(name)
 
@@ -162,7 +160,7 @@ class BudgetState(NamedTuple):
     `confidences` are the known ones of claims that no rule sends to review, sorted. `slice_labels` has keys like `region=west`.
     """
 
-    confidences: tuple[float, ...] = ()
+    confidences: Sequence[float] = ()
     seen: int = 0
     must_review: int = 0
     rarity: float = 0.0
@@ -214,8 +212,9 @@ class Window:
         self._must_review = 0
         self._rarity = 0.0
 
-    def add(self, confidence: float | None, *, is_must_review: bool, rarity: float = 0.0) -> None:
-        """Take in one prediction and forget the oldest when the window is full."""
+    def add(self, confidence: float | None, *, is_must_review: bool, rarity: float = 0.0) -> bool:
+        """Take in one prediction and forget the oldest when the window is full; returns whether that changes the sums."""
+        before = len(self._recent), self._must_review, self._rarity
         if len(self._recent) == self._size:
             self._forget(*self._recent.popleft())
         self._recent.append((confidence, is_must_review, rarity))
@@ -225,11 +224,12 @@ class Window:
             self._rarity += rarity
             if confidence is not None:
                 bisect.insort(self._confidences, confidence)
+        return before != (len(self._recent), self._must_review, self._rarity)
 
-    def add_routed(self, prediction: Prediction, decision: Decision, policy: RoutingPolicy, slice_labels: Mapping[str, int]) -> None:
-        """Take in a prediction right after it was routed."""
+    def add_routed(self, prediction: Prediction, decision: Decision, policy: RoutingPolicy, slice_labels: Mapping[str, int]) -> bool:
+        """Take in a prediction right after it was routed; returns whether that changes the sums."""
         known = rarity(prediction.attributes, policy, slice_labels) if policy.explore_share else 0.0
-        self.add(prediction.confidence, is_must_review=MUST_REVIEW in decision.reasons, rarity=known)
+        return self.add(prediction.confidence, is_must_review=MUST_REVIEW in decision.reasons, rarity=known)
 
     def _forget(self, confidence: float | None, is_must_review: bool, rarity: float) -> None:
         if is_must_review:
@@ -239,21 +239,57 @@ class Window:
         if confidence is not None:
             del self._confidences[bisect.bisect_left(self._confidences, confidence)]
 
+    def fill(self, recent: Iterable[tuple[float | None, bool, float]]) -> None:
+        """`add` many to an empty window: confidence, whether a rule sends it to review, rarity; at most as many as it holds."""
+        self._recent.extend(recent)
+        others = [(confidence, rarity) for confidence, is_must_review, rarity in self._recent if not is_must_review]
+        self._confidences = sorted(confidence for confidence, _ in others if confidence is not None)
+        self._must_review = len(self._recent) - len(others)
+        self._rarity = sum((rarity for _, rarity in others), 0.0)
+
     def state(self, spent: Spent = NOTHING_SPENT, slice_labels: Mapping[str, int] = MappingProxyType({})) -> BudgetState:
         """The window in sum, as a value that later predictions don't change."""
-        return BudgetState(tuple(self._confidences), len(self._recent), self._must_review, self._rarity, spent, slice_labels)
+        return self.view(spent, slice_labels)._replace(confidences=tuple(self._confidences))
+
+    def view(self, spent: Spent, slice_labels: Mapping[str, int]) -> BudgetState:
+        """`state` without a copy: its confidences go on with the window, its sums do not."""
+        return BudgetState(self._confidences, len(self._recent), self._must_review, self._rarity, spent, slice_labels)
 
     def health(self) -> Health:
         """Whether these confidences can rank claims at all."""
         return confidence_health(confidence for confidence, _, _ in self._recent)
 
 
-def route(prediction: Prediction, policy: RoutingPolicy, state: BudgetState) -> Decision:
+class Router:
+    """Routes predictions one after another, each by those before it; the budget is divided anew only when what it depends on changes."""
+
+    def __init__(self, policy: RoutingPolicy, window: Window, spent: Spent, slice_labels: Mapping[str, int]) -> None:
+        self._policy, self._window, self._spent, self._slice_labels = policy, window, spent, slice_labels
+        self._divide()
+
+    def _divide(self) -> None:
+        self._state = self._window.view(self._spent, self._slice_labels)
+        self._plan = divide_budget(self._policy, self._state)
+
+    def route(self, prediction: Prediction) -> Decision:
+        """`route`, and take the prediction in."""
+        decision = route(prediction, self._policy, self._state, self._plan)
+        is_changed = self._window.add_routed(prediction, decision, self._policy, self._slice_labels)
+        if decision.reasons and self._policy.budget_per_day is not None:
+            self._spent = self._spent._replace(opened_today=self._spent.opened_today + 1)
+            is_changed = True
+        if is_changed:
+            self._divide()
+        return decision
+
+
+def route(prediction: Prediction, policy: RoutingPolicy, state: BudgetState, plan: Lanes | None = None) -> Decision:
     """Decide whether an expert sees this claim, and with what probability claims like it are seen.
 
     The random lanes draw by hash of the claim, so that a redelivered claim is drawn as before. The probability is over all lanes jointly.
+    `plan` is the budget divided, where the caller knows it.
     """
-    plan = divide_budget(policy, state)
+    plan = plan or divide_budget(policy, state)
     agent, claim = prediction.agent, prediction.claim_id
     chance, threshold = _uncertain_chance(prediction.confidence, policy, state, plan)
     explore = policy.explore_share * plan.explore_scale

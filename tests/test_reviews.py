@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,7 +96,9 @@ def test_an_answer_takes_the_case_out_of_the_queue(queued: Engine, now: datetime
         assert reviews.count_live(connection, "adjudication") == {"open": 2, "leased": 0}
 
 
-def test_what_is_due_is_found_by_an_index_however_many_reviews_there_are(engine: Engine, now: datetime) -> None:
+def test_what_is_due_is_found_by_an_index_however_many_reviews_there_are(tmp_path: Path, now: datetime) -> None:
+    engine = db.open_engine(f"sqlite:///{tmp_path}/plans.db")
+    db.upgrade(engine)
     plans = []
 
     def explain(_: Any, cursor: Any, statement: str, parameters: Any, *__: Any) -> None:
@@ -110,3 +113,4 @@ def test_what_is_due_is_found_by_an_index_however_many_reviews_there_are(engine:
         "SEARCH reviews USING INDEX reviews_leased",
         "SEARCH reviews USING INDEX reviews_expiring",
     ]
+    engine.dispose()

@@ -327,3 +327,25 @@ def _full_window():
 def _replace(policy, **changes):
     fields = {name: getattr(policy, name) for name in RoutingPolicy.__slots__}
     return RoutingPolicy(**{**fields, **changes})
+
+
+@given(policies, st.lists(predictions, max_size=40), st.builds(routing.Spent, opened_today=st.integers(0, 30)))
+def test_a_router_decides_as_if_the_budget_were_divided_for_each_claim(policy, claims, spent):
+    one_by_one, window = Window(policy.window), Window(policy.window)
+    labels = {"region=west": 7}
+    router = routing.Router(policy, window, spent, labels)
+    for claim in claims:
+        expected = route(claim, policy, one_by_one.state(spent, labels))
+        one_by_one.add_routed(claim, expected, policy, labels)
+        spent = spent._replace(opened_today=spent.opened_today + expected.is_routed)
+        assert router.route(claim) == expected
+    assert window.state() == one_by_one.state()
+
+
+@given(st.lists(st.tuples(confidences, st.booleans(), st.sampled_from([0.0, 0.25, 1.0])), max_size=30))
+def test_a_window_is_filled_as_one_by_one(entries):
+    filled, added = Window(30), Window(30)
+    filled.fill(entries)
+    for confidence, is_must_review, rarity in entries:
+        added.add(confidence, is_must_review=is_must_review, rarity=rarity)
+    assert filled.state() == added.state()

@@ -12,7 +12,7 @@ from datetime import datetime
 import structlog
 from sqlalchemy import Engine
 
-from consumers import handlers
+from consumers import handlers, outages
 from storage import db, events
 
 BATCH = 500
@@ -55,15 +55,25 @@ async def run(
 ) -> None:
     """Handle events until `stop`; `wake` says that there are new ones. A batch that was begun is finished.
 
-    A database that fails is an error of the whole process: nothing is acknowledged, and the service manager starts anew.
+    A database that is away is waited for: its transaction was not committed, or its events are marked as handled. Any other failure of it
+    is an error of the whole process, and the service manager starts anew.
     """
+    outage = outages.Outage("consume")
     while not stop.is_set():
-        outcome = await asyncio.to_thread(handle_next, engine, agents, clock())
-        if outcome:
-            counters.add(outcome)
-            continue
+        pause = IDLE_SECONDS
+        try:
+            outcome = await asyncio.to_thread(handle_next, engine, agents, clock())
+        except db.UNAVAILABLE as error:
+            if not db.is_passing(error):
+                raise
+            pause = outage.note(error)
+        else:
+            outage.end()
+            if outcome:
+                counters.add(outcome)
+                continue
         wake.clear()
         waiting = [asyncio.create_task(wake.wait()), asyncio.create_task(stop.wait())]
-        _, pending = await asyncio.wait(waiting, timeout=IDLE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        _, pending = await asyncio.wait(waiting, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
         for task in pending:
             task.cancel()

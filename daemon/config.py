@@ -51,6 +51,9 @@ class Database(Section):
     url: Annotated[str, AfterValidator(_place_database)] = Field(
         default="sqlite:///ratchet.db", description="`sqlite:///FILE` or `postgresql://USER:PASSWORD@HOST/NAME`."
     )
+    connections: int = Field(
+        default=db.CONNECTIONS, ge=3, le=1000, description="How many connections one process opens to PostgreSQL at most; 5 stay open."
+    )
 
 
 class Server(Section):

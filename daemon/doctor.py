@@ -52,6 +52,7 @@ def _examine_database(settings: Settings) -> Iterator[Finding]:
         db.check(engine)
         with db.writing(engine) as connection:
             valid = tokens.count_valid(connection)
+        with db.reading(engine) as connection:
             broken = ledger.verify(connection)
             champions = [(name, version) for name in settings.agents if (version := registry.champion(connection, name))]
             served = [registry.read(connection, *champion) for champion in champions]

@@ -119,6 +119,8 @@ def _attempt(machinery: Machinery, agent: str, stage: str, now: datetime, work: 
     try:
         work()
     except Exception as error:
+        if db.is_passing(error):
+            raise  # it is no stage's fault
         # A full disk, a folder taken away, a bug: whatever it is, the champion goes on serving. A lost database fails again below.
         if was_well is not False:
             log.exception("stage_failed", agent=agent, stage=stage)

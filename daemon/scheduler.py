@@ -10,6 +10,7 @@ import structlog
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from sqlalchemy import Engine
 
+from consumers import outages
 from daemon import deployments, holders, training
 from daemon.pipeline import Pipeline
 from storage import db, leases
@@ -29,22 +30,28 @@ class Leader:
         self._engine = engine
         self._clock = clock
         self._holder = holders.make_name()
-        self.is_leading = False
+        self._until: datetime | None = None
+
+    @property
+    def is_leading(self) -> bool:
+        """Whether the lease is ours, as far as we know: when it can't be renewed it runs out for us as it does for the others."""
+        return self._until is not None and self._clock() < self._until
 
     def renew(self) -> bool:
         """Take the lease or hold it for longer; returns whether this process leads."""
+        now, was_leading = self._clock(), self._until is not None
         with db.writing(self._engine, alone=False) as connection:
-            fence = holders.acquire(connection, LEASE, self._holder, self._clock(), TERM)
-        if (fence is not None) != self.is_leading:
-            self.is_leading = fence is not None
-            log.info("leading_began" if self.is_leading else "leading_ended", holder=self._holder)
-        return self.is_leading
+            fence = holders.acquire(connection, LEASE, self._holder, now, TERM)
+        self._until = None if fence is None else now + TERM
+        if (fence is not None) != was_leading:
+            log.info("leading_began" if fence is not None else "leading_ended", holder=self._holder)
+        return fence is not None
 
     def resign(self) -> None:
         """Give the lease back, so that another daemon need not wait for its end."""
-        with db.writing(self._engine) as connection:
+        with db.writing(self._engine, alone=False) as connection:
             leases.release(connection, LEASE, self._holder)
-        self.is_leading = False
+        self._until = None
 
 
 class Scheduler:
@@ -58,6 +65,7 @@ class Scheduler:
         self._working: set[asyncio.Task[object]] = set()
         self._failed: list[BaseException] = []
         self._is_over = asyncio.Event()
+        self._outage = outages.Outage("schedule")
 
     async def run(self, stop: asyncio.Event) -> None:
         """Tick until `stop`, then let the trainers write their checkpoints and queue their runs again.
@@ -88,9 +96,14 @@ class Scheduler:
         task.add_done_callback(self._working.discard)
         try:
             await asyncio.shield(task)
-        except Exception as error:  # noqa: BLE001  raised again by `run`, which ends the process
-            self._failed.append(error)
-            self._is_over.set()
+        except Exception as error:  # noqa: BLE001  raised again by `run`, which ends the process; a database that is away is waited for
+            if db.is_passing(error):
+                self._outage.note(error)
+            else:
+                self._failed.append(error)
+                self._is_over.set()
+        else:
+            self._outage.end()
 
     def _tick(self) -> None:
         if self._leader.is_leading or self._leader.renew():

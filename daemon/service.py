@@ -105,7 +105,7 @@ def start(settings: Settings, roles: Sequence[str]) -> int:
     """Run the daemon until it is told to stop; returns the exit status."""
     if settings.kafka.bootstrap is not None:
         broker.check_extra()
-    engine = db.open_engine(settings.database.url)
+    engine = db.open_engine(settings.database.url, settings.database.connections)
     try:
         db.check(engine)
         check_bind(settings, engine)

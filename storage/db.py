@@ -201,6 +201,12 @@ def is_passing(error: BaseException) -> bool:
     return error.connection_invalidated or (isinstance(error, UNAVAILABLE) and (state is None or state.startswith(PASSING_STATES)))
 
 
+def was_cut_off(error: BaseException) -> bool:
+    """Whether a transaction ended in its midst, by a lost connection or to end a deadlock: the next try may succeed at once."""
+    state = getattr(getattr(error, "orig", None), "sqlstate", None) or ""
+    return isinstance(error, DBAPIError) and (error.connection_invalidated or state.startswith("40"))
+
+
 def insert_new(connection: Connection, table: type[Table], row: Mapping[str, Any]) -> bool:
     """Insert a row and leave one alone that is there already; returns whether it is new."""
     return insert_many(connection, table, [row]) == 1

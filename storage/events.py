@@ -70,11 +70,19 @@ def append(connection: Connection, incoming: Sequence[Incoming], now: datetime, 
     columns = dict(zip(Incoming._fields, zip(*incoming, strict=True), strict=True))
     shared = {"received_at": now, "state": state} | ({"handled_at": now} if state == "handled" else {})
     same = {name: [value] * len(ulids) for name, value in shared.items()}
-    if db.insert_columns(connection, Event, {"ulid": ulids, **columns, **same}) == len(ulids):
+    if db.insert_columns(connection, Event, _sort(connection, {"ulid": ulids, **columns, **same}, identities)) == len(ulids):
         return [Receipt(ulid, "stored") for ulid in ulids]
     found = select(Event.source, Event.event_id, Event.ulid, Event.digest).where(tuple_(Event.source, Event.event_id).in_(identities))
     known = {(row.source, row.event_id): (row.ulid, row.digest) for row in connection.execute(found)}
     return [_receipt(ulid, one, *known[one.source, one.event_id]) for ulid, one in zip(ulids, incoming, strict=True)]
+
+
+def _sort(connection: Connection, columns: dict[str, Sequence[Any]], identities: Sequence[tuple[str, str]]) -> Mapping[str, Sequence[Any]]:
+    """In one order for all: two who store the same events at once would wait for each other, where several write (PostgreSQL)."""
+    if connection.dialect.name != "postgresql":
+        return columns
+    order = sorted(range(len(identities)), key=identities.__getitem__)
+    return {name: [values[place] for place in order] for name, values in columns.items()}
 
 
 def _receipt(ulid: str, one: Incoming, known_ulid: str, known_digest: str) -> Receipt:

@@ -20,3 +20,13 @@ def upgrade(config: context.ConfigFile = context.CONFIG_FILE) -> None:
     finally:
         engine.dispose()
     typer.echo("The database is up to date.")
+
+
+@app.command()
+def check(config: context.ConfigFile = context.CONFIG_FILE) -> None:
+    """Say whether the database can be reached and has the schema of this version of Ratchet; exits 1 if not. Changes nothing."""
+    from storage import db  # noqa: PLC0415 — `ratchet --help` needs none of it
+
+    with context.opened(config) as opened:
+        url = db.mask_passwords(opened.settings.database.url)
+    typer.echo(f"{url} has the schema of this version.")

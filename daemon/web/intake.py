@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
+import structlog
 from sqlalchemy import Engine
 
 from consumers import delivery, embedded, handlers, schemas
@@ -23,6 +24,8 @@ Form = Literal["single", "batch", "lines"]
 Item = schemas.AnyEvent | schemas.Refusal
 MAX_ITEMS = 10_000
 GROUP_ITEMS = 1_000
+
+log = structlog.get_logger()
 
 
 class TooManyError(ValueError):
@@ -97,7 +100,7 @@ class Intake:
 
     def _store_group(self, group: Sequence[tuple[Arrival, list[Item]]]) -> None:
         try:
-            self._store(group)
+            self._store_surely(group)
         except Exception as error:  # noqa: BLE001  it goes to whoever waits; one request's fault must not be another's
             if len(group) > 1 and not isinstance(error, db.UNAVAILABLE):
                 for one in group:
@@ -105,6 +108,16 @@ class Intake:
                 return
             for arrival, _ in group:
                 arrival.settle(error)
+
+    def _store_surely(self, group: Sequence[tuple[Arrival, list[Item]]]) -> None:
+        """As `_store`, once more when it was cut off; what was committed all the same is a duplicate then, and handled once."""
+        try:
+            self._store(group)
+        except db.UNAVAILABLE as error:
+            if not db.was_cut_off(error):
+                raise
+            log.warning("storing_cut_off", requests=len(group), error=type(error).__name__, action="once more")
+            self._store(group)
 
     def _gather(self) -> list[tuple[Arrival, list[Item]]]:
         group: list[tuple[Arrival, list[Item]]] = []

@@ -61,7 +61,7 @@ def find_problem(error: Exception, request: Request) -> tuple[int, Problem]:
     if isinstance(error, RoutingError):
         remedy = REMEDIES.get(error.status_code, str(error.detail))
         return error.status_code, Problem(field="path" if error.status_code in REMEDIES else "body", value=request.url.path, remedy=remedy)
-    return 503, Problem(field="database", value="not available", remedy="nothing was stored: try again in a few seconds")
+    return 503, Problem(field="database", value="not available", remedy="try again in a few seconds: what you send twice is stored once")
 
 
 def to_json(status: int, problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
@@ -84,5 +84,5 @@ DESCRIPTIONS = {
     413: "The body is too large.",
     415: "The body is of a type that is not taken here.",
     422: "Something in the request is wrong; the problem names it.",
-    503: "The database is not available; nothing was stored.",
+    503: "The database is not available; try again, what is sent twice is stored once.",
 }

@@ -112,6 +112,62 @@ def test_the_bare_base_and_adapters_take_turns_without_a_trace(adapters, client)
     assert len({json.dumps(one) for one in answers.values()}) == 3
 
 
+@pytest.fixture
+def new_base(tmp_path):
+    return tiny_base(tmp_path / "new", "mistral")
+
+
+def test_a_new_base_comes_with_the_first_version_on_it_and_goes_with_the_last(base, adapters, client, node, new_base, tmp_path):
+    client.post("/load", json=order(adapters[0], agent="medical"))
+    before = ask(client, agent="medical").json()
+    on_new = {"base": str(new_base), "base_digest": artifacts.digest_folder(new_base)}
+    adapter = random_adapter(new_base, tmp_path / "on-new", seed=5)
+    answers = []
+    for version, worn in (("v2.0", None), ("v2.1", adapter)):
+        loaded = client.post("/load", json=order(worn, version, **on_new)).raise_for_status().json()
+        assert loaded["base_digest"] == on_new["base_digest"] == client.get("/served/adjudication").json()["base_digest"]
+        answers.append(ask(client).json())
+        by_hand, tokenizer = score.load_base(new_base, "cpu")
+        worn_by_hand = score.load_adapter(by_hand, "a", worn) if worn else by_hand
+        prompts = [Prompt(text=PROMPT).render(one["input"]) for one in CLAIMS]
+        expected = score.probabilities(score.score_prompts(worn_by_hand, tokenizer, prompts, LABELS, max_tokens=4096), 2.0)
+        assert [one["probabilities"] for one in answers[-1]] == [pytest.approx(row.tolist(), abs=1e-4) for row in expected]
+    assert ask(client, agent="medical").json() == before
+    assert len(node.bases) == 2
+    client.post("/load", json=order(adapters[0], "v1.0")).raise_for_status()
+    assert list(node.bases) == [artifacts.digest_folder(base)], "a rollback across bases leaves nothing behind"
+    assert ask(client).json() != answers[0]
+
+
+def test_a_base_that_cannot_be_served_is_refused_with_what_to_do(adapters, client, node, new_base, monkeypatch):
+    client.post("/load", json=order(adapters[0]))
+    before = ask(client).json()
+    digest = artifacts.digest_folder(new_base)
+    refused = {
+        "no folder": client.post("/load", json=order(None, "v2.0", base_digest=digest)),
+        "other files": client.post("/load", json=order(None, "v2.0", base=str(new_base), base_digest="sha256:0")),
+        "other adapter": client.post("/load", json=order(adapters[0], "v2.0", base=str(new_base), base_digest=digest)),
+    }
+    monkeypatch.setattr(score, "load_base", out_of_memory)
+    refused["memory"] = client.post("/load", json=order(None, "v2.0", base=str(new_base), base_digest=digest))
+    said = {name: (answer.status_code, answer.json()["error"]) for name, answer in refused.items()}
+    assert {name: status for name, (status, _) in said.items()} == {
+        "no folder": 409,
+        "other files": 409,
+        "other adapter": 409,
+        "memory": 507,
+    }
+    assert "give its folder as `base`" in said["no folder"][1]
+    assert "load it with its own base" in said["other adapter"][1]
+    assert f"restart the node with --base {new_base}" in said["memory"][1]
+    assert ask(client).json() == before
+    assert len(node.bases) == 1
+
+
+def out_of_memory(path, device):
+    raise torch.OutOfMemoryError(f"{path} on {device}")
+
+
 def test_agents_do_not_disturb_each_other(adapters, client):
     client.post("/load", json=order(adapters[0]))
     before = ask(client).json()
@@ -142,8 +198,9 @@ def test_a_request_during_swaps_is_answered_wholly_by_one_version(adapters, clie
 def test_a_long_prompt_is_cut_by_the_rule_of_training(adapters, node):
     node.load(serve.Load(**order(adapters[0], max_row_tokens=64)))
     fields = {"treatment": "surgery " * 500, "age": "41", "plan": "HMO"}
-    limit = data.prompt_limit(node.tokenizer, forms.find(node.tokenizer, "plain"), LABELS, 64)
-    cut, was_cut = data.build_prompts(node.tokenizer, Prompt(text=PROMPT), [fields], [limit])
+    tokenizer = node.bases[node.base_digest].tokenizer
+    limit = data.prompt_limit(tokenizer, forms.find(tokenizer, "plain"), LABELS, 64)
+    cut, was_cut = data.build_prompts(tokenizer, Prompt(text=PROMPT), [fields], [limit])
 
     answer = node.answer(serve.Ask(agent="adjudication", claims=(serve.Claim(input=fields),)))
 
@@ -205,7 +262,7 @@ def test_a_wrong_order_is_refused_in_a_sentence_and_changes_nothing(adapters, ba
     assert ask(client).json() == before
     assert client.get("/served").json() == served
     assert node.state.read_text() == kept
-    assert list(node.model.peft_config) == [node.served["adjudication"].adapter_name]
+    assert list(node.bases[node.base_digest].model.peft_config) == [node.served["adjudication"].adapter_name]
 
 
 @pytest.mark.parametrize(

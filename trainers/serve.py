@@ -1,4 +1,6 @@
-"""The reference inference node: one base model, one version per agent, swapped without a restart; `python -m trainers.serve --base DIR`.
+"""The reference inference node: one version per agent, swapped without a restart, on one base or several.
+
+`python -m trainers.serve --base DIR` starts it.
 
 It answers over HTTP with the standard library's server, on loopback unless told otherwise, and says by digest what it serves.
 """
@@ -16,6 +18,7 @@ import time
 import traceback
 import urllib.parse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -51,11 +54,16 @@ class RequestRefusedError(Exception):
 
 
 class Load(Frozen):
-    """The body of `POST /load`: which version answers for an agent from now on. `adapter` None is the bare base."""
+    """The body of `POST /load`: which version answers for an agent from now on.
+
+    `adapter` None is the bare base. Without `base_digest` it is the base that the node was started with, else the one in the folder `base`.
+    """
 
     agent: str = Field(min_length=1)
     version: str
     serving_name: str
+    base: Path | None = None
+    base_digest: str | None = None
     adapter: Path | None = None
     adapter_digest: str | None = None
     prompt: str
@@ -69,11 +77,11 @@ class Load(Frozen):
         """The prompt with its form."""
         return Prompt(text=self.prompt, form=self.prompt_form)
 
-    @field_validator("adapter")
+    @field_validator("adapter", "base")
     @classmethod
-    def name_folder(cls, adapter: Path | None) -> Path | None:
+    def name_folder(cls, folder: Path | None) -> Path | None:
         """The folder's absolute path, for a state file outlives the working directory."""
-        return adapter and adapter.absolute()
+        return folder and folder.absolute()
 
 
 class Claim(Frozen):
@@ -98,22 +106,47 @@ class Served(Frozen):
     loaded_at: datetime
 
 
+@dataclass(slots=True)
+class Loaded:
+    """A base in memory, with the adapters of the versions that are served on it."""
+
+    model: Any
+    tokenizer: Any
+
+
 class Node:
-    """A base model with the versions on it. One request at a time touches the model, so every answer is wholly one version's."""
+    """Base models with the versions on them. One request at a time touches them, so every answer is wholly one version's.
+
+    The base that the node was started with stays; another one comes with the first version on it and goes with the last.
+    """
 
     def __init__(self, base: Path, device: str, state: Path | None) -> None:
-        self.model, self.tokenizer = score.load_base(base, device)
+        self.device = device
         self.base_digest = artifacts.digest_folder(base)
+        self.bases = {self.base_digest: Loaded(*score.load_base(base, device))}
         self.batch_tokens = BATCH_TOKENS.get(device, BATCH_TOKENS_ON_GPU)
         self.state = state
         self.served: dict[str, Served] = {}
         self.lock = threading.Lock()
+        self.loading = threading.Lock()
         self.names = (f"served_{number}" for number in itertools.count())
 
     def load(self, request: Load) -> dict[str, Any]:
         """Serve another version for an agent; until this succeeds the one before stays. Returns what `describe` says of it."""
         started = time.monotonic()
-        digest = self.verify(request)
+        with self.loading:
+            digest = self.verify(request)
+            self.hold_base(request)
+            try:
+                new = self.swap(request, digest)
+            finally:
+                self.release_bases()
+        seconds = round(time.monotonic() - started, 3)
+        log.info("version_served", agent=request.agent, serving_name=request.serving_name, adapter_digest=digest, seconds=seconds)
+        return self.describe(new)
+
+    def swap(self, request: Load, digest: str | None) -> Served:
+        """Let the version answer in place of the one before, or leave all as it was."""
         with self.lock:
             new = self.attach(request, digest)
             served = {**self.served, request.agent: new}
@@ -127,9 +160,34 @@ class Node:
             before, self.served = self.served.get(request.agent), served
             if before:
                 self.detach(before)
-        seconds = round(time.monotonic() - started, 3)
-        log.info("version_served", agent=request.agent, serving_name=request.serving_name, adapter_digest=digest, seconds=seconds)
-        return self.describe(new)
+        return new
+
+    def base_of(self, request: Load) -> str:
+        """The digest of the base that a version sits on."""
+        return request.base_digest or self.base_digest
+
+    def hold_base(self, request: Load) -> None:
+        """Read another base than those in memory; the versions that are served go on answering meanwhile."""
+        digest = self.base_of(request)
+        if digest in self.bases:
+            return
+        if request.base is None:
+            sentence = f"this node has no base {digest}: give its folder as `base`, or load the version on a node that was started with it"
+            raise RequestRefusedError(HTTPStatus.CONFLICT, sentence)
+        artifacts.check(request.base, digest)
+        try:
+            loaded = Loaded(*score.load_base(request.base, self.device))
+        except torch.OutOfMemoryError as error:
+            sentence = f"there is no memory for another base beside {len(self.bases)}: restart the node with --base {request.base}"
+            raise RequestRefusedError(HTTPStatus.INSUFFICIENT_STORAGE, sentence) from error
+        with self.lock:
+            self.bases[digest] = loaded
+
+    def release_bases(self) -> None:
+        """Let go of bases that no version sits on any more."""
+        with self.lock:
+            used = {self.base_digest, *(self.base_of(served.load) for served in self.served.values())}
+            self.bases = {digest: loaded for digest, loaded in self.bases.items() if digest in used}
 
     def verify(self, request: Load) -> str | None:
         """The digest of the adapter's files. Refused unless they are the ones asked for and were trained on this base."""
@@ -139,8 +197,8 @@ class Node:
             return None
         score.read_adapter_config(request.adapter)
         pinned = artifacts.pinned_base(request.adapter)
-        if pinned != self.base_digest:
-            sentence = f"the adapter was trained on base {pinned}, this node serves {self.base_digest}: load it on a node with its base"
+        if pinned != self.base_of(request):
+            sentence = f"the adapter was trained on base {pinned}, not on {self.base_of(request)}: load it with its own base"
             raise RequestRefusedError(HTTPStatus.CONFLICT, sentence)
         if request.adapter_digest is None:
             raise RequestRefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, "adapter without adapter_digest: give both or neither")
@@ -152,13 +210,15 @@ class Node:
         name = None
         if request.adapter is not None:
             name = next(self.names)
-            self.model = score.load_adapter(self.model, name, request.adapter)
+            loaded = self.bases[self.base_of(request)]
+            loaded.model = score.load_adapter(loaded.model, name, request.adapter)
         return Served(load=request, adapter_digest=digest, adapter_name=name, loaded_at=datetime.now(UTC))
 
     def detach(self, served: Served) -> None:
         """Take the version's adapter off the model."""
         if served.adapter_name is not None:
-            self.model = score.drop_adapter(self.model, served.adapter_name)
+            loaded = self.bases[self.base_of(served.load)]
+            loaded.model = score.drop_adapter(loaded.model, served.adapter_name)
 
     def probe(self, served: Served) -> None:
         """Refuse a version that could not answer: a template that doesn't compile, labels without difference, weights that give NaN."""
@@ -170,25 +230,26 @@ class Node:
 
     def ask(self, served: Served, prompts: Sequence[str]) -> list[score.Score]:
         """The version's answers to rendered prompts."""
-        labels, form = served.load.labels, self.form_of(served)
-        with score.answering_with(self.model, served.adapter_name) as model:
+        labels, form, loaded = served.load.labels, self.form_of(served), self.bases[self.base_of(served.load)]
+        with score.answering_with(loaded.model, served.adapter_name) as model:
             spoken = [form.say(label) for label in labels]
-            logprobs = score.score_prompts(model, self.tokenizer, prompts, spoken, max_tokens=self.batch_tokens)
+            logprobs = score.score_prompts(model, loaded.tokenizer, prompts, spoken, max_tokens=self.batch_tokens)
         return score.judge("", [""] * len(prompts), served.load.version, labels, logprobs, served.load.temperature)
 
     def form_of(self, served: Served) -> forms.Form:
         """What stands around the version's prompts."""
-        return forms.find(self.tokenizer, served.load.prompt_form)
+        return forms.find(self.bases[self.base_of(served.load)].tokenizer, served.load.prompt_form)
 
     def answer(self, request: Ask) -> list[dict[str, Any]]:
         """The decision, confidence and probabilities for each claim, all by the version that serves the agent now."""
         with self.lock:
             served = self.find(request.agent)
             load = served.load
-            context = min(load.max_row_tokens, getattr(self.model.config, "max_position_embeddings", load.max_row_tokens))
-            limit = data.prompt_limit(self.tokenizer, self.form_of(served), load.labels, context)
+            loaded = self.bases[self.base_of(load)]
+            context = min(load.max_row_tokens, getattr(loaded.model.config, "max_position_embeddings", load.max_row_tokens))
+            limit = data.prompt_limit(loaded.tokenizer, self.form_of(served), load.labels, context)
             inputs = [claim.input for claim in request.claims]
-            prompts, _ = data.build_prompts(self.tokenizer, load.asked, inputs, [limit] * len(inputs))
+            prompts, _ = data.build_prompts(loaded.tokenizer, load.asked, inputs, [limit] * len(inputs))
             answers = self.ask(served, prompts)
         return [
             {
@@ -214,7 +275,7 @@ class Node:
             "version": served.load.version,
             "serving_name": served.load.serving_name,
             "adapter_digest": served.adapter_digest,
-            "base_digest": self.base_digest,
+            "base_digest": self.base_of(served.load),
             "prompt_digest": served.load.asked.digest,
             "labels": list(served.load.labels),
             "temperature": served.load.temperature,

@@ -24,6 +24,8 @@ class Reference:
             "agent": target.agent,
             "version": target.version,
             "serving_name": target.serving_name,
+            "base": str(target.base.absolute()),
+            "base_digest": target.base_digest,
             "adapter": target.adapter and str(target.adapter.absolute()),
             "adapter_digest": target.adapter_digest,
             "prompt": target.prompt,

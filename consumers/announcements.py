@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, with_config
+from pydantic import AwareDatetime, ConfigDict, JsonValue, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 STRICT = ConfigDict(extra="forbid", strict=True)
@@ -66,6 +66,40 @@ class DeadLetterParked(TypedDict):
     reason: str
 
 
+@with_config(STRICT)
+class ReviewOpened(TypedDict):
+    """A case waits for an expert. What a model answered, or how sure it was, is not told; `input` is null when it was erased or is huge."""
+
+    review: str
+    agent: str
+    claim_id: str
+    prediction_id: str
+    is_blind: bool
+    expires_at: AwareDatetime | None
+    input: dict[str, JsonValue] | None
+    attributes: dict[str, JsonValue] | None
+
+
+@with_config(STRICT)
+class ReviewEnded(TypedDict):
+    """A case waits no more: it was answered, or expired."""
+
+    review: str
+    agent: str
+    claim_id: str
+    prediction_id: str
+
+
+@with_config(STRICT)
+class AlarmRaised(TypedDict):
+    """Something that a person should know."""
+
+    agent: str
+    kind: str
+    message: str
+    ledger: str
+
+
 ANNOUNCEMENTS: dict[str, Any] = {
     "ratchet.run.ended.v1": RunEnded,
     "ratchet.version.judged.v1": VersionJudged,
@@ -74,7 +108,11 @@ ANNOUNCEMENTS: dict[str, Any] = {
     "ratchet.champion.reverted.v1": ChampionChanged,
     "ratchet.exam.closed.v1": ComparisonClosed,
     "ratchet.watch.closed.v1": ComparisonClosed,
+    "ratchet.alarm.raised.v1": AlarmRaised,
     "ratchet.dead-letter.parked.v1": DeadLetterParked,
+    "ratchet.review.opened.v1": ReviewOpened,
+    "ratchet.review.closed.v1": ReviewEnded,
+    "ratchet.review.expired.v1": ReviewEnded,
 }
 
 

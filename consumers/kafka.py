@@ -11,13 +11,13 @@ from typing import Any
 import faust
 import structlog
 
-from consumers import broker, records
+from consumers import broker, records, threads
 from storage import dead_letters
 
 BATCH = 500
 WITHIN_SECONDS = 0.05
 CRASH_SECONDS = 1.0
-STOP_SECONDS = 20
+STOP_SECONDS = 15
 
 log = structlog.get_logger()
 
@@ -88,7 +88,7 @@ def _add_agent(app: faust.App, inlet: records.Inlet, stopping: threading.Event, 
         async for batch in stream.noack_take(BATCH, within=WITHIN_SECONDS):
             async with turn:
                 try:
-                    await asyncio.to_thread(inlet.take_patiently, [_to_record(event) for event in batch], stopping)
+                    await threads.run("take", inlet.take_patiently, [_to_record(event) for event in batch], stopping)
                 except Exception as error:  # noqa: BLE001  raised by `run`: an agent that raises goes on behind the events that it lost
                     failed.set_exception(error)
                 else:

@@ -14,6 +14,7 @@ import structlog
 from sqlalchemy import Connection, Engine
 
 from consumers import delivery, embedded, handlers, schemas
+from consumers.progress import Incoming
 from storage import db, dead_letters, tokens
 
 PRODUCER = tokens.Principal("kafka", "producer")
@@ -33,26 +34,6 @@ class Refused(NamedTuple):
     refusal: schemas.Refusal
 
 
-@dataclass(slots=True)
-class Progress:
-    """What has been read since the process began, and how the last batch went; times by the monotonic clock."""
-
-    batches: int = 0
-    records: int = 0
-    seconds: float = 0.0
-    last_records: int = 0
-    last_seconds: float = 0.0
-    acknowledged_at: float | None = None
-    is_waiting_for_database: bool = False
-
-    def add(self, records: int, seconds: float) -> None:
-        """Count a batch that is committed."""
-        self.batches += 1
-        self.records += records
-        self.seconds += seconds
-        self.last_records, self.last_seconds = records, seconds
-
-
 @dataclass(frozen=True, slots=True)
 class Inlet:
     """Where records come in; `kinds` says which type of event a topic carries."""
@@ -62,7 +43,7 @@ class Inlet:
     kinds: Mapping[str, str]
     clock: Callable[[], datetime]
     counters: embedded.Counters = field(default_factory=embedded.Counters)
-    progress: Progress = field(default_factory=Progress)
+    progress: Incoming = field(default_factory=Incoming)
 
     def take_patiently(self, records: Sequence[dead_letters.Record], stopping: threading.Event) -> None:
         """As `take`, but a database that is not available is tried again, more and more slowly; meanwhile nothing else is read.

@@ -4,40 +4,64 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import Literal
 
 import structlog
+from sqlalchemy import Connection
 
-from consumers import broker, records, topics
+from consumers import broker, records, threads, topics
+from consumers.progress import Outgoing
 
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 30.0
+END_SECONDS = 20.0
 
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
+class Lease:
+    """As whom we hold a lease, and how one is taken: name, holder, time and term give the fence while it is ours."""
+
+    holder: str
+    acquire: Callable[[Connection, str, str, datetime, timedelta], int | None]
+
+
+@dataclass(frozen=True, slots=True)
 class Stream:
-    """Where the brokers are, as which group we read, by which consumer, and where the records go."""
+    """Where the brokers are, as which group we read, by which consumer, and where the records go; what goes out, and under which lease."""
 
     access: broker.Access
     group: str
     consumer: Literal["faust", "poll"]
     inlet: records.Inlet
+    outlets: topics.Outlets
+    lease: Lease
+    sent: Outgoing = field(default_factory=Outgoing)
 
 
 async def run(stream: Stream, stop: asyncio.Event) -> None:
-    """Read until `stop`. Raises when only a new process helps; what the broker lacks is waited for: HTTP goes on meanwhile."""
-    stopping = threading.Event()
-    bell = asyncio.create_task(_pass_on(stop, stopping))
+    """Read and send until `stop`. Raises when only a new process helps; what the broker lacks is waited for: HTTP goes on meanwhile."""
+    ending, stopping = asyncio.Event(), threading.Event()
+    works = (_read, _send, _watch)
+    tasks = {asyncio.create_task(persist(functools.partial(work, stream, ending, stopping), ending), name=work.__name__) for work in works}
+    bell = asyncio.create_task(stop.wait())
     try:
-        await persist(lambda: _read(stream, stop, stopping), stop)
+        await asyncio.wait({*tasks, bell}, return_when=asyncio.FIRST_COMPLETED)
     finally:
+        ending.set()
         stopping.set()
         bell.cancel()
+        ended, late = await asyncio.wait(tasks, timeout=END_SECONDS)
+        for task in late:
+            log.error("stream_did_not_end", work=task.get_name())
+            task.cancel()
+    for task in ended:
+        task.result()
 
 
 async def persist(work: Callable[[], Awaitable[None]], stop: asyncio.Event) -> None:
@@ -55,32 +79,35 @@ async def persist(work: Callable[[], Awaitable[None]], stop: asyncio.Event) -> N
         wait = min(2 * wait, LONGEST_WAIT_SECONDS)
 
 
-async def _pass_on(stop: asyncio.Event, stopping: threading.Event) -> None:
-    """Tell threads that it is time to stop."""
-    await stop.wait()
-    stopping.set()
-
-
-async def _read(stream: Stream, stop: asyncio.Event, stopping: threading.Event) -> None:
+async def _read(stream: Stream, ending: asyncio.Event, stopping: threading.Event) -> None:
     await asyncio.to_thread(check, stream)
     log.info("stream_began", consumer=stream.consumer, group=stream.group, topics=list(stream.inlet.kinds))
     if stream.consumer == "faust":
         from consumers import kafka  # noqa: PLC0415  the extra may be absent
 
-        await kafka.run(stream.access, stream.group, stream.inlet, stop, stopping)
+        await kafka.run(stream.access, stream.group, stream.inlet, ending, stopping)
     else:
         from consumers import poll  # noqa: PLC0415  the extra may be absent
 
-        with ThreadPoolExecutor(1, "poll") as thread:
-            reading = asyncio.get_running_loop().run_in_executor(thread, poll.run, stream.access, stream.group, stream.inlet, stopping)
-            try:
-                await reading
-            except asyncio.CancelledError:
-                stopping.set()
-                raise
+        await threads.run("poll", poll.run, stream.access, stream.group, stream.inlet, stopping)
+
+
+async def _send(stream: Stream, _: asyncio.Event, stopping: threading.Event) -> None:
+    from consumers import relay  # noqa: PLC0415  the extra may be absent
+
+    work = relay.Relay(stream)
+    await asyncio.to_thread(check, stream)
+    await threads.run("relay", work.run, stopping)
+
+
+async def _watch(stream: Stream, _: asyncio.Event, stopping: threading.Event) -> None:
+    from consumers import lag  # noqa: PLC0415  the extra may be absent
+
+    await threads.run("watch", lag.Watch(stream).run, stopping)
 
 
 def check(stream: Stream) -> None:
     """Raise `broker.BrokerError` with the remedy unless the broker lets us in and has the topics."""
     with broker.connect(stream.access) as admin:
-        topics.require(admin, stream.inlet.kinds)
+        out = stream.outlets
+        topics.require(admin, [*stream.inlet.kinds, out.queue, out.events, out.dead_letters])

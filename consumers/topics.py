@@ -36,6 +36,15 @@ class Topic:
 
 
 @dataclass(frozen=True, slots=True)
+class Outlets:
+    """The names of the topics that go out."""
+
+    queue: str
+    events: str
+    dead_letters: str
+
+
+@dataclass(frozen=True, slots=True)
 class Finding:
     """A topic as it is; `differs` says how from what is wanted, `None` partitions that it is missing."""
 

@@ -47,6 +47,10 @@ class Topics(Section):
         """Which type of event comes in by which topic."""
         return {self.predictions: schemas.PREDICTION, self.labels: schemas.LABEL}
 
+    def outlets(self) -> topics.Outlets:
+        """The topics that go out."""
+        return topics.Outlets(self.queue, self.events, self.dead_letters)
+
     def describe(self) -> list[topics.Topic]:
         """Every topic as it should be."""
         return [topics.Topic(name, self.partitions, self.replicas, self.retention_hours, self.min_in_sync) for name in self.names()]

@@ -22,7 +22,7 @@ from fastapi import FastAPI
 from sqlalchemy import Engine
 
 from consumers import broker, embedded, handlers, records, stream
-from daemon import pipeline, policies, scheduler
+from daemon import holders, pipeline, policies, scheduler
 from daemon.config import Settings
 from daemon.launchers import choice
 from daemon.web import app
@@ -139,7 +139,7 @@ async def _run(service: Service) -> int:
         loop.add_signal_handler(number, _begin_stop, service, number.name)
     works = {**{name: ROLES[name] for name in service.roles}, "operate": operate, "keep_alive": keep_alive}
     if "consume" in service.roles and service.settings.kafka.bootstrap is not None:
-        works["stream"] = read_stream
+        works["stream"] = follow_stream
     tasks = {asyncio.create_task(work(service), name=name) for name, work in works.items()}
     stopper = asyncio.create_task(service.stop.wait())
     await asyncio.wait({*tasks, stopper}, return_when=asyncio.FIRST_COMPLETED)
@@ -171,11 +171,12 @@ async def consume(service: Service) -> None:
     await embedded.run(service.engine, service.agents, utc_now, service.stop, service.wake, service.counters)
 
 
-async def read_stream(service: Service) -> None:
-    """Handle what comes by Kafka, beside what lies in the table."""
+async def follow_stream(service: Service) -> None:
+    """Handle what comes by Kafka, beside what lies in the table, and send there what is to be told."""
     told = service.settings.kafka
     inlet = records.Inlet(service.engine, service.agents, told.topics.kinds(), utc_now, service.counters)
-    await stream.run(stream.Stream(told.to_access(), told.group, told.consumer, inlet), service.stop)
+    lease = stream.Lease(holders.make_name(), holders.acquire)
+    await stream.run(stream.Stream(told.to_access(), told.group, told.consumer, inlet, told.topics.outlets(), lease), service.stop)
 
 
 async def web(service: Service) -> None:

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Engine, RowMapping
 
 from consumers import routing
 from daemon.agents import Agent
-from storage import alarms, db, dead_letters, events, exams, labels, predictions, registry, reviews, runs
+from storage import alarms, db, dead_letters, events, exams, labels, predictions, registry, reviews, runs, streams
 
 UNAVAILABLE = db.UNAVAILABLE
 HEALTH_WINDOW = 250
@@ -23,10 +23,23 @@ def collect(engine: Engine, agents: Mapping[str, Agent], now: datetime) -> dict[
         return {
             "at": now,
             "events": {**events.count_by_state(connection), "oldest_seconds": (now - oldest).total_seconds() if oldest else None},
+            "stream": describe_stream(connection, now),
             "dead_letters": dead_letters.count_parked(connection),
             "alarms": _list_alarms(connection, ""),
             "agents": {name: _describe_agent(connection, agent, now) for name, agent in agents.items()},
         }
+
+
+def describe_stream(connection: Connection, now: datetime) -> dict[str, Any] | None:
+    """Kafka, as the daemons that speak to it have told in the last minute; None when none does."""
+    told = streams.read_fresh(connection, now)
+    if not told:
+        return None
+    newest = told[0]["body"]
+    backlog = events.count_by_state(connection)["unsent"] + reviews.count_unsent(connection)
+    shown = ("consumer", "batches", "records", "batch_seconds", "last_records", "last_seconds", "is_relaying", "sent")
+    daemons = {" ".join(row["holder"].split()[:2]): {name: row["body"][name] for name in shown} for row in told}
+    return {**{name: newest[name] for name in ("problem", "lag", "oldest_seconds")}, "backlog": backlog, "daemons": daemons}
 
 
 def begin_day(now: datetime) -> datetime:

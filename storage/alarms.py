@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, RowMapping, select, update
 
-from storage import db, ids, ledger
+from storage import db, events, ids, ledger
 from storage.tables import Alarm
 
 
@@ -19,8 +19,9 @@ def raise_alarm(
 
     It is announced once: the newer message is no entry in the ledger.
     """
+    key = ids.make_ulid(now, agent, kind)
     row = {
-        "id": ids.make_ulid(now, agent, kind),
+        "id": key,
         "agent": agent,
         "kind": kind,
         "message": message,
@@ -29,7 +30,9 @@ def raise_alarm(
     }
     is_new = db.insert_new(connection, Alarm, row)
     if is_new:
-        ledger.append(connection, "alarm", agent, {"kind": kind, "message": message}, now)
+        head = ledger.append(connection, "alarm", agent, {"kind": kind, "message": message}, now)
+        told = {"agent": agent, "kind": kind, "message": message, "ledger": head}
+        events.emit(connection, "ratchet.alarm.raised.v1", f"{agent}/{kind}", key, told, now)
     elif restate:
         _restate(connection, agent, kind, message, dict(detail))
     return is_new

@@ -105,6 +105,12 @@ def read_received(connection: Connection, limit: int) -> list[Stored]:
     return [Stored._make(row) for row in connection.execute(query)]
 
 
+def read_unsent(connection: Connection, limit: int) -> list[Stored]:
+    """The oldest events of our own that nobody has sent yet, in order."""
+    query = select(*COLUMNS).where(Event.state == "unsent").order_by(Event.ulid).limit(limit)
+    return [Stored._make(row) for row in connection.execute(query)]
+
+
 def has_waiting(connection: Connection) -> bool:
     """Whether any label waits for its prediction."""
     return connection.execute(_ONE_WAITING).first() is not None

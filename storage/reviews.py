@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, bindparam, case, func, insert, literal, select, update
+from sqlalchemy import Connection, RowMapping, bindparam, case, func, insert, literal, select, text, update
 
 from storage import db, ids
 from storage.tables import Prediction, Review, ReviewStep
@@ -22,6 +22,10 @@ EXAM_PRIORITY = 2.0
 GIVEN = ("prediction", "agent", "claim_id", "reasons", "priority")
 USUAL: Mapping[str, Any] = {"is_blind": False, "exam": None, "expires_at": None}
 """What a new review must say of itself, and what it may."""
+TOLD = frozenset({"opened", "answered", "expired"})
+"""The steps that others are told of."""
+IS_UNSENT = text("review_steps.is_unsent")
+"""As the index says it: SQLite takes `is_unsent = 1` for another condition."""
 
 
 class ReviewClosedError(RuntimeError):
@@ -45,7 +49,7 @@ def open_new(connection: Connection, rows: Sequence[Mapping[str, Any]], now: dat
         query = select(Review.id).where(db.is_one_of(connection, Review.id, keys))
         present = set(connection.execute(query).scalars())
         opened = [one for one in opened if one[0] in present]
-    same = {"at": now, "actor": actor, "action": "opened"}
+    same = {"at": now, "actor": actor, "action": "opened", "is_unsent": True}
     db.insert_many(connection, ReviewStep, [{"review": key, **same, "note": ", ".join(reasons)} for key, reasons in opened])
 
 
@@ -249,5 +253,26 @@ def of_exam(connection: Connection, exam: str) -> list[RowMapping]:
     return list(connection.execute(query).mappings())
 
 
+def read_unsent(connection: Connection, limit: int) -> list[RowMapping]:
+    """The oldest openings and endings that nobody has sent yet, in order, with the case's input and without what a model answered."""
+    step = select(ReviewStep.id.label("step"), ReviewStep.review, ReviewStep.action, ReviewStep.at)
+    case_ = step.add_columns(Review.agent, Review.claim_id, Review.is_blind, Review.expires_at)
+    whole = case_.add_columns(Prediction.prediction_id, Prediction.input, Prediction.attributes)
+    joined = whole.join(Review, Review.id == ReviewStep.review).join(Prediction, Prediction.id == Review.prediction)
+    return list(connection.execute(joined.where(IS_UNSENT).order_by(ReviewStep.id).limit(limit)).mappings())
+
+
+def count_unsent(connection: Connection) -> int:
+    """How many openings and endings wait to be sent."""
+    return connection.execute(select(func.count()).select_from(ReviewStep).where(IS_UNSENT)).scalar_one()
+
+
+def mark_sent(connection: Connection, steps: Sequence[int]) -> None:
+    """Say that these steps were sent."""
+    if steps:
+        connection.execute(update(ReviewStep).where(ReviewStep.id.in_(steps)).values(is_unsent=False))
+
+
 def _step(connection: Connection, review: str, at: datetime, actor: str, action: str, note: str | None) -> None:
-    connection.execute(insert(ReviewStep).values(review=review, at=at, actor=actor, action=action, note=note))
+    step = {"review": review, "at": at, "actor": actor, "action": action, "note": note, "is_unsent": action in TOLD}
+    connection.execute(insert(ReviewStep).values(step))

@@ -200,7 +200,7 @@ class Review(Table):
 
 
 class ReviewStep(Table):
-    """One thing that happened to a review: who did what, and when."""
+    """One thing that happened to a review: who did what, and when; what others may want to know of it is unsent until it is told."""
 
     __tablename__ = "review_steps"
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
@@ -209,6 +209,8 @@ class ReviewStep(Table):
     actor: Mapped[str]
     action: Mapped[str]
     note: Mapped[str | None]
+    is_unsent: Mapped[bool] = mapped_column(default=False)
+    __table_args__ = (partial("review_steps_unsent", "id", where="is_unsent"),)
 
 
 class Label(Table):
@@ -392,6 +394,15 @@ class Lease(Table):
     holder: Mapped[str | None]
     fence: Mapped[int]
     expires_at: Mapped[datetime]
+
+
+class Stream(Table):
+    """What one daemon that speaks to Kafka has last told of itself: lag, batches, what keeps it."""
+
+    __tablename__ = "streams"
+    holder: Mapped[str] = mapped_column(primary_key=True)
+    at: Mapped[datetime]
+    body: Mapped[dict[str, Any]]
 
 
 class LedgerEntry(Table):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -11,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from kafka import KafkaProducer, TopicPartition
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.consumer.fetcher import ConsumerRecord
 
 from consumers import broker as brokers
 from consumers import topics
@@ -144,6 +147,22 @@ def read_lag(kafka: Kafka, topic: str) -> int:
 
 def name_topics(broker: Broker, name: str) -> Kafka:
     """The configuration of one test: topics and a group that no other test has."""
+    name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     topics = {"predictions": f"{name}-predictions", "labels": f"{name}-labels", "queue": f"{name}-queue"}
     topics |= {"events": f"{name}-events", "dead_letters": f"{name}-dead-letters", "partitions": 2}
     return Kafka.model_validate({"bootstrap": broker.bootstrap, "group": name, "topics": topics})
+
+
+def consume(broker: Broker, topic: str, count: int) -> list[ConsumerRecord]:
+    """The first `count` records of a topic, by partition; fails when they do not come."""
+    reader = KafkaConsumer(topic, bootstrap_servers=broker.bootstrap, auto_offset_reset="earliest", consumer_timeout_ms=20_000)
+    records = list(itertools.islice(reader, count))
+    reader.close()
+    assert len(records) == count, f"{len(records)} of {count} records came"
+    return records
+
+
+def secure(broker: Broker, mechanism: brokers.Mechanism = "SCRAM-SHA-512") -> brokers.Access:
+    """The way to the broker over TLS, as the user that the mechanism knows."""
+    user = SCRAM_USER if mechanism.startswith("SCRAM") else PLAIN_USER
+    return brokers.Access(broker.secure, tls=True, ca_file=broker.certificate, mechanism=mechanism, user=user, password=PASSWORD)

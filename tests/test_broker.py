@@ -11,12 +11,7 @@ import pytest
 from consumers import broker as brokers
 from daemon import config
 from daemon.kafka import Kafka
-from tests.broker_fixtures import PASSWORD, PLAIN_USER, SCRAM_USER
-
-
-def secure(broker, mechanism="SCRAM-SHA-512"):
-    user = SCRAM_USER if mechanism.startswith("SCRAM") else PLAIN_USER
-    return brokers.Access(broker.secure, tls=True, ca_file=broker.certificate, mechanism=mechanism, user=user, password=PASSWORD)
+from tests.broker_fixtures import secure
 
 
 @pytest.mark.parametrize("mechanism", ["SCRAM-SHA-512", "PLAIN"])

@@ -145,7 +145,7 @@ def test_health_and_metrics_are_on_both_ports_and_need_no_token(busy):
     metrics = Metrics(busy.engine, busy.settings.agents, busy.clock, {"handled": 4})
     for app in (busy.app, web.create_ops_app(busy.engine, metrics)):
         assert get(app, busy, "/healthz").json() == {"status": "ok"}
-        assert get(app, busy, "/readyz").json() == {"status": "ok"}
+        assert get(app, busy, "/readyz").json() == {"status": "ok", "stream": None}
         assert get(app, busy, "/metrics").status_code == 200
     assert get(web.create_ops_app(busy.engine, metrics), busy, "/status").status_code == 404
 

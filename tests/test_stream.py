@@ -12,19 +12,17 @@ from sqlalchemy import func, select
 from sqlalchemy.exc import OperationalError
 from structlog.testing import capture_logs
 
-from consumers import broker as brokers
 from consumers import records, stream, topics
-from storage import db, dead_letters, events, tokens
+from storage import db, dead_letters, events, leases, tokens
 from storage.tables import DeadLetter, Event, Label, Prediction
 from tests import broker_fixtures, event_fixtures
-from tests.broker_fixtures import PASSWORD, PLAIN_USER, SCRAM_USER
 
 SECONDS = 60
 
 
 @pytest.fixture
 def kafka(broker, request):
-    return broker_fixtures.make_topics(broker, request.node.name.translate(str.maketrans("_[]", "---")).strip("-"))
+    return broker_fixtures.make_topics(broker, request.node.name)
 
 
 @pytest.fixture(params=["faust", "poll"])
@@ -33,7 +31,8 @@ def source(request, kafka, engine):
     with db.writing(engine) as connection:
         tokens.add(connection, "ann", "reviewer", datetime.now(UTC))
     inlet = records.Inlet(engine, {agent.name: agent}, kafka.topics.kinds(), lambda: datetime.now(UTC))
-    return stream.Stream(kafka.to_access(), kafka.group, request.param, inlet)
+    lease = stream.Lease("test 1 2 3", leases.acquire)
+    return stream.Stream(kafka.to_access(), kafka.group, request.param, inlet, kafka.topics.outlets(), lease)
 
 
 def count(engine, table, *where):
@@ -69,7 +68,7 @@ def test_predictions_labels_and_poison_are_stored_or_parked_and_acknowledged(sou
     labels = [orjson.dumps(event_fixtures.make_label(n, datetime.now(UTC), expert=e)) for n, e in ((1, "ann"), (2, "eve"))]
     broker_fixtures.produce(broker, kafka.topics.labels, labels)
     read_until(source, lambda: (count(engine, Prediction), count(engine, Label), count(engine, DeadLetter)) == (600, 1, 3))
-    assert count(engine, Event, Event.state != "handled", Event.state != "unsent") == 0
+    assert count(engine, Event, Event.state.in_(["received", "waiting", "dead"])) == 0
     assert [broker_fixtures.read_lag(kafka, name) for name in source.inlet.kinds] == [0, 0]
     with db.reading(engine) as connection:
         origins = {row["origin"].rpartition("/")[0] for row in dead_letters.list_parked(connection)}
@@ -116,13 +115,13 @@ def test_a_missing_topic_is_said_aloud_and_read_once_it_is_there(broker, engine,
     monkeypatch.setattr(stream, "FIRST_WAIT_SECONDS", 0.1)
     late = broker_fixtures.name_topics(broker, "late")
     inlet = dataclasses.replace(source.inlet, kinds=late.topics.kinds())
-    source = dataclasses.replace(source, group="late", inlet=inlet)
+    source = dataclasses.replace(source, group="late", inlet=inlet, outlets=late.topics.outlets())
     with capture_logs() as said:
 
         def holds():
             told = [line["error"] for line in said if line["event"] == "stream_waits"]
             if told and not made:
-                assert "there is no topic late-labels, late-predictions: run `ratchet topics create`" in told[0]
+                assert "there is no topic late-dead-letters, late-events, late-labels, late-predictions, late-queue: run" in told[0]
                 made.append(topics.create(late.to_access(), late.topics.describe()))
                 broker_fixtures.produce(broker, late.topics.predictions, predictions(0, 1))
             return count(engine, Prediction) == 1
@@ -133,8 +132,6 @@ def test_a_missing_topic_is_said_aloud_and_read_once_it_is_there(broker, engine,
 
 @pytest.mark.parametrize("mechanism", ["SCRAM-SHA-512", "PLAIN"])
 def test_events_come_over_tls_from_a_broker_that_knows_us(source, kafka, broker, mechanism):
-    user = SCRAM_USER if mechanism.startswith("SCRAM") else PLAIN_USER
-    options = {"tls": True, "ca_file": broker.certificate, "mechanism": mechanism, "user": user, "password": PASSWORD}
     broker_fixtures.produce(broker, kafka.topics.predictions, predictions(0, 10))
-    secure = dataclasses.replace(source, access=brokers.Access(broker.secure, **options))
+    secure = dataclasses.replace(source, access=broker_fixtures.secure(broker, mechanism))
     read_until(secure, lambda: count(source.inlet.engine, Prediction) == 10)

@@ -10,7 +10,7 @@ from tests import broker_fixtures
 
 @pytest.fixture
 def kafka(broker, request):
-    return broker_fixtures.name_topics(broker, request.node.name.replace("_", "-"))
+    return broker_fixtures.name_topics(broker, request.node.name)
 
 
 def test_missing_topics_are_made_as_configured_and_made_once(kafka):

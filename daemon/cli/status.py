@@ -30,6 +30,8 @@ def _compose(told: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     age = f", oldest {events['oldest_seconds']:.0f} s" if events["oldest_seconds"] is not None else ""
     yield f"{told['at']:%Y-%m-%d %H:%M:%S} UTC", "dim"
     yield f"Events       {events['received']} unhandled{age}; {events['waiting']} wait for their claim; {events['unsent']} to send", ""
+    if told["stream"]:
+        yield from _compose_stream(told["stream"])
     if told["dead_letters"]:
         yield f"Dead letters {told['dead_letters']}: `ratchet dead-letters list` shows them", "red"
     yield from _compose_alarms(told["alarms"], "")
@@ -37,6 +39,20 @@ def _compose(told: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "", ""
         yield name, "bold"
         yield from _compose_agent(agent)
+
+
+def _compose_stream(stream: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    age = f", oldest {stream['oldest_seconds']:.0f} s" if stream["oldest_seconds"] is not None else ""
+    yield f"Kafka        {sum(stream['lag'].values())} to read{age}; {stream['backlog']} to send", ""
+    if stream["problem"]:
+        yield f"             {stream['problem']}", "red"
+    for place, lag in sorted(stream["lag"].items()):
+        if lag:
+            yield f"  {place}: {lag}", ""
+    for name, daemon in sorted(stream["daemons"].items()):
+        relays = ", relays" if daemon["is_relaying"] else ""
+        last = f"last batch {daemon['last_records']} in {daemon['last_seconds']:.3f} s"
+        yield f"  {name}: {daemon['consumer']}, {daemon['records']} read in {daemon['batches']} batches, {last}{relays}", ""
 
 
 def _compose_alarms(alarms: Iterable[Mapping[str, Any]], indent: str) -> Iterator[tuple[str, str]]:

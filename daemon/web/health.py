@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 from sqlalchemy import Engine
 
+from daemon import status
 from daemon.web import metrics, problems
 from storage import db, events
+
+
+class StreamHealth(BaseModel):
+    """How Kafka is read: what keeps it if anything does, how many records and messages wait, and for how long."""
+
+    problem: str | None
+    lag: int
+    oldest_seconds: float | None
+    backlog: int
 
 
 class Health(BaseModel):
     """That all is well."""
 
     status: str = "ok"
+
+
+class Readiness(Health):
+    """That we can work. A stream that waits for its broker is told, and is no reason to send nobody here: the rest works."""
+
+    stream: StreamHealth | None
 
 
 TEXT: dict[int | str, dict[str, Any]] = {
@@ -31,12 +48,13 @@ async def show_health() -> Health:
 
 
 @router.get("/readyz", responses={503: {"model": problems.ProblemBody, "description": "The database is not available."}})
-def show_readiness(request: Request) -> Health:
+def show_readiness(request: Request) -> Readiness:
     """Answers well while the database does."""
     engine: Engine = request.app.state.engine
     with db.reading(engine) as connection:
         events.oldest_received_at(connection)
-    return Health()
+        told = status.describe_stream(connection, datetime.now(UTC))
+    return Readiness(stream=StreamHealth(**{**told, "lag": sum(told["lag"].values())}) if told else None)
 
 
 @router.get("/metrics", response_class=Response, responses=TEXT)

@@ -17,6 +17,13 @@ from daemon.agents import Agent
 
 CONTENT_TYPE = "text/plain; version=1.0.0; charset=utf-8"
 
+DAEMON_METRICS = (
+    ("ratchet_kafka_batches", "batches", "Batches that a daemon has read."),
+    ("ratchet_kafka_records", "records", "Records that a daemon has read."),
+    ("ratchet_kafka_batch_seconds", "batch_seconds", "Time a daemon took to store and handle them."),
+    ("ratchet_relay_messages", "sent", "Messages that a daemon has sent."),
+)
+
 log = structlog.get_logger()
 
 
@@ -61,6 +68,8 @@ class _Standing(Collector):
         yield GaugeMetricFamily("ratchet_database_up", "Whether the database answers.", 1)
         yield from _describe_queues(told)
         yield from _describe_agents(told)
+        if told["stream"]:
+            yield from _describe_stream(told["stream"])
 
 
 def _describe_queues(told: Mapping[str, Any]) -> Iterator[Metric]:
@@ -69,6 +78,18 @@ def _describe_queues(told: Mapping[str, Any]) -> Iterator[Metric]:
     yield _family(GaugeMetricFamily, "ratchet_events_pending", "Events that need attention.", "state", counts)
     yield GaugeMetricFamily("ratchet_oldest_unhandled_seconds", "Age of the oldest unhandled event.", events["oldest_seconds"] or 0)
     yield GaugeMetricFamily("ratchet_dead_letters", "Dead letters that nobody has looked after.", told["dead_letters"])
+
+
+def _describe_stream(stream: Mapping[str, Any]) -> Iterator[Metric]:
+    lag = GaugeMetricFamily("ratchet_kafka_lag", "Records that wait.", labels=["topic", "partition"])
+    for place, waiting in stream["lag"].items():
+        lag.add_metric(place.rsplit("/", 1), waiting)
+    yield lag
+    yield GaugeMetricFamily("ratchet_kafka_up", "Whether the broker answers.", not stream["problem"])
+    yield GaugeMetricFamily("ratchet_kafka_oldest_seconds", "Age of the oldest record that waits.", stream["oldest_seconds"] or 0)
+    yield GaugeMetricFamily("ratchet_relay_backlog", "Messages that wait to be sent.", stream["backlog"])
+    told = {name: {daemon: one[key] for daemon, one in stream["daemons"].items()} for name, key, _ in DAEMON_METRICS}
+    yield from (_family(CounterMetricFamily, name, text, "daemon", told[name]) for name, _, text in DAEMON_METRICS)
 
 
 def _describe_agents(told: Mapping[str, Any]) -> Iterator[Metric]:

@@ -282,6 +282,13 @@ def upgrade() -> None:
     )
     op.create_index("runs_of_agent", "runs", ["agent", "created_at"], unique=False)
     op.create_table(
+        "streams",
+        sa.Column("holder", sa.String(), nullable=False),
+        sa.Column("at", UtcTime(), nullable=False),
+        sa.Column("body", sa.JSON(), nullable=False),
+        sa.PrimaryKeyConstraint("holder"),
+    )
+    op.create_table(
         "tokens",
         sa.Column("name", sa.String(), nullable=False),
         sa.Column("role", sa.String(), nullable=False),
@@ -485,6 +492,7 @@ def upgrade() -> None:
         sa.Column("actor", sa.String(), nullable=False),
         sa.Column("action", sa.String(), nullable=False),
         sa.Column("note", sa.String(), nullable=True),
+        sa.Column("is_unsent", sa.Boolean(), nullable=False),
         sa.ForeignKeyConstraint(
             ["review"],
             ["reviews.id"],
@@ -492,3 +500,11 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id"),
     )
     op.create_index(op.f("ix_review_steps_review"), "review_steps", ["review"], unique=False)
+    op.create_index(
+        "review_steps_unsent",
+        "review_steps",
+        ["id"],
+        unique=False,
+        sqlite_where=sa.text("is_unsent"),
+        postgresql_where=sa.text("is_unsent"),
+    )

@@ -1,0 +1,112 @@
+"""How far behind the stream is, who is told, and the end of a process that reads no more."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from structlog.testing import capture_logs
+
+from consumers import broker as brokers
+from consumers import lag, records, stream
+from daemon import status
+from daemon.web import metrics
+from storage import db, leases, streams
+from tests import broker_fixtures, event_fixtures
+
+P, Q = ("predictions", 0), ("predictions", 1)
+STALL = lag.STALL_SECONDS
+
+
+def sample(at, ends, done):
+    return lag.Sample(at, dict(zip((P, Q), ends, strict=True)), dict(zip((P, Q), done, strict=True)))
+
+
+def test_the_oldest_record_that_waits_is_as_old_as_the_first_look_that_saw_it():
+    samples = [sample(0, (10, 5), (10, 5)), sample(5, (20, 5), (10, 5)), sample(10, (30, 5), (15, 5))]
+    assert lag.find_oldest(samples, 12) == 7
+    assert lag.find_oldest([*samples, sample(15, (30, 5), (20, 5))], 16) == 6
+    assert lag.find_oldest([*samples, sample(15, (30, 5), (30, 5))], 16) is None
+    assert lag.find_oldest([], 16) is None
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "acknowledged_at", "stalled"),
+    [
+        (sample(0, (20, 5), (10, 5)), sample(STALL, (30, 5), (10, 5)), None, [P]),
+        (sample(0, (20, 5), (10, 5)), sample(STALL, (30, 5), (10, 5)), 0.0, [P]),
+        (sample(0, (20, 5), (10, 5)), sample(STALL, (30, 5), (10, 5)), 1.0, []),  # we acknowledge others: they are not ours
+        (sample(0, (20, 5), (10, 5)), sample(STALL, (30, 5), (11, 5)), None, []),  # it goes on, if slowly
+        (sample(0, (20, 5), (10, 5)), sample(STALL, (20, 5), (10, 5)), None, []),  # a transaction's marker is never acknowledged
+        (sample(0, (10, 5), (10, 5)), sample(STALL, (30, 5), (10, 5)), None, []),  # the lag is younger than that
+        (sample(1, (20, 5), (10, 5)), sample(STALL, (30, 5), (10, 5)), None, []),  # we do not look for long enough yet
+    ],
+)
+def test_reading_has_stalled_when_lag_grows_and_nothing_is_acknowledged(first, last, acknowledged_at, stalled):
+    assert lag.find_stalled([first, last], acknowledged_at, STALL) == stalled
+
+
+@pytest.fixture
+def kafka(broker, request):
+    return broker_fixtures.make_topics(broker, request.node.name)
+
+
+@pytest.fixture
+def source(kafka, engine):
+    agent = event_fixtures.make_agent()
+    inlet = records.Inlet(engine, {agent.name: agent}, kafka.topics.kinds(), lambda: datetime.now(UTC))
+    lease = stream.Lease("here 12 ab cd", leases.acquire)
+    return stream.Stream(kafka.to_access(), kafka.group, "poll", inlet, kafka.topics.outlets(), lease)
+
+
+def test_lag_is_told_for_each_partition_to_status_and_prometheus(source, kafka, broker):
+    broker_fixtures.produce(broker, kafka.topics.predictions, [b"1", b"2", b"3"])
+    watch = lag.Watch(source)
+    while watch._look():  # a broker that was never asked by a group makes room for it first
+        time.sleep(0.1)
+    watch._tell(None)
+    watch._close()
+    told = status.collect(source.inlet.engine, {}, datetime.now(UTC))["stream"]
+    waiting = {f"{kafka.topics.predictions}/0": 2, f"{kafka.topics.predictions}/1": 1}
+    assert told["lag"] == {f"{kafka.topics.labels}/0": 0, f"{kafka.topics.labels}/1": 0, **waiting}
+    assert (told["problem"], list(told["daemons"])) == (None, ["here 12"])
+    rendered = metrics.Metrics(source.inlet.engine, {}, lambda: datetime.now(UTC)).render().decode()
+    assert f'ratchet_kafka_lag{{partition="0",topic="{kafka.topics.predictions}"}} 2.0' in rendered
+    assert 'ratchet_kafka_records_total{daemon="here 12"} 0.0' in rendered
+
+
+def test_a_broker_that_is_away_is_told_and_old_news_are_not_shown(source, engine):
+    away = lag.Watch(stream.Stream(brokers.Access("127.0.0.1:1"), "g", "faust", source.inlet, source.outlets, source.lease))
+    away._tell(away._look())
+    now = datetime.now(UTC)
+    assert "no broker answers at 127.0.0.1:1" in status.collect(engine, {}, now)["stream"]["problem"]
+    assert status.collect(engine, {}, now + timedelta(seconds=61))["stream"] is None
+    with db.writing(engine) as connection:
+        streams.tell(connection, "there 1", {}, now + timedelta(days=2))
+        assert [row["holder"] for row in streams.read_fresh(connection, now - timedelta(days=1))] == ["there 1"]
+
+
+def test_a_stream_that_hangs_ends_the_process_and_says_where_it_is(source, kafka, broker, monkeypatch):
+    for name, value in {"STALL_SECONDS": 1.0, "PERIOD_SECONDS": 0.1}.items():
+        monkeypatch.setattr(lag, name, value)
+    monkeypatch.setattr(stream, "END_SECONDS", 0.5)
+    released = threading.Event()
+    monkeypatch.setattr(records.Inlet, "take_patiently", lambda *_: released.wait(60))
+    broker_fixtures.produce(broker, kafka.topics.predictions, [b"1"])
+
+    async def run():
+        running = asyncio.create_task(stream.run(source, asyncio.Event()))
+        while not running.done():
+            await asyncio.to_thread(broker_fixtures.produce, broker, kafka.topics.predictions, [b"2"])
+            await asyncio.wait([running], timeout=0.2)
+        await running
+
+    with capture_logs() as said, pytest.raises(lag.StalledError, match="of 1 partitions"):
+        asyncio.run(asyncio.wait_for(run(), 60))
+    released.set()
+    (told,) = (line for line in said if line["event"] == "stream_stalled")
+    assert told["threads"]["poll"].startswith("threading.py")
+    assert told["acknowledged_before"] is None

@@ -1,0 +1,186 @@
+"""What Ratchet tells reaches the real broker: at least once, in order for each key, by one relay at a time, without a model's answer."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import time
+from datetime import UTC, datetime
+
+import orjson
+import pytest
+from pydantic import TypeAdapter
+from sqlalchemy import insert
+
+from consumers import announcements, records, relay, stream
+from daemon import holders
+from storage import alarms, db, dead_letters, events, reviews
+from storage.tables import Lease
+from tests import broker_fixtures, event_fixtures
+
+
+@pytest.fixture
+def kafka(broker, request):
+    return broker_fixtures.make_topics(broker, request.node.name)
+
+
+@pytest.fixture
+def source(kafka, engine):
+    agent = event_fixtures.make_agent(threshold=0.99)
+    inlet = records.Inlet(engine, {agent.name: agent}, kafka.topics.kinds(), lambda: datetime.now(UTC))
+    lease = stream.Lease(holders.make_name(), holders.acquire)
+    return stream.Stream(kafka.to_access(), kafka.group, "poll", inlet, kafka.topics.outlets(), lease)
+
+
+@contextlib.contextmanager
+def relaying(source):
+    """A relay at work, and then stopped."""
+    stopping = threading.Event()
+    thread = threading.Thread(target=relay.Relay(source).run, args=[stopping])
+    thread.start()
+    yield
+    stopping.set()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def count_unsent(engine):
+    with db.reading(engine) as connection:
+        return reviews.count_unsent(connection) + events.count_by_state(connection)["unsent"]
+
+
+def wait_until_sent(engine, seconds=30):
+    deadline = time.monotonic() + seconds
+    while count_unsent(engine):
+        assert time.monotonic() < deadline, "it was not sent"
+        time.sleep(0.02)
+
+
+def emit(engine, first, last, key="adjudication/v1"):
+    with db.writing(engine) as connection:
+        for number in range(first, last):
+            at = datetime.fromtimestamp(1_800_000_000 + number, UTC)
+            told = {"agent": "adjudication", "kind": "drift", "message": str(number), "ledger": ""}
+            events.emit(connection, "ratchet.alarm.raised.v1", f"{key}{number % 3}", str(number), told, at)
+
+
+def open_reviews(source, numbers):
+    at = datetime.now(UTC)
+    event_fixtures.send(source.inlet.engine, [event_fixtures.make_prediction(n, at, confidence=0.5) for n in numbers], at)
+    event_fixtures.handle(source.inlet.engine, source.inlet.agents["adjudication"], at)
+
+
+def test_a_review_is_told_when_it_opens_and_closes_without_the_models_answer(source, kafka, broker):
+    engine, at = source.inlet.engine, datetime.now(UTC)
+    open_reviews(source, [1])
+    event_fixtures.send(engine, [event_fixtures.make_label(1, at)], at, event_fixtures.ANN)
+    event_fixtures.handle(engine, source.inlet.agents["adjudication"], at)
+    with relaying(source):
+        wait_until_sent(engine)
+    told = broker_fixtures.consume(broker, kafka.topics.queue, 2)
+    assert {record.key for record in told} == {b"adjudication/c1"}
+    opened, closed = (orjson.loads(record.value) for record in told)
+    assert (opened["type"], closed["type"]) == ("ratchet.review.opened.v1", "ratchet.review.closed.v1")
+    assert opened["data"]["input"] == {"diagnosis": "E11.9", "treatment": "insulin pump"}
+    assert not {"decision", "confidence", "probabilities", "reasons", "priority", "model_version"} & opened["data"].keys()
+    assert b"APPROVED" not in told[0].value + told[1].value
+    for one in (opened, closed):
+        TypeAdapter(announcements.ANNOUNCEMENTS[one["type"]]).validate_json(orjson.dumps(one["data"]), strict=True)
+
+
+def test_everything_unsent_is_sent_once_in_order_for_each_key_and_marked(source, kafka, broker):
+    emit(source.inlet.engine, 0, 1200)
+    with db.writing(source.inlet.engine) as connection:
+        letter = dead_letters.park(connection, "claims-7", "can't be read", datetime.now(UTC), key="a")
+    with relaying(source):
+        wait_until_sent(source.inlet.engine)
+    told = broker_fixtures.consume(broker, kafka.topics.events, 1200)
+    by_key = {}
+    for record in told:
+        by_key.setdefault(record.key, []).append(int(orjson.loads(record.value)["data"]["message"]))
+    assert {len(numbers) for numbers in by_key.values()} == {400}
+    assert all(numbers == sorted(numbers) for numbers in by_key.values())
+    (parked,) = broker_fixtures.consume(broker, kafka.topics.dead_letters, 1)
+    assert orjson.loads(parked.value)["data"] == {"letter": letter, "reason": "can't be read"}
+    assert source.sent.messages == 1201
+
+
+def test_what_was_sent_and_not_marked_is_sent_again_under_the_same_id(source, kafka, broker, monkeypatch):
+    """The same as a relay that is killed between the two."""
+    emit(source.inlet.engine, 0, 3)
+    monkeypatch.setattr(relay, "WAIT_SECONDS", 0.05)
+    genuine, lost = relay.Relay._mark, []
+
+    def fail_once(self, messages, fence):
+        if not lost:
+            lost.append(messages)
+            raise relay.LeaseLostError("killed")
+        genuine(self, messages, fence)
+
+    monkeypatch.setattr(relay.Relay, "_mark", fail_once)
+    with relaying(source):
+        wait_until_sent(source.inlet.engine)
+    ids = [orjson.loads(record.value)["id"] for record in broker_fixtures.consume(broker, kafka.topics.events, 6)]
+    assert sorted(ids) == sorted(f"ratchet.alarm.raised.v1/{n}" for n in (0, 1, 2, 0, 1, 2))
+
+
+def test_one_relay_sends_and_another_takes_over_when_it_ends(source, monkeypatch):
+    monkeypatch.setattr(relay, "WAIT_SECONDS", 0.05)
+    other = dataclasses.replace(source, lease=stream.Lease(holders.make_name(), holders.acquire), sent=type(source.sent)())
+    with relaying(source):
+        emit(source.inlet.engine, 0, 1)
+        wait_until_sent(source.inlet.engine)
+        with relaying(other):
+            emit(source.inlet.engine, 1, 20)
+            wait_until_sent(source.inlet.engine)
+            assert (source.sent.messages, other.sent.messages) == (20, 0)
+    with relaying(other):
+        emit(source.inlet.engine, 20, 30)
+        wait_until_sent(source.inlet.engine)
+    assert other.sent.messages == 10
+
+
+def test_a_relay_that_lost_its_lease_marks_nothing(source):
+    engine, at = source.inlet.engine, datetime.now(UTC)
+    emit(engine, 0, 2)
+    one = relay.Relay(source)
+    with db.writing(engine) as connection:
+        connection.execute(insert(Lease).values(name=relay.LEASE, holder="another", fence=7, expires_at=at))
+        messages = relay.read_unsent(connection, source.outlets, 10)
+    with pytest.raises(relay.LeaseLostError):
+        one._mark(messages, 6)
+    assert count_unsent(engine) == 2
+
+
+def test_behind_a_message_that_failed_nothing_of_its_key_is_marked():
+    messages = [relay.Message("t", key, b"", event=str(n)) for n, key in enumerate((b"a", b"b", b"a", b"b", b"c"))]
+    markable = relay._select_markable(messages, [True, False, True, True])
+    assert [one.event for one in markable] == ["0", "2"]
+
+
+def test_a_claim_that_no_broker_would_take_is_told_without_its_input(source):
+    at = datetime.now(UTC)
+    huge = event_fixtures.make_prediction(1, at, confidence=0.5, input={str(n): "x" * 190_000 for n in range(6)})
+    event_fixtures.send(source.inlet.engine, [huge], at)
+    event_fixtures.handle(source.inlet.engine, source.inlet.agents["adjudication"], at)
+    with db.reading(source.inlet.engine) as connection:
+        (message,) = relay.read_unsent(connection, source.outlets, 10)
+    assert orjson.loads(message.value)["data"]["input"] is None
+
+
+def test_an_alarm_is_announced_once_with_the_ledgers_head(source):
+    with db.writing(source.inlet.engine) as connection:
+        for _ in range(2):
+            alarms.raise_alarm(connection, "adjudication", "drift", "inputs look different", {}, datetime.now(UTC))
+        (message,) = relay.read_unsent(connection, source.outlets, 10)
+    told = orjson.loads(message.value)
+    assert (told["type"], len(told["data"]["ledger"])) == ("ratchet.alarm.raised.v1", 64)
+
+
+@pytest.mark.parametrize("mechanism", ["SCRAM-SHA-512", "PLAIN"])
+def test_a_producer_is_let_in_over_tls(source, broker, mechanism):
+    secure = dataclasses.replace(source, access=broker_fixtures.secure(broker, mechanism))
+    emit(source.inlet.engine, 0, 5)
+    with relaying(secure):
+        wait_until_sent(source.inlet.engine)

@@ -44,7 +44,8 @@ def park_record(connection: Connection, record: Record, reason: str, announced: 
     """Set a record from Kafka aside with its bytes and its place. `announced` is the reason without what it holds."""
     digest = hashlib.sha256(record.value or b"").hexdigest()
     origin = f"{record.topic}/{record.partition}/{record.offset}"  # a topic that was made anew has the same places again
-    return _park(connection, f"{origin}/{digest}", reason, now, {"origin": origin, **record._asdict()}, announced)
+    place = {"topic": record.topic, "partition": record.partition, "record_offset": record.offset}
+    return _park(connection, f"{origin}/{digest}", reason, now, {"origin": origin, **place, "value": record.value}, announced)
 
 
 def _park(connection: Connection, key: str, reason: str, now: datetime, told: dict[str, Any], announced: str | None = None) -> str:
@@ -89,7 +90,7 @@ def replay(connection: Connection, letter: str, actor: str, now: datetime) -> No
 
 def find_record(connection: Connection, letter: str) -> Record | None:
     """The record from Kafka that a parked dead letter holds; None when it holds none."""
-    query = select(DeadLetter.topic, DeadLetter.partition, DeadLetter.offset, DeadLetter.value)
+    query = select(DeadLetter.topic, DeadLetter.partition, DeadLetter.record_offset, DeadLetter.value)
     row = connection.execute(query.where(DeadLetter.id == letter, DeadLetter.state == "parked", DeadLetter.topic.is_not(None))).first()
     return Record._make(row) if row else None
 

@@ -430,7 +430,7 @@ class DeadLetter(Table):
     payload: Mapped[str | None] = mapped_column(Text)
     topic: Mapped[str | None]
     partition: Mapped[int | None]
-    offset: Mapped[int | None] = mapped_column(BigInteger)
+    record_offset: Mapped[int | None] = mapped_column(BigInteger)
     value: Mapped[bytes | None] = mapped_column(LargeBinary)
     state: Mapped[str]
     at: Mapped[datetime]

@@ -18,6 +18,7 @@ from storage.tables import DeadLetter, Event, Label, Prediction
 from tests import event_fixtures
 from tests.conftest import NOW
 
+pytestmark = pytest.mark.databases("sqlite", "postgresql")
 KINDS = {"predictions": schemas.PREDICTION, "expert-labels": schemas.LABEL}
 
 

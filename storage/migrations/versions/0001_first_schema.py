@@ -62,7 +62,7 @@ def upgrade() -> None:
         sa.Column("payload", sa.Text(), nullable=True),
         sa.Column("topic", sa.String(), nullable=True),
         sa.Column("partition", sa.Integer(), nullable=True),
-        sa.Column("offset", sa.BigInteger(), nullable=True),
+        sa.Column("record_offset", sa.BigInteger(), nullable=True),
         sa.Column("value", sa.LargeBinary(), nullable=True),
         sa.Column("state", sa.String(), nullable=False),
         sa.Column("at", UtcTime(), nullable=False),

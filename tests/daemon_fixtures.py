@@ -24,12 +24,12 @@ START_SECONDS = 60
 """A busy machine imports slowly."""
 
 
-def make_home(folder: Path) -> dict[str, str]:
-    """A fresh installation in `folder`; returns the secrets of the tokens of `ROLES` by name."""
+def make_home(folder: Path, url: str | None = None) -> dict[str, str]:
+    """A fresh installation in `folder`, its database there or at `url`; returns the secrets of the tokens of `ROLES` by name."""
     with contextlib.redirect_stdout(io.StringIO()) as told:
         if cli.main(["init", str(folder)]):
             raise RuntimeError(f"`ratchet init {folder}` failed: {told.getvalue()}")
-    engine = db.open_engine(f"sqlite:///{folder}/ratchet.db")
+    engine = db.open_engine(url or f"sqlite:///{folder}/ratchet.db")
     with db.writing(engine) as connection:
         secrets = {name: tokens.add(connection, name, role, datetime.now(UTC)) for name, role in ROLES.items()}
     engine.dispose()
@@ -37,10 +37,10 @@ def make_home(folder: Path) -> dict[str, str]:
 
 
 class Daemon:
-    """`ratchet up` in a home; its log is `daemon.log` there. `settings` are `RATCHET_…` variables without that prefix."""
+    """`ratchet up` in a home; its log is the file `log` there. `settings` are `RATCHET_…` variables without that prefix."""
 
-    def __init__(self, home: Path, **settings: str) -> None:
-        self.home, self.log = home, home / "daemon.log"
+    def __init__(self, home: Path, log: str = "daemon.log", **settings: str) -> None:
+        self.home, self.log = home, home / log
         ours = {"SERVER__PORT": "0", "SERVER__OPS_PORT": "0", **settings}
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RATCHET_")}
         self.environment = {**kept, "OMP_NUM_THREADS": "1", **{f"RATCHET_{name}": value for name, value in ours.items()}}

@@ -3,37 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import gzip
 import hashlib
 import itertools
-import zlib
 import zoneinfo
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import orjson
 from sqlalchemy import Connection, Engine
 
 from consumers import delivery, handlers, schemas
+from daemon import rowfiles
 from daemon.agents import Agent, Columns
+from daemon.rowfiles import RowRefusedError
 from storage import artifacts, db, events, ledger, tokens
 
 BATCH = 500
-MAX_LINE = 5_000_000
-FORMATS = (".csv", ".jsonl", ".ndjson")
-
-
-class FileRefusedError(ValueError):
-    """The file as a whole can't be imported."""
-
-
-class RowRefusedError(ValueError):
-    """One row can't be imported; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +55,9 @@ class Importer:
     on_progress: Callable[[int], None]
 
     def import_file(self, path: Path) -> Summary:
-        """Import every row, a batch in one transaction; doing so again adds nothing. Raises `FileRefusedError`."""
+        """Import every row, a batch in one transaction; doing so again adds nothing. Raises `rowfiles.FileRefusedError`."""
         summary = Summary()
-        with _opened(path) as (stream, position):
-            rows = _read_csv(stream, self.agent.columns) if _kind(path) == ".csv" else _read_jsonl(stream)
-            rows = _stop_at_damage(rows, path)
+        with rowfiles.read_rows(path, self.agent.columns) as (rows, position):
             while batch := list(itertools.islice(rows, BATCH)):
                 self._import_batch(batch, summary)
                 self.on_progress(position())
@@ -157,7 +143,7 @@ def _require(row: Mapping[str, Any], column: str) -> Any:
 def _require_input(row: Mapping[str, Any], columns: str | tuple[str, ...]) -> dict[str, Any]:
     fields = _fields(row, columns)
     if not fields:
-        names = ", ".join(_names(columns))
+        names = ", ".join(rowfiles.list_names(columns))
         raise RowRefusedError(f"no input in column {names}: put an object there, or name the right columns in `columns.input`")
     return fields
 
@@ -199,107 +185,6 @@ def _fields(row: Mapping[str, Any], columns: str | tuple[str, ...]) -> dict[str,
     if not isinstance(value, dict):
         raise RowRefusedError(f"{columns}: {schemas.shorten(given)} isn't a JSON object: list the columns that are the fields")
     return value
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
-    """The file's content, unpacked, and a function that says how many of its bytes on the disk are read."""
-    if _kind(path) not in FORMATS:
-        raise FileRefusedError(f"{path} isn't {', '.join(FORMATS)} or one of these with .gz: convert it, or give it the right name")
-    with path.open("rb") as raw:
-        if path.suffix != ".gz":
-            yield raw, raw.tell
-            return
-        with gzip.open(raw) as stream:
-            yield cast("BinaryIO", stream), raw.tell
-
-
-def _kind(path: Path) -> str:
-    """The last suffix of the name, but for .gz."""
-    return Path(path.name.removesuffix(".gz")).suffix
-
-
-def _stop_at_damage(rows: Iterator[tuple[int, Any]], path: Path) -> Iterator[tuple[int, Any]]:
-    """The rows up to where a .gz is damaged, and what follows as one refused row."""
-    line = 0
-    try:
-        for line, row in rows:
-            yield line, row
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        remedy = "import a whole copy for the rest; the rows before it are imported"
-        yield line + 1, RowRefusedError(f"{path} isn't a whole gzip file from here on ({error}): {remedy}")
-
-
-def _read_jsonl(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
-    for number, line in _read_lines(stream):
-        if len(line) > MAX_LINE:
-            yield number, RowRefusedError(f"the line is longer than {MAX_LINE} bytes")
-        elif line.strip():
-            yield number, _parse_line(line)
-
-
-def _read_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines, each cut at `MAX_LINE` + 1 bytes, so that a file without line ends fills no memory."""
-    number = 0
-    while line := stream.readline(MAX_LINE + 1):
-        number += 1
-        rest = line
-        while len(rest) > MAX_LINE and not rest.endswith(b"\n"):
-            rest = stream.readline(MAX_LINE + 1)
-        yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-
-
-def _parse_line(line: bytes) -> Any:
-    try:
-        row = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        return RowRefusedError(f"the line isn't JSON: {error}")
-    return row if isinstance(row, dict) else RowRefusedError(f"the line should be a JSON object, this is {type(row).__name__}")
-
-
-def _read_csv(stream: BinaryIO, columns: Columns) -> Iterator[tuple[int, Any]]:
-    # Bytes that aren't UTF-8 pass as surrogates and are refused with their row, where a strict reader would end the file.
-    text = TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    csv.field_size_limit(MAX_LINE)
-    try:
-        yield from _read_table(csv.reader(text, strict=True), columns)
-    finally:
-        text.detach()  # it would close the stream, whose end the caller still asks for
-
-
-def _read_table(reader: Any, columns: Columns) -> Iterator[tuple[int, Any]]:
-    try:
-        header: list[str] = next(reader, [])
-    except csv.Error as error:
-        raise FileRefusedError(f"the header can't be read: {error}") from error
-    _check_header(header, columns)
-    while True:
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield reader.line_num, RowRefusedError(f"the row isn't CSV: {error}")
-            continue
-        if len(cells) == len(header):
-            yield reader.line_num, dict(zip(header, cells, strict=True))
-        elif cells:
-            yield reader.line_num, RowRefusedError(f"the row has {len(cells)} cells, the header {len(header)}")
-
-
-def _check_header(header: list[str], columns: Columns) -> None:
-    """Every row would fail the same way, so that is said once."""
-    wanted = {columns.claim_id, columns.occurred_at, columns.answer, *_names(columns.input)}
-    missing = sorted(wanted - set(header))
-    if missing:
-        raise FileRefusedError(f"the file has no column {', '.join(missing)}: it has {', '.join(header) or 'none'}; map them in `columns`")
-    repeated = sorted({name for name in header if header.count(name) > 1})
-    if repeated:
-        raise FileRefusedError(f"the file has more than one column {', '.join(repeated)}: rename one")
-
-
-def _names(columns: str | tuple[str, ...]) -> Iterable[str]:
-    return (columns,) if isinstance(columns, str) else columns
 
 
 def _to_dict(summary: Summary) -> dict[str, int]:

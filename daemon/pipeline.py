@@ -15,7 +15,7 @@ import structlog
 from sqlalchemy import Engine
 
 from consumers import handlers
-from daemon import deployments, devices, examination, gate, makeup, nvml, policies, traffic, training, verdicts
+from daemon import deployments, devices, dispatch, examination, gate, makeup, nvml, policies, traffic, training, verdicts
 from daemon.agents import Agent
 from daemon.config import Settings
 from daemon.launch import Launcher
@@ -103,7 +103,7 @@ def deploy(machinery: Machinery, now: datetime) -> None:
 
 def _move_runs(machinery: Machinery, now: datetime) -> None:
     # A launcher that waits for its worker has finished what was just started: follow again.
-    for stage in (training.follow_all, training.start_queued, training.follow_all):
+    for stage in (dispatch.follow_all, dispatch.start_queued, dispatch.follow_all):
         _attempt(machinery, "", stage.__name__, now, functools.partial(stage, machinery, now))
 
 

@@ -17,7 +17,7 @@ import orjson
 import structlog
 from pydantic import ValidationError
 
-from daemon import config, report, simulate, training
+from daemon import cases, config, report, simulate, training
 from daemon.agents import Agent, Budget, PromptFile, Publisher
 from daemon.launchers import workers
 from storage import artifacts, datasets, db
@@ -49,14 +49,14 @@ class Asked:
 
 
 def run(asked: Asked, on_stage: Callable[[str], None], on_progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """Replay, write the report and return it. Raises `simulate.SimulationError`."""
+    """Replay, write the report and return it. Raises `cases.CasesRefusedError` and `simulate.SimulationError`."""
     asked = _make_absolute(asked)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
-    history, stream = simulate.read_cases(asked.history), simulate.read_cases(asked.stream)
+    history, stream = cases.read(asked.history), cases.read(asked.stream)
     asked.out.mkdir(parents=True, exist_ok=True)
     agent = make_agent(asked, history)
     check_same(asked, agent)
-    simulate.check_cases(history, stream, agent)
+    cases.check(history, stream, agent)
     settings = _make_settings(asked, agent)
     if asked.base == TINY:
         on_stage("making the small base")
@@ -102,7 +102,7 @@ def check_same(asked: Asked, agent: Agent) -> None:
         raise simulate.SimulationError(f"{asked.out} holds a replay with another {differing}: ask for the same, or name another --out")
 
 
-def make_agent(asked: Asked, history: Sequence[simulate.Case]) -> Agent:
+def make_agent(asked: Asked, history: Sequence[cases.Case]) -> Agent:
     """The agent that is replayed, with the budget, the trigger, the rule and the options that were asked for.
 
     Raises `simulate.SimulationError`, `config.ConfigRefusedError` and `training.OptionsRefusedError`.
@@ -130,7 +130,7 @@ def _take_configured(asked: Asked, path: Path) -> Agent:
     return settings.agent(asked.agent or next(iter(settings.agents)))
 
 
-def _make_up(asked: Asked, history: Sequence[simulate.Case]) -> Agent:
+def _make_up(asked: Asked, history: Sequence[cases.Case]) -> Agent:
     """An agent for the labels that occur, with a prompt of all input fields."""
     labels = tuple(sorted({case.answer for case in history}))
     are_decisions = {"APPROVED", "DENIED"} <= set(labels)
@@ -162,7 +162,7 @@ def _make_settings(asked: Asked, agent: Agent) -> config.Settings:
     )
 
 
-def _make_tiny(asked: Asked, agent: Agent, history: Sequence[simulate.Case]) -> None:
+def _make_tiny(asked: Asked, agent: Agent, history: Sequence[cases.Case]) -> None:
     """Make the small base from the history's prompts, without answers and without the groups that are gold."""
     if agent.base_model.exists():
         return
@@ -174,7 +174,7 @@ def _make_tiny(asked: Asked, agent: Agent, history: Sequence[simulate.Case]) -> 
         raise simulate.SimulationError(f"the small base can't be made: {done.stderr.strip()}")
 
 
-def write_texts(path: Path, agent: Agent, history: Iterable[simulate.Case]) -> None:
+def write_texts(path: Path, agent: Agent, history: Iterable[cases.Case]) -> None:
     """Write what a small base is made from: the prompts without answers and without the groups that are gold, and the labels' names.
 
     A case that can't be rendered is left out here as in training, which counts them.

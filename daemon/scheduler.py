@@ -11,7 +11,7 @@ from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from sqlalchemy import Engine
 
 from consumers import outages
-from daemon import deployments, holders, training
+from daemon import deployments, dispatch, holders
 from daemon.pipeline import Pipeline
 from storage import db, leases
 
@@ -87,7 +87,7 @@ class Scheduler:
         if self._failed:
             raise self._failed[0]
         if self._leader.is_leading:
-            await asyncio.to_thread(training.stop_all, self._machinery, self._clock, STOP_SECONDS)
+            await asyncio.to_thread(dispatch.stop_all, self._machinery, self._clock, STOP_SECONDS)
             self._leader.resign()
 
     async def _perform(self, work: Callable[[], object]) -> None:

@@ -7,7 +7,6 @@ and versions are the same rows when they are made again, and what a window's cla
 from __future__ import annotations
 
 import bisect
-import itertools
 import json
 import time
 from collections import Counter
@@ -25,6 +24,7 @@ from sqlalchemy import Connection, Engine, RowMapping
 from consumers import delivery, handlers, schemas
 from daemon import baselines, config, launch, pipeline, policies, report, run_folders, training
 from daemon.agents import Agent
+from daemon.cases import Case
 from storage import alarms, artifacts, datasets, db, events, exams, labels, registry, reviews, runs, snapshots, tokens
 from trainers import spec
 
@@ -41,18 +41,6 @@ EXPERT, NODE, ARCHIVE = (
 
 class SimulationError(ValueError):
     """The replay can't be done as asked."""
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One labelled case of the history or the stream."""
-
-    claim_id: str
-    group: str
-    occurred_at: datetime
-    input: dict[str, Any]
-    attributes: dict[str, Any]
-    answer: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,44 +63,6 @@ class Window:
 
     right: dict[str, list[bool]]
     labels: int
-
-
-def read_cases(path: Path) -> list[Case]:
-    """The cases of a JSON lines file in order of time. Raises `SimulationError` with the line that is wrong."""
-    cases = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                cases.append(_read_case(path, number, line))
-    if not cases:
-        raise SimulationError(f"{path} holds no cases")
-    return sorted(cases, key=lambda case: (case.occurred_at, case.claim_id))
-
-
-def _read_case(path: Path, number: int, line: bytes) -> Case:
-    try:
-        row = orjson.loads(line)
-        at = datetime.fromisoformat(row["occurred_at"])
-        if at.tzinfo is None:
-            raise ValueError("occurred_at has no time zone")  # noqa: TRY301  one sentence for all that may be wrong
-        group = str(row.get("group") or row["claim_id"])
-        return Case(str(row["claim_id"]), group, at, dict(row["input"]), dict(row.get("attributes") or {}), str(row["answer"]))
-    except (KeyError, TypeError, ValueError) as error:
-        wanted = '{"claim_id", "group", "occurred_at", "input": {…}, "attributes": {…}, "answer"}'
-        raise SimulationError(f"{path}, line {number}: {error!s} is wrong or missing: a line is {wanted}") from error
-
-
-def check_cases(history: Sequence[Case], stream: Sequence[Case], agent: Agent) -> None:
-    """Raise `SimulationError` when the stream begins before the history ends, repeats a claim, or has an answer that is no label."""
-    if stream[0].occurred_at < history[-1].occurred_at:
-        raise SimulationError(f"the stream begins {stream[0].occurred_at}, before the history ends {history[-1].occurred_at}")
-    counts = Counter(case.claim_id for case in itertools.chain(history, stream))
-    repeated = [claim for claim, count in counts.items() if count > 1]
-    if repeated:
-        raise SimulationError(f"claim {repeated[0]!r} is there {counts[repeated[0]]} times: each claim may stand once")
-    unknown = {case.answer for case in itertools.chain(history, stream)} - set(agent.labels)
-    if unknown:
-        raise SimulationError(f"answer {min(unknown)!r} is not one of the agent's labels {', '.join(agent.labels)}")
 
 
 class Replay:

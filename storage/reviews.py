@@ -64,11 +64,6 @@ def find_live_cases(connection: Connection, claims: Iterable[str], but: Collecti
     return {cases[prediction] for prediction in connection.execute(live).scalars()}
 
 
-def make_id(prediction: str, exam: str | None, now: datetime) -> str:
-    """The key of the review that is opened now for this prediction."""
-    return ids.make_ulid(now, _about(prediction, exam))
-
-
 def _about(prediction: str, exam: str | None) -> str:
     return f"review\0{prediction}\0{exam or ''}"
 

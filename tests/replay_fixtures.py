@@ -11,7 +11,7 @@ from pathlib import Path
 
 import orjson
 
-from daemon import simulate
+from daemon import cases
 from trainers import bases, train
 from trainers.stopping import Stop
 
@@ -44,10 +44,10 @@ class InProcess:
         return ""
 
 
-def make_cases(count: int, start: int) -> list[simulate.Case]:
+def make_cases(count: int, start: int) -> list[cases.Case]:
     generator = random.Random(start)
     return [
-        simulate.Case(
+        cases.Case(
             f"c{number}",
             f"g{number}",
             START + timedelta(hours=number),
@@ -59,7 +59,7 @@ def make_cases(count: int, start: int) -> list[simulate.Case]:
     ]
 
 
-def write_cases(path: Path, cases: Sequence[simulate.Case]) -> Path:
+def write_cases(path: Path, cases: Sequence[cases.Case]) -> Path:
     """The cases as a file of JSON lines."""
     path.write_bytes(b"".join(orjson.dumps(asdict(case)) + b"\n" for case in cases))
     return path

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon import config, imr, simulate
+from daemon import cases, config, imr
 from daemon.demo import chronicle, clients, home
 from daemon.demo.loop import Served
 
@@ -42,7 +42,7 @@ def test_the_configuration_is_one_that_the_daemon_takes(furnished):
 
 
 def test_the_history_is_short_enough_for_a_real_gain_and_ends_before_the_stream_begins(furnished):
-    history, stream = simulate.read_cases(furnished.history), simulate.read_cases(furnished.stream)
+    history, stream = cases.read(furnished.history), cases.read(furnished.stream)
     assert len(history) <= 2000
     assert history[-1].occurred_at < stream[0].occurred_at
     assert not {case.claim_id for case in history} & {case.claim_id for case in stream}
@@ -56,7 +56,7 @@ def test_the_bad_archive_says_of_every_wrongful_denial_that_it_was_right(furnish
 
 
 def test_a_prediction_does_not_carry_the_true_answer(furnished):
-    case = simulate.read_cases(furnished.stream)[0]
+    case = cases.read(furnished.stream)[0]
     answer = {"decision": "DENIED", "confidence": 0.6, "probabilities": [0.4, 0.6], "serving_name": "v1.0"}
     event = clients.to_event(case, answer)
     assert event["data"]["decision"] == "DENIED"

@@ -10,7 +10,7 @@ import tracemalloc
 import pytest
 
 from consumers import handlers
-from daemon import history, policies
+from daemon import history, policies, rowfiles
 from daemon.cli import context
 from storage import events, labels, ledger, tokens
 
@@ -330,7 +330,7 @@ def test_memory_stays_flat_however_long_the_file_is(home, opened, monkeypatch):
 
 
 def test_a_line_without_an_end_is_refused_and_not_kept(home, run, monkeypatch):
-    monkeypatch.setattr(history, "MAX_LINE", 1000)
+    monkeypatch.setattr(rowfiles, "MAX_LINE", 1000)
     (home / "old.jsonl").write_text("x" * 5000 + "\n" + json.dumps(make_case(1)) + "\n")
     status, out, err = run("import", home / "old.jsonl")
     assert (status, err) == (1, "line 1: the line is longer than 1000 bytes\n")

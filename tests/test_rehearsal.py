@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from daemon import cli, rehearsal, simulate
+from daemon import cases, cli, rehearsal, simulate
 from daemon.launchers import workers
 from tests.model_fixtures import tiny_base
 from tests.replay_fixtures import InProcess, make_cases, write_cases
@@ -69,7 +69,7 @@ def run(asked: rehearsal.Asked) -> dict[str, Any]:
 
 
 def make_agent(asked: rehearsal.Asked) -> Any:
-    return rehearsal.make_agent(asked, simulate.read_cases(asked.history))
+    return rehearsal.make_agent(asked, cases.read(asked.history))
 
 
 def test_a_replay_may_be_asked_for_with_relative_paths(configured: rehearsal.Asked, monkeypatch: pytest.MonkeyPatch) -> None:

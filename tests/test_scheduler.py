@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine
 
-from daemon import scheduler, training
+from daemon import dispatch, scheduler
 from daemon.launchers import processes
 from daemon.pipeline import Pipeline
 from storage import db, registry, runs
@@ -106,7 +106,7 @@ def test_a_late_trainer_is_killed(engine: Engine, tmp_path: Path) -> None:
     world.import_history(40)
     run = world.ask_for_run()
     world.tick()
-    training.stop_all(world.pipeline.machinery, clock, 0.2)
+    dispatch.stop_all(world.pipeline.machinery, clock, 0.2)
     assert state_of(engine, run) == "queued"
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from sqlalchemy import select
 
-from daemon import report, simulate
+from daemon import cases, report, simulate
 from daemon.agents import Agent, Budget, PromptFile, Publisher, Triggers
 from daemon.config import Database, Devices, Settings, Storage, Training
 from storage import db
@@ -37,7 +37,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_plan(
-    out: Path, base: Path, stream: list[simulate.Case], on_progress: Callable[[int, int], None] = lambda _n, _of: None
+    out: Path, base: Path, stream: list[cases.Case], on_progress: Callable[[int, int], None] = lambda _n, _of: None
 ) -> simulate.Plan:
     agent = Agent(
         name="replay",
@@ -134,20 +134,20 @@ def test_a_line_that_is_wrong_is_named(tmp_path: Path) -> None:
     good = {"claim_id": "c1", "occurred_at": "2020-01-01T00:00:00+00:00", "input": {"a": 1}, "answer": "APPROVED"}
     path = tmp_path / "history.jsonl"
     path.write_bytes(b"\n".join(orjson.dumps(row) for row in (good, {**good, "occurred_at": "2020-01-01"})))
-    with pytest.raises(simulate.SimulationError, match="line 2: occurred_at has no time zone"):
-        simulate.read_cases(path)
+    with pytest.raises(cases.CasesRefusedError, match="line 2: occurred_at has no time zone"):
+        cases.read(path)
 
 
 def test_a_stream_must_follow_on_its_history_with_known_answers_and_new_claims(tmp_path: Path, base: Path) -> None:
     history, stream = make_cases(5, 0), make_cases(5, 5)
     agent = make_plan(tmp_path, base, stream).agent
-    simulate.check_cases(history, stream, agent)
-    with pytest.raises(simulate.SimulationError, match="before the history ends"):
-        simulate.check_cases(stream, history, agent)
-    with pytest.raises(simulate.SimulationError, match="'c4' is there 2 times"):
-        simulate.check_cases(history, [replace(stream[0], claim_id="c4")], agent)
-    with pytest.raises(simulate.SimulationError, match="'MAYBE' is not one of"):
-        simulate.check_cases(history, [replace(stream[0], answer="MAYBE")], agent)
+    cases.check(history, stream, agent)
+    with pytest.raises(cases.CasesRefusedError, match="before the history ends"):
+        cases.check(stream, history, agent)
+    with pytest.raises(cases.CasesRefusedError, match="'c4' is there 2 times"):
+        cases.check(history, [replace(stream[0], claim_id="c4")], agent)
+    with pytest.raises(cases.CasesRefusedError, match="'MAYBE' is not one of"):
+        cases.check(history, [replace(stream[0], answer="MAYBE")], agent)
 
 
 def test_the_gain_is_paired_and_its_interval_holds_the_estimate() -> None:

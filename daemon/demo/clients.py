@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 
 from consumers import schemas
+from daemon.cases import Case
 from daemon.demo.home import AGENT, LABELS
-from daemon.simulate import Case
 
 HANDLED_SECONDS, POLL_SECONDS = 30, 0.02
 

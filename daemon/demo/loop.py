@@ -9,10 +9,10 @@ from typing import Any
 
 from sqlalchemy import Engine, RowMapping
 
+from daemon.cases import Case
 from daemon.demo.clients import Expert, Node, Producer
 from daemon.demo.home import AGENT
 from daemon.demo.screen import Screen
-from daemon.simulate import Case
 from storage import db, registry, runs
 
 BATCH = 50

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 from sqlalchemy import Engine
 
-from daemon import config, rehearsal, run_folders, simulate
+from daemon import cases, config, rehearsal, run_folders
 from daemon.demo import home, servers
 from daemon.demo.clients import Expert, Node, Producer
 from daemon.demo.home import AGENT, Home
@@ -32,11 +32,11 @@ def prepare(folder: Path, seed: int, screen: Screen) -> Home:
     home.clear(folder)
     servers.run("init", folder)
     made = home.furnish(folder, seed)
-    cases = simulate.read_cases(made.history)
+    known = cases.read(made.history)
     texts = made.folder / "texts.jsonl"
-    rehearsal.write_texts(texts, config.load(made.config, {}).agent(AGENT), cases)
+    rehearsal.write_texts(texts, config.load(made.config, {}).agent(AGENT), known)
     make_base(made, texts, seed, screen)
-    screen.say(f"a Llama-type base of 1 M parameters, made from the prompts of {len(cases)} decisions of 2001-2002, without their answers")
+    screen.say(f"a Llama-type base of 1 M parameters, made from the prompts of {len(known)} decisions of 2001-2002, without their answers")
     servers.run("import", made.history, "--config", made.config)
     return made
 
@@ -84,7 +84,7 @@ def connect(made: Home, engine: Engine, screen: Screen, stack: contextlib.ExitSt
         client = httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60, trust_env=False)
         return stack.enter_context(client)
 
-    stream = simulate.read_cases(made.stream)
+    stream = cases.read(made.stream)
     expert = Expert(open_client(made.port, "physician", "reviewer"), {case.claim_id: case.answer for case in stream})
     return Loop(
         engine,

@@ -254,7 +254,10 @@ def _count_until(holds: Callable[[int], bool]) -> int | None:
 
 
 def report_gold(gold: Sequence[Pair]) -> dict[str, Any]:
-    """Gold before (champion) and after (candidate): accuracy, confusion matrices and slices. Empty gold is reported as None."""
+    """Gold before (champion) and after (candidate): accuracy, flips, confusion matrices and slices. Empty gold is reported as None.
+
+    A negative flip is a row that the champion got right and the candidate gets wrong: what it has forgotten.
+    """
     if not gold:
         return {"gold": None}
     return {
@@ -262,6 +265,8 @@ def report_gold(gold: Sequence[Pair]) -> dict[str, Any]:
             "rows": len(gold),
             "accuracy_before": sum(pair.champion == pair.truth for pair in gold) / len(gold),
             "accuracy_after": sum(pair.candidate == pair.truth for pair in gold) / len(gold),
+            "negative_flips": sum(pair.is_loss for pair in gold),
+            "positive_flips": sum(pair.is_win for pair in gold),
             "confusion_before": _tabulate_confusion([(pair.truth, pair.champion) for pair in gold]),
             "confusion_after": _tabulate_confusion([(pair.truth, pair.candidate) for pair in gold]),
             "slices": _tabulate_slices(gold),

@@ -65,6 +65,7 @@ def _bring_in_candidate(
     asked = spec.read_spec(folder)
     defect = next((one.defect for (_, model), one in answers.items() if model == run_folders.CANDIDATE and one.defect), None)
     examination.keep_gold(folder, answers)
+    run_folders.keep_text_losses(folder, result)
     agent = machinery.settings.agents.get(run["agent"])
     if agent is not None:
         verdicts.judge_exam(machinery, agent, now, is_last=True)

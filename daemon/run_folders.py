@@ -24,6 +24,7 @@ from trainers import spec
 CANDIDATE = "candidate"
 RECENT, GOLD = "recent", "gold"
 TRUTH, ANSWERS, EXAM = "truth.json", "answers", "exam.json"
+TEXT_LOSS, UNTOUCHED = "text_loss.json", "base"
 CONSTANT_ROWS = 20
 
 
@@ -157,6 +158,21 @@ def read_answers(run_dir: Path, model: str) -> dict[str, str] | None:
     except FileNotFoundError:
         return None
     return decisions
+
+
+def keep_text_losses(run_dir: Path, result: Result) -> None:
+    """Keep how likely plain text is to the models of the run, where that was measured."""
+    if "text_loss" in result.content:
+        artifacts.write_atomically(run_dir / TEXT_LOSS, orjson.dumps(result.content["text_loss"]))
+
+
+def read_text_losses(run_dir: Path, champion: str) -> dict[str, float | None] | None:
+    """The loss on plain text of the candidate, the champion and the untouched base; None where there is no general text."""
+    try:
+        losses = orjson.loads((run_dir / TEXT_LOSS).read_bytes())
+    except FileNotFoundError:
+        return None
+    return {role: losses.get(name) for role, name in (("candidate", CANDIDATE), ("champion", champion), ("base", UNTOUCHED))}
 
 
 def read_truth(run_dir: Path) -> dict[str, dict[str, Any]]:

@@ -151,6 +151,7 @@ def plan_training(machinery: Machinery, run: RowMapping, agent: Agent, made: Mak
         dataset = datasets.read(connection, agent.name, number)
         recent = predictions.read_recent(connection, agent.name, agent.exam.claims, unlabelled_only=True)
         begin = _find_beginning(connection, agent, made, options, warm_start)
+        known = datasets.read(connection, agent.name, begin["dataset"]) if begin and begin["dataset"] else None
         champion = registry.read(connection, agent.name, registry.champion(connection, agent.name) or registry.BARE)
     folder = Path(run["folder"])
     base = spec.Base(path=made.base_path.resolve(), digest=made.base_digest)
@@ -172,6 +173,7 @@ def plan_training(machinery: Machinery, run: RowMapping, agent: Agent, made: Mak
         general_texts=agent.general_texts and agent.general_texts.resolve(),
         init_adapter=Path(adapter["adapter_path"]).resolve() if adapter else None,
         init_adapter_digest=adapter["adapter_digest"] if adapter else None,
+        learned=Path(known["folder"]).resolve() if known else None,
         candidate=spec.Model(name=run_folders.CANDIDATE, prompt=made.prompt, labels=made.labels),
         others=(run_folders.describe_model(champion, place),) if (place := makeup.find_base(machinery, agent, champion)) else (),
         score_sets=tuple(score_sets),
@@ -190,7 +192,7 @@ def _find_beginning(connection: Connection, agent: Agent, made: Makeup, options:
 
     None begins from the agent's base: for another base, prompt, label set or shape of the adapter, or for a version of the other kind.
     """
-    if warm_start == "never":
+    if warm_start == "never" or options.policy == "cumulative":
         return None
     champion = registry.champion(connection, agent.name)
     begin = registry.latest_candidate(connection, agent.name) if warm_start == "candidate" else None

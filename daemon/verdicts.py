@@ -83,7 +83,8 @@ def judge_exam(machinery: Machinery, agent: Agent, now: datetime, *, is_last: bo
     if evidence is None or folder is None:
         return
     verdict = machinery.decide(replace(evidence, is_last=is_last), agent.exam_policy)
-    report = describe(exam, verdict.outcome, verdict.reasons, verdict.numbers)
+    forgetting = {"text_loss": run_folders.read_text_losses(folder, exam["champion"])}
+    report = describe(exam, verdict.outcome, verdict.reasons, {**verdict.numbers, **forgetting})
     if verdict.outcome == "inconclusive":
         _keep_report(machinery, exam, folder, report)
         return

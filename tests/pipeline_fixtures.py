@@ -72,6 +72,7 @@ class ScriptedLauncher:
     """
 
     models: dict[str, Answer] = field(default_factory=dict)
+    text_loss: dict[str, float] | None = None
     script: list[str] = field(default_factory=list)
     ended: dict[tuple[Path, int], int] = field(default_factory=dict)
     working: set[tuple[Path, int]] = field(default_factory=set)
@@ -96,6 +97,8 @@ class ScriptedLauncher:
         result = {"schema": 1, "run_id": asked.run_id, "attempt": attempt, "fence": fence, "status": status}
         if status == "done":
             result |= {"scores": "scores.parquet", "seconds": 1.0, **(write_trained(asked, folder) if asked.kind == "train" else {})}
+            if self.text_loss is not None and asked.kind == "train":
+                result["text_loss"] = self.text_loss
             write_scores(asked, folder, self.models)
         else:
             result["reason"] = f"it was {status}"

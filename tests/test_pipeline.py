@@ -19,7 +19,7 @@ from consumers import announcements
 from daemon import deployments, examination, launch, run_folders, training
 from daemon.agents import Exam, PromptFile, Triggers
 from daemon.launchers import workers
-from storage import alarms, artifacts, db, exams, leases, ledger, registry, reviews, runs, scores
+from storage import alarms, artifacts, datasets, db, exams, leases, ledger, registry, reviews, runs, scores
 from storage.tables import Event
 from tests import model_fixtures
 from tests.pipeline_fixtures import ScriptedLauncher, World, always, make_base, make_settings
@@ -328,6 +328,32 @@ def test_what_all_weights_were_trained_for_is_a_new_base_and_the_next_run_goes_o
     with db.reading(served.engine) as connection:
         names = [(one["name"], one["parent"]) for one in registry.list_all(connection, AGENT)]
     assert names == [("v0", None), ("v1.0", None), ("v2.0", None), ("v3.0", "v2.0"), ("v4.0", None)]
+
+
+@pytest.mark.parametrize("policy", ["cumulative", "replay", "delta"])
+def test_a_policy_says_whether_a_run_begins_warm_and_names_what_was_learned(served: World, policy: str) -> None:
+    served.ask_for_run(policy=policy)
+    served.settle()
+    asked = served.launcher.started[-1]
+    assert asked.options.policy == policy
+    with db.reading(served.engine) as connection:
+        first = registry.read(connection, AGENT, "v1.0")
+        learned = datasets.read(connection, AGENT, first["dataset"])["folder"]
+    begins = (Path(first["adapter_path"]), Path(learned)) if policy != "cumulative" else (None, None)
+    assert (asked.init_adapter, asked.learned) == tuple(place and place.resolve() for place in begins)
+
+
+def test_an_exams_report_tells_what_was_forgotten(served: World) -> None:
+    served.launcher.text_loss = {"candidate": 2.5, "v1.0": 2.25, "base": 2.0}
+    served.launcher.models["candidate"] = served.launcher.models["v1.1"] = is_wrong
+    served.ask_for_run()
+    served.settle()
+    with db.reading(served.engine) as connection:
+        report = next(one["report"] for one in exams.of_version(connection, AGENT, "v1.1"))
+    assert report["text_loss"] == {"candidate": 2.5, "champion": 2.25, "base": 2.0}
+    gold = report["gold"]
+    flips = gold["negative_flips"] - gold["positive_flips"]
+    assert flips == round((gold["accuracy_before"] - gold["accuracy_after"]) * gold["rows"]) > 0
 
 
 def test_a_rollback_crosses_bases(served: World) -> None:

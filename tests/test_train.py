@@ -137,6 +137,32 @@ def test_a_warm_start_goes_on_from_its_adapter_and_replays_no_more_than_asked(tm
         torch.testing.assert_close(adapter_weights(tmp_path)[name], weight, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("options", "knows", "says"),
+    [
+        ({"policy": "cumulative"}, True, "begins from scratch: leave init_adapter and learned out, or use policy replay"),
+        ({"policy": "delta"}, False, "learned is missing: policy delta needs"),
+        ({"policy": "replay", "replay_share": 0.2}, False, "learned is missing: policy replay needs"),
+        ({"policy": "delta"}, True, "no new rows since its beginning"),
+    ],
+)
+def test_a_policy_without_what_it_needs_is_refused_before_weights_are_loaded(tmp_path, base, data, done, options, knows, says):
+    first = runs.result(done)["adapter"]
+    begin = {"init_adapter": done / "attempts" / "1" / first["path"], "init_adapter_digest": first["digest"]}
+    asked = runs.make_spec(base, data, options, **begin, learned=data if knows else None)
+    assert runs.perform(tmp_path, asked, NoWeights()) == spec.EXIT_REFUSED
+    assert says in runs.result(tmp_path)["reason"]
+
+
+def test_forgetting_is_the_loss_of_plain_text_beside_that_of_the_untouched_base(tmp_path, base, data):
+    (tmp_path / "general.txt").write_text("The patient was seen on Monday. " * 40)
+    asked = runs.make_spec(base, data, {"epochs": 20}, others=(runs.model("bare"),), general_texts=tmp_path / "general.txt")
+    assert runs.perform(tmp_path / "run", asked) == spec.EXIT_DONE
+    losses = runs.result(tmp_path / "run")["text_loss"]
+    assert losses.keys() == {"toy-v1.0", "bare", "base"}
+    assert losses["bare"] == losses["base"] != losses["toy-v1.0"]
+
+
 @pytest.mark.parametrize("lora", [{"rank": 8}, {"alpha": 16}])
 def test_an_adapter_of_another_shape_than_asked_is_not_trained_on(tmp_path, base, data, done, lora):
     first = runs.result(done)["adapter"]

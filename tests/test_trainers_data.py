@@ -153,6 +153,41 @@ def test_what_is_said_of_a_template_that_fails_quotes_no_claim(template):
     assert "cret" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"policy": "delta"}, set(range(16, 20))),
+        ({"policy": "replay", "replay_share": 0}, set(range(16, 20))),
+        ({"policy": "replay", "replay_share": 0.5}, None),
+        ({"policy": "replay"}, set(range(20))),
+    ],
+)
+def test_a_policy_says_how_much_of_what_was_learned_is_learned_again(tmp_path, options, kept):
+    rows = [row(number, "train", origin="import" if number < 10 else "review") for number in range(20)]
+    learned = snapshot(tmp_path / "learned", rows[:16])
+    chosen = data.read_lessons(
+        snapshot(tmp_path / "set", rows),
+        TOKENIZER,
+        Prompt(text=PROMPT),
+        LABELS,
+        Options(**options),
+        limit=128,
+        warm=True,
+        seed=1,
+        learned=learned,
+    ).train
+    numbers = {int(case.row_id.removeprefix("row-")) for case in chosen}
+    assert numbers == kept if kept is not None else (len(numbers) == 12 and numbers >= set(range(16, 20)))
+
+
+def test_a_row_with_another_answer_than_was_learned_is_new(tmp_path):
+    learned = snapshot(tmp_path / "learned", [row(0, "train", answer="DENIED"), row(1, "train")])
+    corrected = snapshot(tmp_path / "set", [row(0, "train", answer="APPROVED"), row(1, "train")])
+    options = Options(policy="delta")
+    lessons = data.read_lessons(corrected, TOKENIZER, Prompt(text=PROMPT), LABELS, options, limit=128, warm=True, seed=1, learned=learned)
+    assert [case.row_id for case in lessons.train] == ["row-0"]
+
+
 def test_a_rationale_longer_than_half_a_row_is_left_out_and_counted(tmp_path):
     lessons = read(snapshot(tmp_path / "set", [row(0, "train", rationale="so " * 500)]), limit=128)
     assert lessons.rationales_left_out == 1

@@ -62,6 +62,7 @@ def check_training(spec: Spec) -> None:
         check_candidate(spec.candidate)
     if spec.dataset:
         check_dataset(spec.dataset, spec.dataset_digest)
+    check_policy(spec)
     if spec.init_adapter and options.trains_all_weights:
         raise SpecRefusedError(
             f"init_adapter is {spec.init_adapter}, but method {options.method} trains all weights: begin from a base, without an adapter"
@@ -69,6 +70,19 @@ def check_training(spec: Spec) -> None:
     if spec.init_adapter:
         check_adapter(spec.init_adapter, spec.init_adapter_digest, spec.base.digest)
         check_shape(spec.init_adapter, options.lora)
+
+
+def check_policy(spec: Spec) -> None:
+    """Check that the policy has what it needs: nothing to go on from, or what the beginning has learned."""
+    policy = spec.options.policy
+    if policy == "cumulative" and (spec.init_adapter or spec.learned):
+        raise SpecRefusedError("policy cumulative begins from scratch: leave init_adapter and learned out, or use policy replay")
+    if spec.init_adapter and spec.learned is None and spec.options.needs_learned:
+        raise SpecRefusedError(
+            f"learned is missing: policy {policy} needs the snapshot that {spec.init_adapter} learned, to tell old from new"
+        )
+    if spec.learned:
+        check_dataset(spec.learned, None)
 
 
 def check_candidate(candidate: Model) -> None:

@@ -275,18 +275,26 @@ def prompt_limit(tokenizer: Tokenizer, form: Form, labels: Sequence[str], limit:
 
 
 def read_lessons(
-    dataset: Path, tokenizer: Tokenizer, prompt: Prompt, labels: Sequence[str], options: Options, *, limit: int, warm: bool, seed: int
+    dataset: Path,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    labels: Sequence[str],
+    options: Options,
+    *,
+    limit: int,
+    warm: bool,
+    seed: int,
+    learned: Path | None = None,
 ) -> Lessons:
     """The train and dev rows of a snapshot as tokens; a row of any other split is never even rendered.
 
-    Weights: 1 for an imported row, `options.new_weight` for every other. A warm start replays at most `options.replay_rows` imported
-    train rows, drawn by `seed`; from scratch all are used. A row that can't be rendered is left out; raises `SpecRefusedError` when
-    more than `MOST_LEFT_OUT` of the train rows can't.
+    Weights: 1 for an imported row, `options.new_weight` for every other. A warm start takes rows by `choose_rows`, from scratch all are
+    used. A row that can't be rendered is left out; raises `SpecRefusedError` when more than `MOST_LEFT_OUT` of the train rows can't.
     """
     form = forms.find(tokenizer, prompt.form)
     rows = {split: list(read_split(dataset, split)) for split in ("train", "dev")}
     if warm:
-        rows["train"] = replay(rows["train"], options.replay_rows, seed)
+        rows["train"] = choose_rows(rows["train"], options, learned, seed)
     cases: dict[str, list[Case]] = {}
     cut = rationales_left_out = 0
     left_out: tuple[LeftOut, ...] = ()
@@ -320,15 +328,27 @@ def weigh(row: Mapping[str, Any], options: Options) -> float:
 
 def read_split(dataset: Path, split: str) -> Iterator[dict[str, Any]]:
     """The rows of one split in their written order."""
-    columns = ("row_id", "split", "origin", "input", "answer", "rationale")
+    columns = ("row_id", "row_digest", "split", "origin", "input", "answer", "rationale")
     return (row for row in snapshots.read(dataset, columns) if row["split"] == split)
+
+
+def choose_rows(rows: Sequence[dict[str, Any]], options: Options, learned: Path | None, seed: int) -> list[dict[str, Any]]:
+    """What a warm start is trained on: the new rows, and of those in the snapshot `learned` what the policy replays."""
+    known = {row["row_digest"] for row in snapshots.read(learned, ("row_digest",))} if learned and options.needs_learned else set()
+    old = [row for row in rows if row["row_digest"] in known]
+    share = 0.0 if options.policy == "delta" else options.replay_share
+    kept = {row["row_id"] for row in draw(old, round(share * len(old)), seed)}
+    return replay([row for row in rows if row["row_digest"] not in known or row["row_id"] in kept], options.replay_rows, seed)
+
+
+def draw(rows: Sequence[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
+    """So many of the rows, the same ones for the same seed whatever else is in the set."""
+    return sorted(rows, key=lambda row: hashlib.sha256(f"{seed}\0{row['row_id']}".encode()).digest())[:count]
 
 
 def replay(rows: Sequence[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
     """All rows that were not imported and `count` of the imported, the same ones for the same seed whatever else is in the set."""
-    imported = [row for row in rows if row["origin"] == snapshots.IMPORTED]
-    drawn = sorted(imported, key=lambda row: hashlib.sha256(f"{seed}\0{row['row_id']}".encode()).digest())[:count]
-    kept = {row["row_id"] for row in drawn}
+    kept = {row["row_id"] for row in draw([row for row in rows if row["origin"] == snapshots.IMPORTED], count, seed)}
     return [row for row in rows if row["origin"] != snapshots.IMPORTED or row["row_id"] in kept]
 
 

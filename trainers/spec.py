@@ -25,6 +25,7 @@ EXIT_DONE, EXIT_REFUSED, EXIT_RESUMABLE = 0, 2, 75
 
 Kind = Literal["train", "score", "export"]
 Method = Literal["lora", "qlora", "full", "pretrain"]
+Policy = Literal["cumulative", "replay", "delta"]
 FormName = Literal["plain", "instruction", "chat"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 
@@ -140,6 +141,10 @@ class Options(Frozen):
     method: Method = Field(
         default="lora", description="`lora`, `qlora` (the base in 4 bits), `full` (all weights) or `pretrain` (on texts)."
     )
+    policy: Policy = Field(
+        default="replay",
+        description="`cumulative`: all rows, from scratch; `replay`: warm, new rows and a share of the old; `delta`: warm, new rows alone.",
+    )
     learning_rate: float = Field(default=2e-4, gt=0, le=1, description="AdamW's, at its peak.")
     epochs: float = Field(default=4, gt=0, le=1000, description="Passes over the training rows.")
     batch_rows: int = Field(default=32, ge=1, description="Rows per optimizer step (the effective batch).")
@@ -163,7 +168,8 @@ class Options(Frozen):
     )
     load_in_4bit: bool = Field(default=False, description="The base in NF4 with double quantisation; with `qlora`, and only there.")
     new_weight: float = Field(default=5.0, gt=0, description="Loss weight of a row that was not imported.")
-    replay_rows: int = Field(default=2000, ge=0, description="At most so many imported rows are trained on again.")
+    replay_share: float = Field(default=1.0, ge=0, le=1, description="`replay`: share of the rows learned before that are learned again.")
+    replay_rows: int = Field(default=2000, ge=0, description="`replay`: at most so many imported rows are learned again.")
     patience: int = Field(default=0, ge=0, description="Stop after so many epochs without a better dev loss; 0: never.")
     checkpoint_steps: int = Field(default=50, ge=1, description="Optimizer steps between two checkpoints.")
     lora: LoraOptions = LoraOptions()
@@ -191,6 +197,11 @@ class Options(Frozen):
     def trains_all_weights(self) -> bool:
         """Whether training changes the base's own weights."""
         return self.method == "full" or (self.method == "pretrain" and self.pretrain.weights == "all")
+
+    @property
+    def needs_learned(self) -> bool:
+        """Whether a warm start has to know which rows are old."""
+        return self.policy == "delta" or (self.policy == "replay" and self.replay_share < 1)
 
     @property
     def makes_base(self) -> bool:
@@ -243,6 +254,9 @@ class Spec(Frozen):
     general_texts: Path | None = Field(default=None, description="What `pretrain` replays so that less is forgotten.")
     init_adapter: Path | None = Field(default=None, description="Warm start from this adapter; None starts from scratch.")
     init_adapter_digest: str | None = None
+    learned: Path | None = Field(
+        default=None, description="The snapshot that the beginning has learned already: what tells old rows from new."
+    )
     candidate: Model | None = Field(default=None, description="What is trained: name, prompt and labels; adapter stays None.")
     others: tuple[Model, ...] = Field(default=(), description="Models scored beside the candidate, e.g. the champion.")
     score_sets: tuple[ScoreSet, ...] = ()

@@ -6,10 +6,11 @@ Exit status: 0 done, 1 failed, 2 refused before any weights were loaded (says wh
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,8 @@ from trainers.stopping import Stop, StoppedError
 
 EXIT_FAILED = 1
 SCORES = "scores.parquet"
+UNTOUCHED = "base"
+FORGETTING_PIECES, FORGETTING_TOKENS = 200, 512
 # Rows between two signs of life while scoring.
 SCORED_AT_ONCE = 256
 
@@ -227,12 +230,14 @@ def read_lessons(work: Work) -> Lessons:
         candidate.labels,
         spec.options,
         limit=work.row_limit,
-        warm=spec.init_adapter is not None,
+        warm=spec.init_adapter is not None or spec.learned is not None,
         seed=spec.seed,
+        learned=spec.learned,
     )
     note_left_out(work, lessons.left_out)
     if not lessons.train:
-        raise SpecRefusedError(f"dataset {spec.dataset} has no rows to train on: import history or collect labels first")
+        nothing = "no new rows since its beginning" if spec.options.policy == "delta" else "no rows to train on"
+        raise SpecRefusedError(f"dataset {spec.dataset} has {nothing}: import history or collect labels first")
     return lessons
 
 
@@ -350,7 +355,37 @@ def score_models(work: Work, models: Sequence[Model], asked: Sequence[Sequence[S
             logprobs = answer(work, model, sheet.prompts)
             scores += score.judge(sheet.name, sheet.row_ids, model.name, model.labels, logprobs, model.temperature)
     score.write_scores(work.attempt.folder / SCORES, scores)
-    return {"scores": SCORES, "scored_rows": len(scores), "scored_prompts_cut": sum(sheet.cut for sheets in asked for sheet in sheets)}
+    return measure_forgetting(work, models) | {
+        "scores": SCORES,
+        "scored_rows": len(scores),
+        "scored_prompts_cut": sum(sheet.cut for sheets in asked for sheet in sheets),
+    }
+
+
+def measure_forgetting(work: Work, models: Sequence[Model]) -> dict[str, Any]:
+    """How likely plain text is to each model and to the untouched base of the run: nats per token on the first of the general texts."""
+    path = work.spec.general_texts
+    if work.spec.kind != "train" or path is None:
+        return {}
+    losses = {}
+    for name, base, adapter in [*((model.name, model.base, model.adapter) for model in models), (UNTOUCHED, None, None)]:
+        place = base or work.spec.base
+        tokenizer, limit = work.held.tokenizer(place), min(FORGETTING_TOKENS, bases.read_context(place))
+        corpus = texts.tokenize(path, tokenizer, limit, work.attempt.run_dir / "tokens", place.digest)
+        with wearing(work.load_base(base), adapter) as worn:
+            losses[name] = measure_dev_loss(worn, corpus[:FORGETTING_PIECES], work.spec.options.max_tokens)
+    return {"text_loss": losses}
+
+
+@contextlib.contextmanager
+def wearing(base: Any, adapter: Path | None) -> Iterator[Any]:
+    """The base with an adapter on it for a while, or the bare base."""
+    worn = score.load_adapter(base, "scored", adapter) if adapter else base
+    try:
+        yield worn
+    finally:
+        if adapter:
+            score.drop_adapter(worn, "scored")
 
 
 def answer(work: Work, model: Model, prompts: Sequence[str]) -> np.ndarray:
@@ -359,17 +394,13 @@ def answer(work: Work, model: Model, prompts: Sequence[str]) -> np.ndarray:
     tokenizer = work.held.tokenizer(model.base or work.spec.base)
     form = forms.find(tokenizer, model.prompt.form)
     labels = [form.say(label) for label in model.labels]
-    worn = score.load_adapter(base, "scored", model.adapter) if model.adapter else base
     parts = [np.empty((0, len(model.labels)))]
-    try:
+    with wearing(base, model.adapter) as worn:
         for start in range(0, len(prompts), SCORED_AT_ONCE):
             work.stop.check()
             work.progress.write("scoring", model=model.name, rows=start, of=len(prompts))
             some = prompts[start : start + SCORED_AT_ONCE]
             parts.append(score.score_prompts(worn, tokenizer, some, labels, max_tokens=work.spec.options.max_tokens))
-    finally:
-        if model.adapter:
-            score.drop_adapter(worn, "scored")
     return np.concatenate(parts)
 
 

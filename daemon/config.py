@@ -78,6 +78,15 @@ class Training(Section):
     python: str = Field(
         default_factory=lambda: sys.executable, min_length=1, description="The interpreter for the trainers; this one by default."
     )
+    launcher: Literal["local", "ray"] = Field(
+        default="local", description="`local` starts processes on this machine, `ray` jobs on a Ray cluster (extra `ray`)."
+    )
+    ray_address: str = Field(default="http://127.0.0.1:8265", description="`ray`: where the cluster's dashboard takes jobs.")
+    store: str | None = Field(
+        default=None,
+        min_length=1,
+        description="`ray`: where run folders travel, a URL that fsspec knows, such as `s3://bucket/runs` or `file:///mnt/shared/runs`.",
+    )
     threads: int = Field(
         default=1, ge=0, description="CPU threads of a trainer; 0 leaves torch's default, which is slow where other work runs beside it."
     )
@@ -85,6 +94,12 @@ class Training(Section):
     attempts: int = Field(default=3, ge=1, description="Attempts without a newer checkpoint before a run is parked.")
     backoff_seconds: float = Field(default=60, ge=0, description="Wait before the second attempt; doubled for each one after it.")
     heartbeat_seconds: float = Field(default=300, ge=1, description="A trainer that is silent for longer is taken for dead.")
+
+    @model_validator(mode="after")
+    def _a_cluster_has_a_store(self) -> Self:
+        if self.launcher == "ray" and self.store is None:
+            raise ValueError("`store` is missing: with launcher `ray` say where run folders travel, such as `s3://bucket/runs`")
+        return self
 
 
 class Devices(Section):

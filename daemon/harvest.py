@@ -30,7 +30,9 @@ def bring_in(machinery: Machinery, run: RowMapping, result: run_folders.Result, 
     """Take over what an attempt that is done has made: a candidate and its exam, or scores. Raises `ResultDamagedError`."""
     folder = Path(run["folder"])
     answers = run_folders.read_scores(folder, run["attempt"], result)
-    summary = {name: result.content.get(name) for name in ("training", "seconds", "scored_rows", "scored_prompts_cut", "left_out")}
+    summary = {
+        name: result.content.get(name) for name in ("training", "memory", "seconds", "scored_rows", "scored_prompts_cut", "left_out")
+    }
     if run["kind"] == "score":
         sets = {one.name: one.path for one in spec.read_spec(folder).score_sets}
         if run_folders.GOLD in sets:

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import signal
@@ -18,9 +19,9 @@ def base(tmp_path_factory):
     return tiny_base(tmp_path_factory.mktemp("base") / "tiny")
 
 
-def start_worker(*options):
+def start_worker():
     return subprocess.Popen(
-        [sys.executable, "-m", "trainers.worker", *options],
+        [sys.executable, "-m", "trainers.worker"],
         cwd=Path(__file__).parent.parent,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         stdin=subprocess.PIPE,
@@ -74,5 +75,12 @@ def test_an_idle_worker_ends_at_a_signal_and_a_busy_one_finishes_its_step():
 
 
 def test_a_worker_that_waits_too_long_ends():
-    with start_worker("--idle-seconds", "0.01") as process:
-        assert process.wait(60) == 0
+    stop = worker.IdleStop()
+    reading, writing = os.pipe()
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        with os.fdopen(reading) as lines, pytest.raises(SystemExit):
+            worker.work(lines, io.StringIO(), stop, 0.01)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        os.close(writing)

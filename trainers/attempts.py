@@ -7,6 +7,7 @@ A newer attempt takes the right to publish away: a trainer that was stopped past
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ class Attempt:
     run_dir: Path
     number: int
     fence: Any
+    is_silent: bool = False
+    """Whether another process of the same attempt is the one that publishes."""
 
     @property
     def folder(self) -> Path:
@@ -56,18 +59,20 @@ class Attempt:
     def publish(self, status: Status, run_id: str, **fields: Any) -> None:
         """Write `result.json`, whole or not at all, unless a newer attempt has begun (`SupersededError`)."""
         self.check_current()
+        if self.is_silent:
+            return
         result = {"schema": 1, "run_id": run_id, "attempt": self.number, "fence": self.fence, "status": status, **fields}
         write_atomically(self.folder / RESULT, json.dumps(result, indent=2, ensure_ascii=False).encode())
 
 
-def open_attempt(run_dir: Path, number: int | None = None) -> Attempt:
+def open_attempt(run_dir: Path, number: int | None = None, *, is_silent: bool = False) -> Attempt:
     """The attempt with this number, or else the latest; by hand, where there is none, attempt 1 is made."""
     chosen = number or max(attempt_numbers(run_dir), default=1)
     folder = run_dir / "attempts" / str(chosen)
     folder.mkdir(parents=True, exist_ok=True)
     about = folder / "attempt.json"
     fence = json.loads(about.read_text()).get("fence") if about.exists() else None
-    return Attempt(run_dir, chosen, fence)
+    return Attempt(run_dir, chosen, fence, is_silent)
 
 
 def attempt_numbers(run_dir: Path) -> list[int]:
@@ -79,8 +84,8 @@ class Progress:
     """Appends to `progress.jsonl`, at most two lines a second, and to TensorBoard's event file."""
 
     def __init__(self, attempt: Attempt, every_seconds: float = 0.5) -> None:
-        self._file = (attempt.folder / PROGRESS).open("a", encoding="utf-8")
-        self._events = EventFileWriter(str(attempt.folder / "tensorboard"))
+        self._file = (Path(os.devnull) if attempt.is_silent else attempt.folder / PROGRESS).open("a", encoding="utf-8")
+        self._events = None if attempt.is_silent else EventFileWriter(str(attempt.folder / "tensorboard"))
         self._every_seconds = every_seconds
         self._heartbeat = 0
         self._written_at = float("-inf")
@@ -98,9 +103,11 @@ class Progress:
     def plot(self, step: int, values: Mapping[str, float]) -> None:
         """Add one point to each of TensorBoard's curves."""
         summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
-        self._events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+        if self._events is not None:
+            self._events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
 
     def close(self) -> None:
         """Flush and close both files."""
         self._file.close()
-        self._events.close()
+        if self._events is not None:
+            self._events.close()

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from trainers import attention, checkpoints, optimizers, packing
+from trainers import attention, checkpoints, memory, optimizers, packing, ranks
 from trainers.attempts import Attempt, Progress
 from trainers.data import Example
 from trainers.spec import Options
@@ -114,9 +114,12 @@ class Loop:
         attempt: Attempt,
         progress: Progress,
         stop: Stop,
+        budget: memory.Budget,
+        together: ranks.Ranks = ranks.ALONE,
     ) -> None:
         self.model, self.examples, self.dev, self.options = model, examples, dev, options
-        self.attempt, self.progress, self.stop = attempt, progress, stop
+        self.attempt, self.progress, self.stop, self.budget = attempt, progress, stop, budget
+        self.together = together
         self.schedule = Schedule(len(examples), options.batch_rows, options.epochs, options.warmup, seed)
         self.counters = Counters(signature)
         self.best: checkpoints.Tensors | None = None
@@ -163,9 +166,35 @@ class Loop:
 
     def learn(self, examples: Sequence[Example]) -> StepLoss:
         """Move the weights once, down the gradient of the weighted mean over all graded tokens of `examples`."""
-        tokens = sum(example.tokens for example in examples)
-        budget = min(self.options.max_tokens, math.ceil(tokens / self.options.accumulation))
-        packs = packing.pack(examples, budget, self.device, share_prefixes=self.options.share_prefixes)
+        passes = functools.partial(self.take_passes, examples)
+        # Where each pass is an update of its own, what was done can't be done again.
+        done, norm = passes(self.budget.tokens) if self.updates.is_per_pass else self.budget.fit(passes)
+        done = self.join(done)
+        if not self.updates.is_per_pass:
+            self.together.sum_gradients(self.parameters)
+            norm = self.updates.update()
+        if not math.isfinite(done.loss + norm):
+            raise DivergedError(f"loss {done.loss} and gradient norm {norm} at step {self.counters.step + 1}: lower options.learning_rate")
+        return done
+
+    def join(self, done: StepLoss) -> StepLoss:
+        """The step of all processes; when one was asked to stop, all are."""
+        numbers = (done.loss, done.tokens, done.tokens_saved, self.stop.is_requested)
+        loss, tokens, saved, stops = self.together.sum_numbers(*numbers, device=self.device)
+        self.stop.is_requested = bool(stops)
+        return dataclasses.replace(done, loss=loss, tokens=int(tokens), tokens_saved=int(saved))
+
+    def take_passes(self, examples: Sequence[Example], max_tokens: int) -> tuple[StepLoss, float]:
+        """Forward and backward over this process's part of `examples` in passes of at most `max_tokens`.
+
+        Returns the part of the step's loss, and the norm of the updates that were made on the way.
+        """
+        for parameter in self.parameters:
+            parameter.grad = None
+        ours = self.together.share(sorted(examples, key=lambda example: example.tokens)) if self.together.size > 1 else examples
+        tokens = sum(example.tokens for example in ours)
+        budget = min(max_tokens, math.ceil(tokens / self.options.accumulation))
+        packs = packing.pack(ours, budget, self.device, share_prefixes=self.options.share_prefixes) if ours else []
         weight = sum(example.weight * len(example.completion) for example in examples)
         total = norm = 0.0
         for packed in packs:
@@ -176,12 +205,9 @@ class Loop:
             total += loss.item() * share
             if self.updates.is_per_pass:
                 norm = max(norm, self.updates.update())
-        if not self.updates.is_per_pass:
-            norm = self.updates.update()
-        if not math.isfinite(total + norm):
-            raise DivergedError(f"loss {total} and gradient norm {norm} at step {self.counters.step + 1}: lower options.learning_rate")
         graded = sum(len(example.completion) for example in examples)
-        return StepLoss(total, weight, sum(packed.tokens for packed in packs), sum(packed.saved for packed in packs), graded)
+        found = StepLoss(total, weight, sum(packed.tokens for packed in packs), sum(packed.saved for packed in packs), graded)
+        return found, norm
 
     def report(self, loss: float, rate: float) -> None:
         """Write the step's line of progress and its point on the curves."""
@@ -195,6 +221,7 @@ class Loop:
             loss=loss,
             tokens_per_second=round(counters.tokens / counters.seconds, 1),
             eta_seconds=round(counters.seconds / counters.step * (steps - counters.step), 1),
+            **({"peak_bytes": memory.read_peak(self.device)} if counters.step == 1 else {}),
         )
         self.progress.plot(counters.step, {"loss": loss, "learning_rate": rate})
 
@@ -206,7 +233,7 @@ class Loop:
         counters.is_finished = counters.step >= self.schedule.steps
         if not (self.options.patience and self.dev):
             return
-        loss = mean_loss(self.model, self.dev, self.options.max_tokens)
+        loss = self.budget.fit(lambda tokens: mean_loss(self.model, self.dev, tokens))
         self.progress.plot(counters.step, {"dev_loss": loss})
         if counters.best_dev_loss is None or loss < counters.best_dev_loss:
             counters.best_dev_loss, counters.epochs_without_gain = loss, 0
@@ -217,6 +244,8 @@ class Loop:
 
     def save(self) -> None:
         """Write a checkpoint, unless a newer attempt has begun."""
+        if not self.together.is_first:
+            return
         self.attempt.check_current()
         folder = self.attempt.folder / "checkpoints"
         checkpoints.save_checkpoint(folder, self.counters.step, self.model, self.updates, dataclasses.asdict(self.counters), self.best)

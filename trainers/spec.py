@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -295,6 +295,16 @@ def write_spec(run_dir: Path, spec: Spec) -> None:
     """Write `RUN_DIR/spec.json`, whole or not at all."""
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(run_dir / "spec.json", spec.model_dump_json(by_alias=True, indent=2).encode())
+
+
+def map_inputs(asked: Spec, move: Callable[[Path], Path]) -> Spec:
+    """The spec with `move` applied to the path of everything that is read but the bases."""
+    single = {
+        name: path and move(path) for name in ("dataset", "init_adapter", "texts", "general_texts") for path in [getattr(asked, name)]
+    }
+    others = tuple(one.model_copy(update={"adapter": one.adapter and move(one.adapter)}) for one in asked.others)
+    score_sets = tuple(one.model_copy(update={"path": move(one.path)}) for one in asked.score_sets)
+    return asked.model_copy(update={**single, "others": others, "score_sets": score_sets})
 
 
 @functools.lru_cache(maxsize=64)

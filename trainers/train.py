@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import sys
 import time
@@ -19,11 +20,11 @@ import numpy as np
 import torch
 
 from storage import snapshots
-from trainers import attempts, attention, bases, checks, data, forms, loop, score, texts
+from trainers import attempts, attention, bases, checks, data, forms, loop, memory, ranks, score, texts
 from trainers.attempts import Attempt, Progress
 from trainers.data import Example, LeftOut, Lessons
 from trainers.methods import full, lora
-from trainers.spec import EXIT_DONE, EXIT_REFUSED, EXIT_RESUMABLE, Base, Model, Spec, SpecRefusedError, read_spec
+from trainers.spec import EXIT_DONE, EXIT_REFUSED, EXIT_RESUMABLE, Base, Model, Spec, SpecRefusedError, read_device, read_spec
 from trainers.stopping import Stop, StoppedError
 
 EXIT_FAILED = 1
@@ -44,6 +45,8 @@ class Work:
     stop: Stop
     held: bases.Bases
     tokenizer: Any
+    budget: memory.Budget
+    together: ranks.Ranks = ranks.ALONE
 
     @property
     def row_limit(self) -> int:
@@ -75,29 +78,30 @@ def main() -> int:
     arguments = parser.parse_args()
     stop = Stop()
     stop.listen()
-    status, sentence = run(arguments.run_dir, arguments.attempt, bases.Bases(), stop)
+    with ranks.joined(read_device(arguments.run_dir)) as together:
+        status, sentence = run(arguments.run_dir, arguments.attempt, bases.Bases(), stop, together)
     sys.stderr.write(sentence + "\n")
     return status
 
 
-def run(run_dir: Path, number: int | None, held: bases.Bases, stop: Stop) -> tuple[int, str]:
-    """Perform one run; returns the exit status and a sentence about how it ended."""
-    attempt = attempts.open_attempt(run_dir, number)
+def run(run_dir: Path, number: int | None, held: bases.Bases, stop: Stop, together: ranks.Ranks = ranks.ALONE) -> tuple[int, str]:
+    """Perform one run, or this process's part of it; returns the exit status and a sentence about how it ended."""
+    attempt = attempts.open_attempt(run_dir, number, is_silent=not together.is_first)
     if attempt.is_done():
         return EXIT_DONE, f"done before: {attempt.folder / attempts.RESULT}"
     try:
-        return run_attempt(attempt, held, stop)
+        return run_attempt(attempt, held, stop, together)
     except (StoppedError, attempts.SupersededError) as error:
         return EXIT_RESUMABLE, str(error)
 
 
-def run_attempt(attempt: Attempt, held: bases.Bases, stop: Stop) -> tuple[int, str]:
+def run_attempt(attempt: Attempt, held: bases.Bases, stop: Stop, together: ranks.Ranks) -> tuple[int, str]:
     """Perform one attempt and publish how it ended, a refusal or a failure too."""
     started, run_id = time.monotonic(), attempt.run_dir.name
     try:
         spec = read_spec(attempt.run_dir)
         run_id = spec.run_id
-        found = perform(spec, attempt, held, stop)
+        found = perform(spec.model_copy(update={"device": together.pick_device(spec.device)}), attempt, held, stop, together)
     except SpecRefusedError as error:
         attempt.publish("refused", run_id, reason=str(error))
         return EXIT_REFUSED, f"refused: {error}"
@@ -108,17 +112,32 @@ def run_attempt(attempt: Attempt, held: bases.Bases, stop: Stop) -> tuple[int, s
     return EXIT_DONE, f"done: {attempt.folder / attempts.RESULT}"
 
 
-def perform(spec: Spec, attempt: Attempt, held: bases.Bases, stop: Stop) -> dict[str, Any]:
+def perform(spec: Spec, attempt: Attempt, held: bases.Bases, stop: Stop, together: ranks.Ranks) -> dict[str, Any]:
     """Check the spec and do what it asks; returns what `result.json` says about it."""
+    if together.size > 1 and spec.options.optimizer_in_backward:
+        raise SpecRefusedError("optimizer_in_backward keeps no gradients to sum over several devices: use one, or leave it out")
     if spec.threads:
         torch.set_num_threads(spec.threads)
     tokenizer = checks.check_spec(spec, held)
     progress = Progress(attempt)
-    work = Work(spec, attempt, progress, stop, held, tokenizer)
+    work = Work(spec, attempt, progress, stop, held, tokenizer, memory.Budget(spec.options.max_tokens), together)
+    memory.reset_peak(spec.device)
     try:
-        return train_candidate(work) if spec.kind == "train" else score_only(work)
+        found = train_candidate(work) if spec.kind == "train" else score_only(work)
+        return found | {"memory": describe_memory(work)}
     finally:
         progress.close()
+
+
+def describe_memory(work: Work) -> dict[str, Any]:
+    """What the run was expected to take and what it took, side by side, and how often it had to halve its passes."""
+    budget = work.budget
+    return {
+        "plan": work.spec.plan,
+        "peak_bytes": memory.read_peak(work.spec.device),
+        "max_tokens": budget.tokens,
+        "halved": budget.halved,
+    }
 
 
 def score_only(work: Work) -> dict[str, Any]:
@@ -136,7 +155,9 @@ def train_candidate(work: Work) -> dict[str, Any]:
     model = begin_training(work)
     try:
         counters = make_loop(work, model, examples, dev).run()
-        dev_loss = measure_dev_loss(model, dev, options.max_tokens)
+        if not work.together.is_first:
+            return {}
+        dev_loss = measure_dev_loss(work, model, dev)
         made = save_trained(work, model)
     finally:
         end_training(work, model)
@@ -244,7 +265,9 @@ def read_lessons(work: Work) -> Lessons:
 def make_loop(work: Work, model: Any, examples: Sequence[Example], dev: Sequence[Example]) -> loop.Loop:
     """The training loop of this run."""
     spec = work.spec
-    return loop.Loop(model, examples, dev, spec.options, spec.seed, sign(spec), work.attempt, work.progress, work.stop)
+    return loop.Loop(
+        model, examples, dev, spec.options, spec.seed, sign(spec), work.attempt, work.progress, work.stop, work.budget, work.together
+    )
 
 
 def sign(spec: Spec) -> str:
@@ -258,12 +281,12 @@ def sign(spec: Spec) -> str:
     return hashlib.sha256(f"{asked}\n{content}".encode()).hexdigest()
 
 
-def measure_dev_loss(model: Any, dev: Sequence[Example], max_tokens: int) -> float | None:
+def measure_dev_loss(work: Work, model: Any, dev: Sequence[Example]) -> float | None:
     """The mean loss on the dev split, None where there is none."""
     if not dev:
         return None
     with attention.packed(model):
-        return loop.mean_loss(model, dev, max_tokens)
+        return work.budget.fit(lambda tokens: loop.mean_loss(model, dev, tokens))
 
 
 def describe_training(work: Work, counters: loop.Counters, examples: Sequence[Example]) -> dict[str, Any]:
@@ -373,7 +396,7 @@ def measure_forgetting(work: Work, models: Sequence[Model]) -> dict[str, Any]:
         tokenizer, limit = work.held.tokenizer(place), min(FORGETTING_TOKENS, bases.read_context(place))
         corpus = texts.tokenize(path, tokenizer, limit, work.attempt.run_dir / "tokens", place.digest)
         with wearing(work.load_base(base), adapter) as worn:
-            losses[name] = measure_dev_loss(worn, corpus[:FORGETTING_PIECES], work.spec.options.max_tokens)
+            losses[name] = measure_dev_loss(work, worn, corpus[:FORGETTING_PIECES])
     return {"text_loss": losses}
 
 
@@ -400,8 +423,14 @@ def answer(work: Work, model: Model, prompts: Sequence[str]) -> np.ndarray:
             work.stop.check()
             work.progress.write("scoring", model=model.name, rows=start, of=len(prompts))
             some = prompts[start : start + SCORED_AT_ONCE]
-            parts.append(score.score_prompts(worn, tokenizer, some, labels, max_tokens=work.spec.options.max_tokens))
+            ask = functools.partial(ask_prompts, worn, tokenizer, some, labels)
+            parts.append(work.budget.fit(ask))
     return np.concatenate(parts)
+
+
+def ask_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], labels: Sequence[str], max_tokens: int) -> np.ndarray:
+    """The label log-probabilities in passes of so many tokens."""
+    return score.score_prompts(model, tokenizer, prompts, labels, max_tokens=max_tokens)
 
 
 if __name__ == "__main__":

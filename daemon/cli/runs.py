@@ -11,7 +11,7 @@ import typer
 from daemon.cli import context
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from sqlalchemy import RowMapping
 
@@ -48,7 +48,22 @@ def list_all(
 def show(run: RunId = None, config: context.ConfigFile = context.CONFIG_FILE, as_json: context.AsJson = False) -> None:
     """Print everything about one run."""
     with context.opened(config) as opened:
-        context.print_item(dict(_read(opened, run)), as_json=as_json)
+        row = dict(_read(opened, run))
+    context.print_item(row if as_json else row | describe_memory(row), as_json=as_json)
+
+
+def describe_memory(row: Mapping[str, Any]) -> dict[str, str]:
+    """What a run was expected to take of its device and what it took, side by side; nothing where that is not known."""
+    told = (row["result"] or {}).get("memory") or {}
+    if not told.get("peak_bytes"):
+        return {}
+    took = f"{told['peak_bytes'] / 10**9:.2f} GB at the peak, passes of {told['max_tokens']:,} tokens"
+    halved = f", halved {told['halved']} times for want of memory" if told["halved"] else ""
+    planned = told.get("plan")
+    if planned is None:
+        return {"memory": took + halved}
+    card, counted = planned["card"], planned["total"] - (planned["parts"]["overhead"] if planned["card"]["kind"] == "cuda" else 0)
+    return {"memory": f"planned {counted / 10**9:.2f} GB on {card['name']} ({card['memory'] / 10**9:.0f} GB), took {took}{halved}"}
 
 
 @app.command()

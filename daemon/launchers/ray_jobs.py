@@ -1,0 +1,145 @@
+"""Runs as Ray Jobs on a cluster: the run folder travels through a store, the cluster decides where and when the job runs.
+
+Ray's client is imported where it is needed: it is an extra, and slow to import.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from daemon import launch
+from storage import mirror
+from trainers import spec
+
+INPUTS, CHECKPOINTS, PROGRESS, RESULT = "inputs", "checkpoints", "progress.jsonl", "result.json"
+STOP_SECONDS = 60
+"""So long a job has for its checkpoint after it was asked to end; Ray's own default is 3 s."""
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+log = structlog.get_logger()
+
+
+class RayAbsentError(ImportError):
+    """The extra that talks to Ray is not installed."""
+
+
+class RayJobs:
+    """Submits a job for each attempt; its id is made of run and attempt, so that another daemon finds it again."""
+
+    def __init__(self, address: str, store: str, python: str) -> None:
+        self._address, self._store, self._python = address, store, python
+        self._known: Any = None
+
+    def submit(self, run_dir: Path, attempt: int) -> None:
+        """Copy the run folder with all that it reads to the store, and hand the job to the cluster."""
+        store = self._open_store(run_dir)
+        asked = push_inputs(store, run_dir)
+        store.push(launch.find_attempt(run_dir, attempt) / "attempt.json", f"attempts/{attempt}/attempt.json")
+        self._client().submit_job(
+            entrypoint=shlex.join([self._python, "-m", "trainers.remote", store.url, "--attempt", str(attempt)]),
+            submission_id=name_job(run_dir, attempt),
+            entrypoint_num_gpus=sum(part.startswith("cuda") for part in asked.device.split("+")),
+            runtime_env={"env_vars": {**ENVIRONMENT, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}},
+        )
+
+    def status(self, run_dir: Path, attempt: int) -> int | None:
+        """See `Launcher.status`. A cluster that does not answer is asked again later: the silence is noticed by the missing progress."""
+        try:
+            job = self._find(run_dir, attempt)
+        except (ConnectionError, OSError, RuntimeError) as error:
+            log.warning("ray_does_not_answer", address=self._address, error=type(error).__name__)
+            return None
+        if job is None:
+            return launch.UNSEEN
+        folder, store = launch.find_attempt(run_dir, attempt), self._open_store(run_dir)
+        state = str(job.status.value)
+        if state == "PENDING":
+            note_waiting(folder)
+            return None
+        store.pull(f"attempts/{attempt}/{PROGRESS}", folder / PROGRESS)
+        if state == "RUNNING":
+            return None
+        fetch_attempt(store, folder, attempt)
+        if (folder / RESULT).exists():
+            return int(json.loads((folder / RESULT).read_bytes())["status"] != "done")
+        return spec.EXIT_RESUMABLE if state == "STOPPED" else int(job.driver_exit_code or launch.FAILED)
+
+    def cancel(self, run_dir: Path, attempt: int, *, at_once: bool = False) -> None:  # noqa: ARG002  a cluster knows one way
+        """See `Launcher.cancel`; the job has a minute for its checkpoint. What it publishes later, nobody reads: its fence is old."""
+        if self._find(run_dir, attempt) is not None:
+            self._client().stop_job(name_job(run_dir, attempt))
+
+    def logs(self, run_dir: Path, attempt: int) -> str:
+        """What the cluster kept of the job's output."""
+        return str(self._client().get_job_logs(name_job(run_dir, attempt))) if self._find(run_dir, attempt) else ""
+
+    def _find(self, run_dir: Path, attempt: int) -> Any:
+        """What the cluster knows of the job; None when it knows none."""
+        try:
+            return self._client().get_job_info(name_job(run_dir, attempt))
+        except RuntimeError as error:
+            if "404" in str(error):
+                return None
+            raise
+
+    def _client(self) -> Any:
+        if self._known is None:
+            try:
+                from ray.job_submission import JobSubmissionClient  # noqa: PLC0415
+            except ImportError as error:
+                raise RayAbsentError('training.launcher = "ray" needs Ray: install `ratchet-daemon[ray]`') from error
+            self._known = JobSubmissionClient(self._address)
+        return self._known
+
+    def _open_store(self, run_dir: Path) -> mirror.Mirror:
+        return mirror.Mirror(f"{self._store.rstrip('/')}/{run_dir.name}")
+
+
+def name_job(run_dir: Path, attempt: int) -> str:
+    """The job's id on the cluster."""
+    return f"ratchet-{run_dir.name}-{attempt}"
+
+
+def push_inputs(store: mirror.Mirror, run_dir: Path) -> spec.Spec:
+    """Copy the spec and everything that it names but the bases, once for all attempts; returns the spec for the cluster.
+
+    There a job sees only its own cards, so they are numbered anew.
+    """
+    asked = spec.read_spec(run_dir)
+    known: dict[Path, Path] = {}
+
+    def carry(path: Path) -> Path:
+        if path not in known:
+            known[path] = Path(INPUTS) / f"{len(known)}-{path.name}"
+            if not store.has(known[path].as_posix()):
+                store.push(path, known[path].as_posix())
+        return known[path]
+
+    parts = asked.device.split("+")
+    device = "+".join(f"cuda:{place}" if part.startswith("cuda") else part for place, part in enumerate(parts))
+    moved = spec.map_inputs(asked, carry).model_copy(update={"device": device})
+    folder = run_dir / "remote"
+    spec.write_spec(folder, moved)
+    store.push(folder / "spec.json", "spec.json")
+    return moved
+
+
+def note_waiting(folder: Path) -> None:
+    """A sign of life of a job that waits for its turn on the cluster."""
+    with (folder / PROGRESS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"at": datetime.now(UTC).isoformat(), "phase": "waiting for the cluster"}) + "\n")
+
+
+def fetch_attempt(store: mirror.Mirror, folder: Path, attempt: int) -> None:
+    """Copy what a job left, the result last; of checkpoints only the names, which say how far it came."""
+    name = f"attempts/{attempt}"
+    store.pull(name, folder, without=(RESULT, CHECKPOINTS))
+    for step in store.names(f"{name}/{CHECKPOINTS}"):
+        (folder / CHECKPOINTS / step).mkdir(parents=True, exist_ok=True)
+    store.pull(f"{name}/{RESULT}", folder / RESULT)

@@ -1,0 +1,117 @@
+"""A run that finds no memory goes on in smaller passes, with the same losses, and says what it took beside what was planned."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from daemon import plan
+from tests import training_fixtures as fixtures
+from tests.model_fixtures import tiny_base
+from trainers import attempts, memory, packing, spec, train
+
+CARD = {"card": {"name": "card", "kind": "cpu", "memory": 1, "taken": 0}, "total": 5}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fixtures.dataset(tmp_path_factory.mktemp("data") / "set")
+
+
+def limit_passes(monkeypatch: pytest.MonkeyPatch, tokens: int) -> list[int]:
+    """Let passes of more tokens find no memory, in the middle of the backward pass; returns those that were tried."""
+    tried: list[int] = []
+    whole = packing.token_losses
+
+    def run(model: Any, packed: packing.Pack) -> torch.Tensor:
+        tried.append(packed.tokens)
+        losses = whole(model, packed)
+        if packed.tokens > tokens and losses.requires_grad:
+            losses.register_hook(fail)
+        elif packed.tokens > tokens:
+            fail()
+        return losses
+
+    monkeypatch.setattr(packing, "token_losses", run)
+    return tried
+
+
+def fail(*_: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB")
+
+
+def read_losses(run_dir: Path) -> list[float]:
+    lines = (json.loads(line) for line in (run_dir / "attempts/1/progress.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if line["phase"] == "training"]
+
+
+@pytest.fixture
+def every_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Progress that leaves no step out."""
+    whole = attempts.Progress.__init__
+    monkeypatch.setattr(attempts.Progress, "__init__", lambda self, attempt: whole(self, attempt, 0))
+
+
+@pytest.mark.usefixtures("every_line")
+def test_passes_are_halved_until_they_fit_with_the_same_losses(
+    tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = fixtures.make_spec(base, data, {"epochs": 2, "max_tokens": 512}, plan=CARD)
+    assert fixtures.perform(tmp_path / "whole", asked) == 0
+    tried = limit_passes(monkeypatch, 150)
+    assert fixtures.perform(tmp_path / "halved", asked) == 0
+    assert max(tried) > 150
+    found = fixtures.result(tmp_path / "halved")
+    assert found["memory"]["plan"] == CARD
+    assert (found["memory"]["max_tokens"], found["memory"]["halved"]) == (128, 2)
+    assert fixtures.result(tmp_path / "whole")["memory"]["halved"] == 0
+    assert found["memory"]["peak_bytes"] > 10**8
+    whole, halved = (read_losses(tmp_path / name) for name in ("whole", "halved"))
+    assert len(whole) == len(halved) == 12
+    assert halved == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_run_whose_smallest_pass_finds_no_memory_fails_with_the_remedies(
+    tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit_passes(monkeypatch, 1)
+    assert fixtures.perform(tmp_path / "run", fixtures.make_spec(base, data)) == 1
+    assert "options.recompute_layers = 1" in fixtures.result(tmp_path / "run")["reason"]
+
+
+def test_a_checkpoint_is_gone_on_from_with_smaller_passes(base: Path, data: Path) -> None:
+    asked = fixtures.make_spec(base, data)
+    smaller = asked.model_copy(update={"options": asked.options.model_copy(update={"max_tokens": 64, "recompute_layers": 1}), "plan": CARD})
+    assert train.sign(asked) == train.sign(smaller)
+    changed = asked.model_copy(update={"options": asked.options.model_copy(update={"epochs": 9})})
+    assert train.sign(asked) != train.sign(changed)
+
+
+def test_what_was_done_before_counts_for_no_peak() -> None:
+    torch.ones(60_000_000).sum()
+    before = memory.read_peak("cpu")
+    memory.reset_peak("cpu")
+    after = memory.read_peak("cpu")
+    assert before is not None
+    assert after is not None
+    assert after < before
+
+
+def test_what_the_plan_tells_is_taken_by_the_spec(base: Path, data: Path, tmp_path: Path) -> None:
+    shape = json.loads((base / "config.json").read_bytes())
+    method = plan.Method("lora", "adapter", 16, 256, 512)
+    planned = plan.plan_memory(shape, method, plan.Card("cpu", "cpu", 8 * plan.GB))
+    spec.write_spec(tmp_path, fixtures.make_spec(base, data, plan=planned.to_json()))
+    read = spec.read_spec(tmp_path).plan
+    assert read is not None
+    assert read["parts"] == dataclasses.asdict(planned.parts)

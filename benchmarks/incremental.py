@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("bench-out/incremental"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--history", type=int, default=1000, help="cases of history, gold besides")
+    parser.add_argument("--history", type=int, default=4000, help="cases of history, gold besides; with few the small model learns nothing")
     parser.add_argument("--data", nargs="+", choices=("imr", "trec"), default=["imr", "trec"])
     asked = parser.parse_args()
     found: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in asked.data}
@@ -121,7 +121,7 @@ def measure_seed(field: Field, folder: Path, seed: int) -> dict[str, dict[str, f
     held = bases.Bases()
     first = perform(held, folder / "first", field, base, shown[0], None, {"policy": "cumulative"}, sets, seed)
     before = read_figures(first, truth)
-    found = {"first": before}
+    found = {"most frequent": guess(truth, field, rounds, gold), "first": before}
     for way, options in WAYS.items():
         attempt, seconds, tokens = first, 0.0, 0
         for number in range(1, ROUNDS + 1):
@@ -133,6 +133,13 @@ def measure_seed(field: Field, folder: Path, seed: int) -> dict[str, dict[str, f
         found[way] = {**read_figures(attempt, truth), "cpu_seconds": seconds, "tokens": tokens}
         console.print(f"{field.name} seed {seed} {way}: {found[way]}")
     return found
+
+
+def guess(truth: Mapping[str, str], field: Field, rounds: Sequence[Sequence[Case]], gold: Sequence[Case]) -> dict[str, float]:
+    """How often the most frequent answer is right: a way that gets no more has learned nothing."""
+    new = field.stream[sum(map(len, rounds)) :]
+    answers = {name: [truth[case["claim_id"]] for case in some] for name, some in (("new", new), ("gold", gold))}
+    return {name: max(map(some.count, field.labels)) / len(some) for name, some in answers.items()}
 
 
 def make_base(folder: Path, field: Field, history: Sequence[Case], seed: int) -> Base:
@@ -231,7 +238,7 @@ def read_figures(attempt: Path, truth: Mapping[str, str]) -> dict[str, float]:
 
 def summarise(name: str, found: Sequence[dict[str, dict[str, float]]]) -> Iterator[Figure]:
     """The means over the seeds; each way is held against `cumulative`."""
-    for way in ("first", *WAYS):
+    for way in ("most frequent", "first", *WAYS):
         means = {key: statistics.fmean(one[way][key] for one in found) for key in found[0][way]}
         reference = {key: statistics.fmean(one["cumulative"][key] for one in found) for key in found[0]["cumulative"]}
         for key, value in means.items():

@@ -110,6 +110,9 @@ def test_a_refusal_names_the_key_the_value_and_what_would_be_right(write, text, 
         ('publisher = { kind = "reference" }', "`url` is missing"),
         ('publisher = { confirm = "command" }', "`confirm_command` is missing"),
         ("training = { rank = 8 }", "did you mean agents.NAME.training.lora.rank?"),
+        ('training = { method = "full", load_in_4bit = true }', "method full can't load_in_4bit: use method qlora"),
+        ('training = { method = "full", optimizer_in_backward = true, clip = 1 }', "leave accumulation and clip out"),
+        ('training = { method = "pretrain" }', "`texts` is missing: training.method `pretrain` reads text files"),
         ('name = "other"', "an agent is called as its table"),
         ("columns = { input = [] }", "columns.input = []: should name a column, or several that are the input's fields"),
         ("budget = { share = 0 }", "budget.share = 0: should be greater than 0"),
@@ -117,6 +120,11 @@ def test_a_refusal_names_the_key_the_value_and_what_would_be_right(write, text, 
 )
 def test_an_agent_is_refused_with_a_remedy(write, lines, sentence):
     assert sentence in refusal(write("", agent=AGENT + lines + "\n"))
+
+
+def test_a_method_brings_its_own_defaults_and_what_is_given_counts(write):
+    agent = config.load(write("", agent=AGENT + 'training = { method = "qlora", lora = { rank = 32 } }\n')).agent("adjudication")
+    assert (agent.training.load_in_4bit, agent.training.lora.rank, agent.training.lora.alpha, agent.training.epochs) == (True, 32, 128, 3)
 
 
 def test_every_mistake_is_named_at_once(write):

@@ -20,6 +20,14 @@ def test_a_run_is_asked_for_with_its_reason_and_options(ask: Any) -> None:
     assert shown["options"]["overrides"] == {"epochs": 2, "warm_start": "never"}
 
 
+def test_a_run_is_asked_for_by_a_method(run: Any, ask: Any) -> None:
+    assert "method: Input should be 'lora', 'qlora', 'full' or 'pretrain'" in run("train", "--reason", "x", "--method", "more")[2]
+    assert "texts is missing: method pretrain reads text files" in run("train", "--reason", "x", "--method", "pretrain")[2]
+    assert "full can't load_in_4bit: use method qlora" in run("train", "--reason", "x", "--method", "full", "--set", "load_in_4bit=true")[2]
+    ask("train", "--reason", "x", "--method", "full", "--set", "epochs=1")
+    assert ask("runs", "show")["options"]["overrides"] == {"epochs": 1, "method": "full"}
+
+
 def test_a_second_run_and_a_wrong_option_are_refused(run: Any, ask: Any) -> None:
     assert "there is no training option 'epoch'" in run("train", "--reason", "x", "--set", "epoch=2")[2]
     assert "has no value" in run("train", "--reason", "x", "--set", "epochs")[2]

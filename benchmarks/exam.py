@@ -72,13 +72,14 @@ class Outcome:
 
 @dataclass
 class Candidate:
-    """A model that waits for its verdict, and what was asked about it."""
+    """A model that waits for its verdict, what was asked about it, and what the router sent to experts meanwhile."""
 
     model: LogisticRegression
     name: str
     claims: list[int]
     asked: list[int] = field(default_factory=list)
     audited: list[int] = field(default_factory=list)
+    routed: list[int] = field(default_factory=list)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -159,6 +160,8 @@ class Replay:
             self.candidate.claims.append(case)
             if routing.AUDIT in routed.reasons:
                 self.candidate.audited.append(case)
+            elif routed.is_routed:
+                self.candidate.routed.append(case)
         if routed.is_routed:
             self.answer(case)
 
@@ -212,7 +215,10 @@ class Replay:
 
     def gather(self, candidate: Candidate) -> gate.ExamEvidence:
         differing = self.differing(candidate, candidate.claims)
-        judged = sorted({*candidate.asked, *self.differing(candidate, candidate.audited)})
+        audited, routed = (self.differing(candidate, claims) for claims in (candidate.audited, candidate.routed))
+        asked, others = ({self.cases.keys[case]: case for case in claims} for claims in (candidate.asked, routed))
+        reached = [others[key] for key in gate.count_in(list(others), asked, self.agent, candidate.name)]
+        judged = sorted({*candidate.asked, *audited, *reached})
         return gate.ExamEvidence(
             pairs=self.pair(candidate, judged),
             pool=len(candidate.claims),

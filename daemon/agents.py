@@ -135,10 +135,10 @@ class Exam(Section):
     rule: Literal["posterior", "anytime"] = Field(
         default="posterior", description="A Bayesian posterior, or an e-value that is valid at every look."
     )
-    prior: float = Field(default=4, gt=0, description="Both parameters of the Beta prior on how often the candidate is right.")
+    prior: float = Field(default=6, gt=0, description="Both parameters of the Beta prior on how often the candidate is right.")
     confidence: float = Field(default=0.9, gt=0.5, lt=1, description="Rule `posterior`: promote when so sure that the candidate is better.")
     last_confidence: float = Field(
-        default=0.75, gt=0.5, lt=1, description="The same at the last look: when the next candidate is there and would supersede this one."
+        default=0.8, gt=0.5, lt=1, description="The same at the last look: when the next candidate is there and would supersede this one."
     )
     alpha: float = Field(default=0.1, gt=0, lt=0.5, description="Rule `anytime`: the chance to promote an equal, at most.")
     claims: int = Field(default=500, ge=1, description="Recent unlabelled claims that both models answer.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -23,9 +23,9 @@ class ExamPolicy:
     """How sure is sure, and how much harm is too much. Limits are shares of 1; `denied` is None where nothing can be denied."""
 
     rule: Rule = "posterior"
-    prior: float = 4
+    prior: float = 6
     confidence: float = 0.9
-    last_confidence: float = 0.75
+    last_confidence: float = 0.8
     alpha: float = 0.1
     max_asked: int = 60
     gold_limit: float = 0.03
@@ -333,4 +333,18 @@ def choose_items(differing: Sequence[str], agent: str, exam_id: str, count: int)
 
     Claims are ranked by a hash that each exam salts anew, so that being asked in one says nothing about the next.
     """
-    return sorted(set(differing), key=lambda claim: bucket("exam", agent, f"{exam_id}\0{claim}"))[: max(0, count)]
+    return sorted(set(differing), key=lambda claim: _rank(claim, agent, exam_id))[: max(0, count)]
+
+
+def count_in(answered: Sequence[str], asked: Iterable[str], agent: str, exam_id: str) -> list[str]:
+    """Of the answered claims those that the exam's random order has reached: what it asked about, and what had an answer by then.
+
+    An answer that the router asked for is as good as one that the exam asked for, but routers prefer uncertain claims. Counted only where
+    the exam would have asked as well, they are no larger a part of the evidence than of the differing claims.
+    """
+    reached = max((_rank(claim, agent, exam_id) for claim in asked), default=-1.0)
+    return [claim for claim in answered if _rank(claim, agent, exam_id) <= reached]
+
+
+def _rank(claim: str, agent: str, exam_id: str) -> float:
+    return bucket("exam", agent, f"{exam_id}\0{claim}")

@@ -163,12 +163,13 @@ def _is_first(connection: Connection, exam: RowMapping) -> bool:
 
 
 def pair_answers(connection: Connection, exam: RowMapping, agent: Agent, differing: Iterable[scores.Differing]) -> tuple[gate.Pair, ...]:
-    """The differing claims with a settled truth that is no lesson of the candidate's: those asked about, and random audits."""
+    """The differing claims with a settled truth that is no lesson of the candidate's: all in the exam's order, and random audits."""
     by_key = {one.prediction: one for one in differing}
     asked = {review["prediction"] for review in reviews.of_exam(connection, exam["id"])}
     cut = registry.read(connection, agent.name, exam["candidate"])["dataset"]
     fresh = scores.labelled_after(connection, list(by_key), cut)
-    judged = [key for key, one in by_key.items() if key in fresh and (key in asked or routing.AUDIT in one.reasons)]
+    reached = set(gate.count_in(list(fresh), asked, agent.name, exam["id"]))
+    judged = [key for key, one in by_key.items() if key in reached or (key in fresh and routing.AUDIT in one.reasons)]
     answers = labels.of_predictions(connection, judged)
     truths = {key: truth.answer for key in judged if (truth := labels.settle(answers.get(key, [])))}
     return tuple(

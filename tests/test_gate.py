@@ -35,8 +35,8 @@ def gold(better=0, worse=0, same=0, **slices):
 
 
 def test_enough_wins_promote_and_their_mirror_image_rejects():
-    assert [decide(exam(wins), POLICY).outcome for wins in (4, 5)] == ["inconclusive", "promote"]
-    assert [decide(exam(0, losses), POLICY).outcome for losses in (4, 5)] == ["inconclusive", "reject"]
+    assert [decide(exam(wins), POLICY).outcome for wins in (5, 6)] == ["inconclusive", "promote"]
+    assert [decide(exam(0, losses), POLICY).outcome for losses in (5, 6)] == ["inconclusive", "reject"]
     assert [decide(exam(wins), ANYTIME).outcome for wins in (4, 5)] == ["inconclusive", "promote"]
     assert decide(exam(8, 2), POLICY).outcome == "promote"
     assert decide(exam(8, 2), ANYTIME).outcome == "inconclusive"
@@ -68,7 +68,7 @@ def test_the_last_look_takes_less_certainty_to_promote_and_as_much_to_reject():
     assert [decide(one, POLICY).outcome for one in (better, worse)] == ["inconclusive", "inconclusive"]
     last = [decide(replace(one, is_last=True), POLICY) for one in (better, worse)]
     assert [one.outcome for one in last] == ["promote", "inconclusive"]
-    assert "promote from 0.75 at this last look" in last[0].reasons[0]
+    assert "promote from 0.8 at this last look" in last[0].reasons[0]
     assert decide(replace(better, is_last=True), ANYTIME).outcome == "inconclusive", "an e-value is valid at every look alike"
 
 
@@ -92,7 +92,7 @@ def test_the_report_has_every_number_the_verdict_used():
         "losses": 2,
         "neither": 2,
     }
-    assert numbers["posterior"] == pytest.approx(stats.beta(10, 6).sf(0.5))
+    assert numbers["posterior"] == pytest.approx(stats.beta(12, 8).sf(0.5))
     assert numbers["gain_points"] == pytest.approx(8.0)
     low, high = numbers["gain_points_interval"]
     assert low < 0
@@ -215,3 +215,17 @@ def test_the_exam_s_sample_is_random_blind_to_order_and_its_own():
     overlaps = [len(set(chosen) & set(gate.choose_items(differing, "claims", f"exam-{n}", 20))) for n in range(2, 200)]
     assert sum(overlaps) / len(overlaps) == pytest.approx(2, abs=0.4)
     assert gate.choose_items(differing, "claims", "exam-1", -3) == []
+
+
+def test_answers_that_routing_asked_for_count_as_far_as_the_exam_s_order_has_reached():
+    """A router sends half of the claims, the uncertain ones: of the evidence they are half as well, not more."""
+    shares = []
+    for salt in range(200):
+        claims, exam_id = [f"c{n}" for n in range(100)], f"exam-{salt}"
+        routed = claims[::2]
+        asked = gate.choose_items(claims[1::2], "claims", exam_id, 20)
+        evidence = gate.count_in([*routed, *asked], asked, "claims", exam_id)
+        assert set(asked) <= set(evidence)
+        shares.append(len(set(evidence) & set(routed)) / len(evidence))
+    assert sum(shares) / len(shares) == pytest.approx(0.5, abs=0.02)
+    assert gate.count_in(claims, [], "claims", exam_id) == [], "an exam that asked nothing yet has no evidence"

@@ -208,9 +208,9 @@ def test_a_candidate_that_won_what_was_asked_is_promoted_at_its_last_look(served
     served.settle()
     served.predict(120, model_version="v1.0")
     served.settle()
-    assert served.answer_all(open_exam(served)["id"], limit=3) == 3
+    assert served.answer_all(open_exam(served)["id"], limit=4) == 4
     served.settle()
-    assert (verdict(served, "v1.1"), open_exam(served)["report"]["wins"]) == (None, 3)
+    assert (verdict(served, "v1.1"), open_exam(served)["report"]["wins"]) == (None, 4)
     served.ask_for_run()
     served.settle()
     assert (verdict(served, "v1.1"), champion(served)) == ("promote", "v1.1")

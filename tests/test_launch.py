@@ -16,6 +16,8 @@ import pytest
 from daemon import launch
 from daemon.config import Devices, Settings
 from daemon.launchers import choice, processes, workers
+from tests import training_fixtures
+from tests.model_fixtures import tiny_base
 from trainers import spec
 
 
@@ -33,10 +35,10 @@ def make_python(folder: Path, body: str) -> str:
     return str(program)
 
 
-def wait_for(holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
+def wait_for(holds: Callable[[], object], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < deadline, "it did not happen in 20 seconds"
+        assert time.monotonic() < deadline, f"it did not happen in {seconds} seconds"
         time.sleep(0.01)
 
 
@@ -174,3 +176,24 @@ def test_several_parts_of_a_device_are_processes_of_torchrun(tmp_path: Path) -> 
     commands = [launch.make_command("python", make_run(tmp_path / name, name), 3) for name in ("cpu", "cuda:0+cuda:1")]
     assert [command[2] for command in commands] == ["trainers.train", "trainers.torchrun"]
     assert commands[0][3:] == [str(tmp_path / "cpu"), "--attempt", "3"]
+
+
+def test_an_attempt_of_a_killed_daemons_worker_is_found_and_stopped_by_the_next_daemon(tmp_path: Path) -> None:
+    data = training_fixtures.dataset(tmp_path / "set")
+    asked = training_fixtures.make_spec(tiny_base(tmp_path / "base"), data, {"epochs": 1000, "checkpoint_steps": 5})
+    run_dir = make_run(tmp_path / "run")
+    spec.write_spec(run_dir, asked)
+    first, second = workers.Workers(sys.executable, 60), workers.Workers(sys.executable, 60)
+    first.submit(run_dir, 1)
+    worker = first._workers[0].process
+    wait_for(lambda: list(run_dir.glob("attempts/1/checkpoints/step-*")) or worker.poll() is not None, 250)
+    assert worker.stdin is not None
+    worker.stdin.close()  # as the kernel does when its daemon is killed
+    assert second.status(run_dir, 1) is None
+    second.cancel(run_dir, 1)
+    wait_for(lambda: second.status(run_dir, 1) is not None, 100)
+    assert second.status(run_dir, 1) == launch.UNSEEN
+    assert json.loads(worker.stdout.readline())["exit"] == spec.EXIT_RESUMABLE  # type: ignore[union-attr]  # a pipe
+    assert worker.wait(60) == 0, "nobody is there to give it another run"
+    assert not (run_dir / "attempts/1/result.json").exists()
+    worker.stdout.close()  # type: ignore[union-attr]  # a pipe

@@ -17,7 +17,7 @@ from storage import dead_letters
 BATCH = 500
 WITHIN_SECONDS = 0.05
 CRASH_SECONDS = 1.0
-STOP_SECONDS = 15
+STOP_SECONDS = 8
 
 log = structlog.get_logger()
 
@@ -48,6 +48,8 @@ async def run(access: broker.Access, group: str, inlet: records.Inlet, stop: asy
                 async with asyncio.timeout(STOP_SECONDS):
                     await turn.acquire()
                     await app.consumer.commit()
+            except TimeoutError:
+                log.warning("offsets_not_committed", error="TimeoutError")
             finally:
                 await app.stop()
 

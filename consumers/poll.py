@@ -15,7 +15,7 @@ from storage import dead_letters
 BATCH = 1000
 POLL_MS = 200
 SESSION_MS, HEARTBEAT_MS = 10_000, 2_000
-COMMIT_MS = 10_000
+COMMIT_MS, CLOSE_MS = 10_000, 5_000
 METADATA_MS = 30_000
 
 log = structlog.get_logger()
@@ -24,7 +24,7 @@ log = structlog.get_logger()
 def run(access: broker.Access, group: str, inlet: records.Inlet, stopping: threading.Event) -> None:
     """Take batch after batch until `stopping`; an offset is committed after the transaction that stored or parked its record.
 
-    Raises `BrokerAbsentError` at the start, and what `Inlet.take_patiently` raises: nothing of that batch was acknowledged.
+    Raises `BrokerError` when the broker refuses, and what `Inlet.take_patiently` raises: nothing of that batch was acknowledged.
     """
     consumer = _open(access, group, inlet)
     try:
@@ -36,8 +36,10 @@ def run(access: broker.Access, group: str, inlet: records.Inlet, stopping: threa
             if batch:
                 inlet.take_patiently(batch, stopping)
                 _acknowledge(consumer, inlet)
+    except KafkaError as error:
+        raise broker.BrokerError(f"the group {group} can't be read ({type(error).__name__}): all of a group use one consumer") from error
     finally:
-        consumer.close(autocommit=False)
+        consumer.close(autocommit=False, timeout_ms=CLOSE_MS)
 
 
 def _open(access: broker.Access, group: str, inlet: records.Inlet) -> KafkaConsumer:
@@ -55,9 +57,9 @@ def _open(access: broker.Access, group: str, inlet: records.Inlet) -> KafkaConsu
         )
     except KafkaError as error:
         raise broker.BrokerAbsentError(f"no broker answers ({type(error).__name__})") from error
+    consumer.subscribe(list(inlet.kinds))
     # It would divide the partitions before it knows of any, and then have none until it looks again.
     consumer.topics()
-    consumer.subscribe(list(inlet.kinds))
     return consumer
 
 

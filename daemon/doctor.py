@@ -12,9 +12,11 @@ from pathlib import Path
 import httpx
 from sqlalchemy import RowMapping
 
+from consumers import broker, topics
 from daemon import makeup
 from daemon.agents import Agent
 from daemon.config import Settings
+from daemon.kafka import Kafka, SecretMissingError
 from storage import db, ledger, registry, tokens
 
 MIN_FREE_BYTES = 5 * 1024**3
@@ -37,6 +39,8 @@ class Finding:
 def examine(settings: Settings) -> Iterator[Finding]:
     """Look at the database, the disk, the trainer's environment, the devices and every agent, one finding at a time."""
     yield from _examine_database(settings)
+    if settings.kafka.bootstrap is not None:
+        yield _examine_kafka(settings.kafka)
     yield _examine_disk(settings.home)
     yield from _examine_trainer(settings)
     if not settings.agents:
@@ -82,6 +86,20 @@ def _examine_champion(row: RowMapping) -> Finding:
         detail=f"{row['name']} {'lies in' if folder.is_dir() else 'is not in'} {folder}",
         remedy="put the folder back there from a backup: versions and datasets are known by their full paths",
     )
+
+
+def _examine_kafka(kafka: Kafka) -> Finding:
+    try:
+        findings = topics.check(kafka.to_access(), kafka.topics.describe())
+    except (broker.BrokerError, SecretMissingError) as error:
+        detail, _, remedy = str(error).rpartition(": ")
+        return Finding("kafka", is_well=False, detail=detail, remedy=remedy)
+    missing = [finding.name for finding in findings if finding.partitions is None]
+    if missing:
+        return Finding("kafka", is_well=False, detail=f"{', '.join(missing)} is missing", remedy="run `ratchet topics create`")
+    differ = [f"{finding.name}: {', '.join(finding.differs)}" for finding in findings if finding.differs]
+    told = "; ".join(differ) or "lets us in and has the topics as configured"
+    return Finding("kafka", is_well=not differ, detail=told, remedy="change the topic on the broker, or [kafka.topics]")
 
 
 def _examine_disk(home: Path) -> Finding:

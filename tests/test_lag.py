@@ -13,6 +13,7 @@ from structlog.testing import capture_logs
 from consumers import broker as brokers
 from consumers import lag, records, stream
 from daemon import status
+from daemon.cli import status as status_screen
 from daemon.web import metrics
 from storage import db, leases, streams
 from tests import broker_fixtures, event_fixtures
@@ -73,6 +74,10 @@ def test_lag_is_told_for_each_partition_to_status_and_prometheus(source, kafka, 
     waiting = {f"{kafka.topics.predictions}/0": 2, f"{kafka.topics.predictions}/1": 1}
     assert told["lag"] == {f"{kafka.topics.labels}/0": 0, f"{kafka.topics.labels}/1": 0, **waiting}
     assert (told["problem"], list(told["daemons"])) == (None, ["here 12"])
+    said = [line for line, _ in status_screen._compose_stream(told)]
+    assert said[0].startswith("Kafka        3 to read, oldest 0 s; 0 to send")
+    assert said[1:3] == [f"  {place}: {count}" for place, count in waiting.items()]
+    assert said[3] == "  here 12: poll, 0 read in 0 batches, last batch 0 in 0.000 s"
     rendered = metrics.Metrics(source.inlet.engine, {}, lambda: datetime.now(UTC)).render().decode()
     assert f'ratchet_kafka_lag{{partition="0",topic="{kafka.topics.predictions}"}} 2.0' in rendered
     assert 'ratchet_kafka_records_total{daemon="here 12"} 0.0' in rendered

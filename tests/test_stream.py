@@ -62,6 +62,7 @@ def predictions(first, last):
     return [orjson.dumps(event_fixtures.make_prediction(number, at)) for number in range(first, last)]
 
 
+@pytest.mark.databases("sqlite", "postgresql")
 def test_predictions_labels_and_poison_are_stored_or_parked_and_acknowledged(source, kafka, broker):
     engine = source.inlet.engine
     broker_fixtures.produce(broker, kafka.topics.predictions, [*predictions(0, 600), b"no JSON", None])
@@ -73,6 +74,14 @@ def test_predictions_labels_and_poison_are_stored_or_parked_and_acknowledged(sou
     with db.reading(engine) as connection:
         origins = {row["origin"].rpartition("/")[0] for row in dead_letters.list_parked(connection)}
     assert origins == {f"{kafka.topics.predictions}/0", f"{kafka.topics.predictions}/1", f"{kafka.topics.labels}/1"}
+
+
+def test_a_partition_full_of_poison_holds_up_nobody(source, kafka, broker):
+    mixed = [one for good in predictions(0, 300) for one in (good, good[:-1])]  # the second of each goes to partition 1
+    broker_fixtures.produce(broker, kafka.topics.predictions, mixed)
+    read_until(source, lambda: (count(source.inlet.engine, Prediction), count(source.inlet.engine, DeadLetter)) == (300, 300))
+    assert broker_fixtures.read_lag(kafka, kafka.topics.predictions) == 0
+    assert count(source.inlet.engine, DeadLetter, DeadLetter.partition == 1) == 300
 
 
 def test_what_was_stopped_goes_on_where_it_stopped_and_a_repetition_changes_nothing(source, kafka, broker):

@@ -4,7 +4,7 @@ import pytest
 
 from consumers import broker as brokers
 from consumers import topics
-from daemon import cli
+from daemon import cli, config, doctor
 from tests import broker_fixtures
 
 
@@ -65,3 +65,15 @@ def test_the_commands_make_and_check_the_topics(home, kafka, monkeypatch, capsys
 def test_without_kafka_the_commands_say_what_to_set(home, capsys):
     assert cli.main(["topics", "check"]) == 1
     assert "set [kafka] bootstrap" in capsys.readouterr().err
+
+
+def test_the_doctor_looks_at_the_broker_and_the_topics(home, kafka, monkeypatch):
+    def look(bootstrap):
+        monkeypatch.setenv("RATCHET_KAFKA__BOOTSTRAP", bootstrap)
+        settings = config.load(home / "ratchet.toml").model_copy(update={"kafka": kafka.model_copy(update={"bootstrap": bootstrap})})
+        return next(finding for finding in doctor.examine(settings) if finding.name == "kafka")
+
+    assert "no broker answers" in look("127.0.0.1:1").detail
+    assert look(kafka.bootstrap).remedy == "run `ratchet topics create`"
+    topics.create(kafka.to_access(), kafka.topics.describe())
+    assert look(kafka.bootstrap).is_well

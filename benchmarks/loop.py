@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import median
@@ -27,20 +27,22 @@ from benchmarks.training import make_base
 from daemon import deployments, imr
 from daemon.agents import Exam, Publisher
 from daemon.launchers import processes
-from storage import datasets, db, registry, runs
+from storage import datasets, db, exams, registry, reviews, runs
 from tests.event_fixtures import handle, make_label, send
-from tests.pipeline_fixtures import World, make_settings
+from tests.pipeline_fixtures import World, always, make_settings
 from trainers import spec
 
 AGENT = "adjudication"
-POLL_SECONDS, GIVE_UP_SECONDS = 0.05, 120
+TRUTH = "APPROVED"
+"""The answer to every claim that comes in; history knows the other one alone, so that a candidate that learned is sure to differ."""
+POLL_SECONDS, GIVE_UP_SECONDS = 0.05, 300
 console = Console(stderr=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cases", type=int, default=1000, help="of history")
-    parser.add_argument("--claims", type=int, default=300, help="that the exam can draw from")
+    parser.add_argument("--claims", type=int, default=300, help="that teach the candidate, and as many that its exam can draw from")
     parser.add_argument("--repeats", type=int, default=20, help="of the labels and the rollbacks")
     asked = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
@@ -49,13 +51,15 @@ def main() -> None:
         base = make_base(folder, list(imr.read_decisions(2001, 2005))[:400])
         world = make_world(folder, base, stack.enter_context(run_node(base)))
         stack.callback(world.engine.dispose)
-        world.import_history(asked.cases)
+        world.import_history(asked.cases, answer="DENIED")
         console.print("training v1.0, which enters service without an exam")
         run_until(world, lambda: champion(world) == "v0")
         world.ask_for_run()
         run_until(world, lambda: champion(world) == "v1.0")
         world.predict(asked.claims, model_version="v1.0", confidence=0.5)
         labels = [time_label(world, number) for number in range(asked.repeats)]
+        teach(world, range(asked.repeats, asked.claims))
+        world.predict(asked.claims, model_version="v1.0", confidence=0.5)
         console.print(f"label to dataset version: {median(labels):.3f} s; training v1.1")
         verdict, training = time_verdict(world)
         console.print(f"trigger to verdict: {verdict:.1f} s, of which training {training:.1f} s")
@@ -81,11 +85,7 @@ def make_world(folder: Path, base: Path, node: str) -> World:
     publisher = Publisher(kind="reference", url=node)
     settings = make_settings(folder, base, training=options, exam=Exam(max_asked=40), publisher=publisher)
     trainer = processes.Processes(settings.training.python)
-    return World(engine, settings, trainer, datetime.now(UTC) - timedelta(hours=1), truth=lambda _, fields: is_denied(fields))
-
-
-def is_denied(fields: dict[str, Any]) -> str:
-    return "DENIED" if fields["treatment"] == "t0" else "APPROVED"
+    return World(engine, settings, trainer, datetime.now(UTC) - timedelta(hours=1), truth=always(TRUTH))
 
 
 @contextlib.contextmanager
@@ -94,8 +94,10 @@ def run_node(base: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "trainers.serve", "--base", str(base), "--threads", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as node:
         assert node.stdout is not None
-        yield node.stdout.readline().split()[-1]
-        node.terminate()
+        try:
+            yield node.stdout.readline().split()[-1]
+        finally:
+            node.terminate()
 
 
 def run_until(world: World, is_reached: Any) -> None:
@@ -103,10 +105,19 @@ def run_until(world: World, is_reached: Any) -> None:
     until = time.monotonic() + GIVE_UP_SECONDS
     while not is_reached():
         if time.monotonic() > until:
-            raise SystemExit(f"not reached within {GIVE_UP_SECONDS} s")
+            raise SystemExit(f"not reached within {GIVE_UP_SECONDS} s: {describe_standing(world)}")
         world.now = datetime.now(UTC)
         if not world.pipeline.tick(world.now) and not world.answer_all():
             time.sleep(POLL_SECONDS)
+
+
+def describe_standing(world: World) -> str:
+    """What the loop waits for, where it does not come to an end."""
+    with db.reading(world.engine) as connection:
+        exams_open = [(row["candidate"], row["report"]) for row in exams.list_open(connection, AGENT)]
+        under_way = [(row["id"], row["kind"], row["state"]) for row in runs.read_in_state(connection, *runs.LIVE)]
+        waiting = reviews.count_live(connection, AGENT)
+    return f"runs under way {under_way}, exams open {exams_open}, reviews {waiting}"
 
 
 def champion(world: World) -> str | None:
@@ -119,10 +130,21 @@ def time_label(world: World, number: int) -> float:
     world.now = datetime.now(UTC)
     handler = world.handler
     began = time.perf_counter()
-    send(world.engine, [make_label(number, world.now, expert="inference-1", kind="late_truth")], world.now)
+    send(world.engine, [make_truth(number, world.now)], world.now)
     handle(world.engine, handler, world.now)
     datasets.build(world.engine, AGENT, world.settings.storage.snapshots, {}, world.now)
     return time.perf_counter() - began
+
+
+def teach(world: World, numbers: Iterable[int]) -> None:
+    """Late truth for these claims."""
+    world.now = datetime.now(UTC)
+    send(world.engine, [make_truth(number, world.now) for number in numbers], world.now)
+    handle(world.engine, world.handler, world.now)
+
+
+def make_truth(number: int, at: datetime) -> dict[str, Any]:
+    return make_label(number, at, expert="inference-1", kind="late_truth", answer=TRUTH)
 
 
 def time_verdict(world: World) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, RowMapping, Text, cast, exists, func, select
+from sqlalchemy import Connection, RowMapping, Text, bindparam, cast, exists, func, select
 
 from storage import db
 from storage.tables import Label, Prediction
@@ -72,17 +72,22 @@ def find_labelled(
 
 def read_routed(connection: Connection, agent: str, limit: int) -> list[tuple[float | None, str, dict[str, Any]]]:
     """Confidence, the JSON text of the routing reasons, and attributes of the newest served predictions, oldest first."""
-    return _read_newest(connection, agent, limit, Prediction.confidence, cast(Prediction.reasons, Text), Prediction.attributes)
+    newest = _NEWEST.add_columns(Prediction.attributes)
+    return list(reversed(connection.execute(newest, {"agent": agent, "limit": limit}).all()))
 
 
 def read_confidences(connection: Connection, agent: str, limit: int) -> list[tuple[float | None, str]]:
     """Confidence and the JSON text of the routing reasons of the newest served predictions, oldest first."""
-    return _read_newest(connection, agent, limit, Prediction.confidence, cast(Prediction.reasons, Text))
+    return list(reversed(connection.execute(_NEWEST, {"agent": agent, "limit": limit}).all()))
 
 
-def _read_newest(connection: Connection, agent: str, limit: int, *columns: Any) -> list[Any]:
-    query = select(*columns).where(Prediction.agent == agent, Prediction.origin == "served").order_by(Prediction.id.desc()).limit(limit)
-    return list(reversed(connection.execute(query).all()))
+_NEWEST = (
+    select(Prediction.confidence, cast(Prediction.reasons, Text))
+    .where(Prediction.agent == bindparam("agent"), Prediction.origin == "served")
+    .order_by(Prediction.id.desc())
+    .limit(bindparam("limit"))
+)
+"""Read for every batch and every single event: put together once."""
 
 
 def read_recent(

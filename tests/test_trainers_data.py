@@ -1,5 +1,6 @@
 import json
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -122,8 +123,51 @@ def test_a_cut_prompt_is_counted_and_its_completion_is_whole(tmp_path):
     long = json.dumps({"treatment": "surgery " * 200, "age": "4", "plan": "HMO"})
     lessons = read(snapshot(tmp_path / "set", [row(0, "train", input=long, rationale="because")]), limit=64)
     assert lessons.prompts_cut == 1
-    assert lessons.train[0].example.completion == data.encode_completion(TOKENIZER, PLAIN, "DENIED", "because")
+    assert lessons.train[0].example.completion.tolist() == data.encode_completion(TOKENIZER, PLAIN, "DENIED", "because")
     assert lessons.train[0].example.tokens <= 64
+
+
+def count_tokenizing(monkeypatch):
+    """How many blocks of rows were tokenised, from now on."""
+    blocks = []
+    encode = data.encode_block
+    monkeypatch.setattr(data, "encode_block", lambda rows, *rest: blocks.append(len(rows)) or encode(rows, *rest))
+    return blocks
+
+
+def test_rows_are_tokenised_once_for_a_dataset_a_tokenizer_and_a_prompt(tmp_path, monkeypatch):
+    folder = dataset(tmp_path / "set", train=5, dev=3, gold=4)
+    blocks = count_tokenizing(monkeypatch)
+    first, second = read(folder), read(folder, Options(new_weight=2))
+    assert blocks == [8]
+    assert [case.prompt for case in first.train] == [case.prompt for case in second.train]
+    data.read_lessons(folder, TOKENIZER, EVERY_FIELD, LABELS, Options(), limit=512, warm=False, seed=1)
+    read(folder, limit=100)
+    assert blocks == [8, 8, 8]
+
+
+def test_tokenising_that_was_cut_short_leaves_nothing_behind(tmp_path, monkeypatch):
+    folder = dataset(tmp_path / "set", train=5)
+    monkeypatch.setattr(data, "encode_block", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        read(folder)
+    assert list((tmp_path / ".set.tokens").iterdir()) == []
+    monkeypatch.undo()
+    assert len(read(folder).train) == 5
+
+
+def test_rows_stay_on_the_disk_until_they_are_asked_for_and_leave_memory_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.token_tables, "ROWS_AT_ONCE", 100)
+    folder = dataset(tmp_path / "set", train=2000)
+    read(folder)
+    size = sum(path.stat().st_size for path in (tmp_path / ".set.tokens").iterdir())
+    before = pa.total_allocated_bytes()
+    lessons = read(folder)
+    examples = data.Examples(lessons.train)
+    tokens = sum(example.tokens for example in examples[10:]) + sum(examples[place].tokens for place in range(10))
+    assert tokens == sum(case.example.tokens for case in lessons.train) > 20_000
+    assert pa.total_allocated_bytes() - before < size / 20
+    assert not examples[0].prompt.flags.owndata
 
 
 SHOUTING = Prompt(text="{{ input.plan.upper() }}: ")
@@ -191,7 +235,7 @@ def test_a_row_with_another_answer_than_was_learned_is_new(tmp_path):
 def test_a_rationale_longer_than_half_a_row_is_left_out_and_counted(tmp_path):
     lessons = read(snapshot(tmp_path / "set", [row(0, "train", rationale="so " * 500)]), limit=128)
     assert lessons.rationales_left_out == 1
-    assert lessons.train[0].example.completion == data.encode_completion(TOKENIZER, PLAIN, "DENIED", None)
+    assert lessons.train[0].example.completion.tolist() == data.encode_completion(TOKENIZER, PLAIN, "DENIED", None)
 
 
 def test_an_answer_outside_the_label_set_is_refused_with_its_row(tmp_path):

@@ -7,17 +7,18 @@ The completion is `LABEL`, a newline, the expert's rationale when there is one, 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from storage import snapshots
-from trainers import forms
+from trainers import forms, token_tables
 from trainers.forms import Form
 from trainers.spec import Options, Prompt, ScoreSet, SpecRefusedError
 
@@ -32,8 +33,8 @@ MOST_LEFT_OUT = 0.1
 class Example:
     """One sequence: the model reads `prompt` and is graded on `completion`, each token of it with `weight`."""
 
-    prompt: Sequence[int]
-    completion: Sequence[int]
+    prompt: Sequence[int] | np.ndarray
+    completion: Sequence[int] | np.ndarray
     weight: float = 1.0
 
     @property
@@ -59,10 +60,10 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """Prompts of many claims by their place, how many were cut, and for each claim of which none can be made, why."""
+    """Prompts of many claims by their place, which of them were cut, and for each claim of which none can be made, why."""
 
     texts: dict[int, str]
-    cut: int
+    cut: set[int]
     problems: dict[int, str]
 
 
@@ -79,12 +80,57 @@ class LeftOut:
         return {"set": self.set, "rows": len(self.row_ids), "row_ids": self.row_ids[:ROWS_NAMED], "reason": self.reason}
 
 
+class Cases(Sequence[Case]):
+    """Rows of a table as cases, each read from the disk when it is asked for; what was not imported weighs `new_weight`."""
+
+    def __init__(self, table: token_tables.TokenTable, places: np.ndarray, new_weight: float) -> None:
+        self.table, self.places, self.new_weight = table, places, new_weight
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, index: int) -> Case: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Cases: ...
+
+    def __getitem__(self, index: int | slice) -> Case | Cases:
+        """One case, or some."""
+        if isinstance(index, slice):
+            return Cases(self.table, self.places[index], self.new_weight)
+        table, place = self.table, self.places[index]
+        weight = 1.0 if table.get("origin", place) == snapshots.IMPORTED else self.new_weight
+        example = Example(table.get_tokens("read", place), table.get_tokens("graded", place), weight)
+        return Case(table.get("row_id", place), table.get("prompt", place), table.get("answer", place), example)
+
+
+class Examples(Sequence[Example]):
+    """What cases teach."""
+
+    def __init__(self, cases: Sequence[Case]) -> None:
+        self.cases = cases
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Examples: ...
+
+    def __getitem__(self, index: int | slice) -> Example | Examples:
+        """One example, or some."""
+        return Examples(self.cases[index]) if isinstance(index, slice) else self.cases[index].example
+
+
 @dataclass(frozen=True, slots=True)
 class Lessons:
     """What a run learns from. `dev` steers early stopping and the temperature; gold rows are in neither."""
 
-    train: list[Case]
-    dev: list[Case]
+    train: Sequence[Case]
+    dev: Sequence[Case]
     prompts_cut: int
     rationales_left_out: int
     left_out: tuple[LeftOut, ...] = ()
@@ -168,7 +214,7 @@ def build_prompts(
     rendered = render_prompts(tokenizer, prompt, inputs, limits)
     for problem in rendered.problems.values():
         raise SpecRefusedError(problem)
-    return list(rendered.texts.values()), rendered.cut
+    return list(rendered.texts.values()), len(rendered.cut)
 
 
 def render_prompts(tokenizer: Tokenizer, prompt: Prompt, inputs: Sequence[Mapping[str, Any]], limits: Sequence[int]) -> Prompts:
@@ -182,7 +228,7 @@ def render_prompts(tokenizer: Tokenizer, prompt: Prompt, inputs: Sequence[Mappin
     cleaned = [without_marks(form, fields) for fields in inputs]
     texts: dict[int, str] = {}
     problems: dict[int, str] = {}
-    cut = 0
+    cut: set[int] = set()
     for index, fields in enumerate(cleaned):
         try:
             texts[index] = form.wrap(prompt.render(fields))
@@ -194,7 +240,7 @@ def render_prompts(tokenizer: Tokenizer, prompt: Prompt, inputs: Sequence[Mappin
                 raise SpecRefusedError("a prompt is empty: the template must render to some text")  # noqa: TRY301  one place counts
             if len(tokens) > limits[index]:
                 texts[index] = cut_prompt(tokenizer, prompt, cleaned[index], limits[index])
-                cut += 1
+                cut.add(index)
         except SpecRefusedError as error:
             problems[index] = str(error)
             del texts[index]
@@ -291,45 +337,91 @@ def read_lessons(
     Weights: 1 for an imported row, `options.new_weight` for every other. A warm start takes rows by `choose_rows`, from scratch all are
     used. A row that can't be rendered is left out; raises `SpecRefusedError` when more than `MOST_LEFT_OUT` of the train rows can't.
     """
-    form = forms.find(tokenizer, prompt.form)
-    rows = {split: list(read_split(dataset, split)) for split in ("train", "dev")}
+    table = tokenize_rows(dataset, tokenizer, prompt, labels, limit)
+    chosen = {split: table.find(split) for split in ("train", "dev")}
     if warm:
-        rows["train"] = choose_rows(rows["train"], options, learned, seed)
-    cases: dict[str, list[Case]] = {}
-    cut = rationales_left_out = 0
-    left_out: tuple[LeftOut, ...] = ()
-    for split, chosen in rows.items():
-        completions = [encode_answer(tokenizer, form, row, labels, limit) for row in chosen]
-        rationales_left_out += sum(was_left_out for _, was_left_out in completions)
-        limits = [limit - len(tokens) for tokens, _ in completions]
-        rendered = render_prompts(tokenizer, prompt, [json.loads(row["input"]) for row in chosen], limits)
-        cut += rendered.cut
-        left_out += list_left_out(split, [row["row_id"] for row in chosen], rendered)
-        encoded = encode_prompts(tokenizer, list(rendered.texts.values()))
-        cases[split] = [
-            Case(
-                row_id=chosen[index]["row_id"],
-                prompt=text,
-                answer=labels.index(chosen[index]["answer"]),
-                example=Example(tokens, completions[index][0], weigh(chosen[index], options)),
-            )
-            for (index, text), tokens in zip(rendered.texts.items(), encoded, strict=True)
-        ]
-    for rows_left_out in left_out:
-        if rows_left_out.set == "train":
-            check_left_out(rows_left_out, len(rows["train"]), MOST_LEFT_OUT)
-    return Lessons(cases["train"], cases["dev"], cut, rationales_left_out, left_out)
+        chosen["train"] = choose_places(table, chosen["train"], options, learned, seed)
+    left_out = [one for split, places in chosen.items() for one in find_left_out(table, split, places)]
+    for one in left_out:
+        if one.set == "train":
+            check_left_out(one, len(chosen["train"]), MOST_LEFT_OUT)
+    cut, shortened = (sum(sum(table.take(column, some)) for some in chosen.values()) for column in ("is_cut", "is_rationale_left_out"))
+    train, dev = (Cases(table, drop_left_out(table, chosen[split]), options.new_weight) for split in ("train", "dev"))
+    return Lessons(train, dev, cut, shortened, tuple(left_out))
 
 
-def weigh(row: Mapping[str, Any], options: Options) -> float:
-    """What a row's loss counts."""
-    return 1.0 if row["origin"] == snapshots.IMPORTED else options.new_weight
+def tokenize_rows(dataset: Path, tokenizer: Tokenizer, prompt: Prompt, labels: Sequence[str], limit: int) -> token_tables.TokenTable:
+    """The rows of a snapshot as tokens, from the file beside it that an earlier run with the same tokenizer, prompt and labels made."""
+    asked = [snapshots.read_manifest(dataset)["root"], digest_tokenizer(tokenizer), prompt.model_dump(), list(labels), limit]
+    key = hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()
+    path = dataset.with_name(f".{dataset.name}.tokens") / f"{key}.arrow"
+    if not path.is_file():
+        token_tables.write(path, encode_rows(dataset, tokenizer, prompt, labels, limit))
+    return token_tables.TokenTable(path)
 
 
-def read_split(dataset: Path, split: str) -> Iterator[dict[str, Any]]:
-    """The rows of one split in their written order."""
+def digest_tokenizer(tokenizer: Tokenizer) -> str:
+    """What decides how a tokenizer turns text into tokens, its chat template too."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend else json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
+    marks = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.all_special_tokens, tokenizer.chat_template]
+    return hashlib.sha256(f"{rules}\0{json.dumps(marks)}".encode()).hexdigest()
+
+
+def encode_rows(dataset: Path, tokenizer: Tokenizer, prompt: Prompt, labels: Sequence[str], limit: int) -> Iterator[list[dict[str, Any]]]:
+    """The train and dev rows of a snapshot for `token_tables.write`, a block at a time."""
     columns = ("row_id", "row_digest", "split", "origin", "input", "answer", "rationale")
-    return (row for row in snapshots.read(dataset, columns) if row["split"] == split)
+    rows = (row for row in snapshots.read(dataset, columns) if row["split"] in {"train", "dev"})
+    while block := list(itertools.islice(rows, token_tables.ROWS_AT_ONCE)):
+        yield encode_block(block, tokenizer, prompt, labels, limit)
+
+
+def encode_block(
+    rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, prompt: Prompt, labels: Sequence[str], limit: int
+) -> list[dict[str, Any]]:
+    """Some rows as `token_tables.SCHEMA` has them."""
+    form = forms.find(tokenizer, prompt.form)
+    completions = [encode_answer(tokenizer, form, row, labels, limit) for row in rows]
+    limits = [limit - len(completion) for completion, _ in completions]
+    rendered = render_prompts(tokenizer, prompt, [json.loads(row["input"]) for row in rows], limits)
+    read = dict(zip(rendered.texts, encode_prompts(tokenizer, list(rendered.texts.values())), strict=True))
+    return [
+        {
+            "row_id": row["row_id"],
+            "row_digest": row["row_digest"],
+            "origin": row["origin"],
+            "split": row["split"],
+            "answer": labels.index(row["answer"]),
+            "prompt": rendered.texts.get(index),
+            "problem": rendered.problems.get(index),
+            "read": read.get(index, []),
+            "graded": completion,
+            "is_cut": index in rendered.cut,
+            "is_rationale_left_out": is_left_out,
+        }
+        for index, (row, (completion, is_left_out)) in enumerate(zip(rows, completions, strict=True))
+    ]
+
+
+def find_left_out(table: token_tables.TokenTable, split: str, places: np.ndarray) -> Iterator[LeftOut]:
+    """The rows at these places that have no prompt, if there are any."""
+    problems = table.take("problem", places)
+    failed = [index for index, problem in enumerate(problems) if problem is not None]
+    if failed:
+        yield LeftOut(split, table.take("row_id", places[failed]), problems[failed[0]])
+
+
+def drop_left_out(table: token_tables.TokenTable, places: np.ndarray) -> np.ndarray:
+    """The places whose rows have a prompt."""
+    return places[[problem is None for problem in table.take("problem", places)]]
+
+
+def choose_places(table: token_tables.TokenTable, places: np.ndarray, options: Options, learned: Path | None, seed: int) -> np.ndarray:
+    """Where the rows lie that a warm start is trained on, see `choose_rows`."""
+    names = ("row_id", "row_digest", "origin")
+    columns = [table.take(name, places) for name in names]
+    rows = [dict(zip((*names, "place"), row, strict=True)) for row in zip(*columns, places, strict=True)]
+    return np.array([row["place"] for row in choose_rows(rows, options, learned, seed)], dtype=np.int64)
 
 
 def choose_rows(rows: Sequence[dict[str, Any]], options: Options, learned: Path | None, seed: int) -> list[dict[str, Any]]:

@@ -53,7 +53,8 @@ class Schedule:
     def batch(self, step: int) -> list[int]:
         """The rows of this step: each epoch is another permutation."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        return permute(self.rows, self.seed, epoch)[place * self.batch_rows : (place + 1) * self.batch_rows]
+        rows: list[int] = permute(self.rows, self.seed, epoch)[place * self.batch_rows : (place + 1) * self.batch_rows].tolist()
+        return rows
 
     def rate(self, step: int) -> float:
         """The share of the learning rate: up in a line while warming up, then down in a line to the end."""
@@ -64,11 +65,10 @@ class Schedule:
 
 
 @functools.lru_cache(maxsize=2)
-def permute(rows: int, seed: int, epoch: int) -> list[int]:
+def permute(rows: int, seed: int, epoch: int) -> torch.Tensor:
     """A permutation of the rows, drawn from the seed and the epoch alone."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order: list[int] = torch.randperm(rows, generator=generator).tolist()
-    return order
+    return torch.randperm(rows, generator=generator)
 
 
 @dataclass(slots=True)

@@ -26,7 +26,7 @@ class Family:
         return (len(self.rows) - 1) * self.shared
 
 
-def find_families(prompts: Sequence[Sequence[int]], cost: int = COST) -> list[Family]:
+def find_families(prompts: Sequence[Sequence[int] | np.ndarray], cost: int = COST) -> list[Family]:
     """Part the prompts into families so that the fewest tokens are read, a family counted as `cost` of them; most often it is one.
 
     In the order of their tokens relatives are neighbours, so a family is a stretch of that order: the best partition of the first n

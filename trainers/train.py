@@ -150,8 +150,8 @@ def train_candidate(work: Work) -> dict[str, Any]:
     """Train by the spec's method, calibrate what came of it on dev, and let it and the others answer the score sets."""
     spec, options = work.spec, work.spec.options
     lessons, sheets = read_lessons(work), read_sheets(work)
-    examples = read_corpus(work) if options.method == "pretrain" else [case.example for case in lessons.train]
-    dev = [case.example for case in lessons.dev]
+    examples = read_corpus(work) if options.method == "pretrain" else data.Examples(lessons.train)
+    dev = data.Examples(lessons.dev)
     model = begin_training(work)
     try:
         counters = make_loop(work, model, examples, dev).run()
@@ -351,7 +351,7 @@ def read_sheet(work: Work, model: Model, name: str, row_ids: Sequence[str], inpu
         name=name,
         row_ids=[row_ids[index] for index in rendered.texts],
         prompts=list(rendered.texts.values()),
-        cut=rendered.cut,
+        cut=len(rendered.cut),
         left_out=data.list_left_out(name, row_ids, rendered),
     )
 

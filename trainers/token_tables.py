@@ -1,0 +1,83 @@
+"""Labelled rows as tokens on the disk: made once, kept as an Arrow file, and read through a memory map, however many there are."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import compute
+
+ROWS_AT_ONCE = 1024
+"""Rows that are tokenised and written together; every block of a file but the last has so many."""
+
+# `read` and `graded` are tokens; a row of which no prompt can be made has a `problem` and no prompt.
+SCHEMA = pa.schema(
+    [
+        pa.field("row_id", pa.string(), nullable=False),
+        pa.field("row_digest", pa.string(), nullable=False),
+        pa.field("origin", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("answer", pa.int32(), nullable=False),
+        pa.field("prompt", pa.string()),
+        pa.field("problem", pa.string()),
+        pa.field("read", pa.list_(pa.int32()), nullable=False),
+        pa.field("graded", pa.list_(pa.int32()), nullable=False),
+        pa.field("is_cut", pa.bool_(), nullable=False),
+        pa.field("is_rationale_left_out", pa.bool_(), nullable=False),
+    ]
+)
+
+
+class TokenTable:
+    """The rows of one file by their place. Nothing is read before it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        self.blocks = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+
+    def find(self, split: str) -> np.ndarray:
+        """The places of a split's rows, in their written order."""
+        places = [self._find_in(block, split) + number * ROWS_AT_ONCE for number, block in enumerate(self.blocks)]
+        return np.concatenate([np.empty(0, dtype=np.int64), *places])
+
+    @staticmethod
+    def _find_in(block: Any, split: str) -> np.ndarray:
+        found: np.ndarray = compute.equal(block["split"], split).to_numpy(zero_copy_only=False)
+        return found.nonzero()[0]
+
+    def take(self, column: str, places: np.ndarray) -> list[Any]:
+        """A column's values at some places, which are in ascending order."""
+        cuts = np.searchsorted(places, np.arange(len(self.blocks) + 1) * ROWS_AT_ONCE)
+        return [
+            value
+            for number, block in enumerate(self.blocks)
+            for value in block[column].take(pa.array(places[cuts[number] : cuts[number + 1]] - number * ROWS_AT_ONCE)).to_pylist()
+        ]
+
+    def get(self, column: str, place: int) -> Any:
+        """One value."""
+        number, row = divmod(int(place), ROWS_AT_ONCE)
+        return self.blocks[number][column][row].as_py()
+
+    def get_tokens(self, column: str, place: int) -> np.ndarray:
+        """One row's tokens, where they lie in the file."""
+        number, row = divmod(int(place), ROWS_AT_ONCE)
+        tokens: np.ndarray = self.blocks[number][column][row].values.to_numpy()
+        return tokens
+
+
+def write(path: Path, blocks: Iterable[list[dict[str, Any]]]) -> None:
+    """Write rows, in blocks of `ROWS_AT_ONCE`, as one file, whole or not at all; one that another run wrote meanwhile is the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
+    try:
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as file:
+            for block in blocks:
+                file.write_batch(pa.RecordBatch.from_pylist(block, schema=SCHEMA))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -125,6 +125,7 @@ def test_the_command_prints_one_screen_or_json(tmp_path, monkeypatch, capsys):
     command.status()
     screen = capsys.readouterr().out
     assert "0 unhandled" in screen
+    assert "to send" not in screen, "nobody waits for it where there is no Kafka"
     assert "Champion     none yet" in screen
     command.status(as_json=True)
     assert json.loads(capsys.readouterr().out)["agents"]["adjudication"]["labels"]["fresh"] == 0

@@ -92,7 +92,7 @@ def test_making_the_base_goes_on_where_it_was_stopped(texts, tmp_path):
     reached = max(int(path.name.removeprefix("step-")) for path in progress.parent.glob("checkpoints/step-*"))
     assert 0 < reached < 40
     stop = stopping.Stop()
-    assert tiny.make_tiny(texts, out, tiny.OPTIONS.model_copy(update={"epochs": 20}), 1, "cpu", 1, stop)[0] == spec.EXIT_DONE
+    assert tiny.make_tiny(texts, out, tiny.OPTIONS.model_copy(update={"epochs": 20}), 1, "cpu", 1, stop) == (spec.EXIT_DONE, f"done: {out}")
     assert (out / "model.safetensors").exists()
 
 

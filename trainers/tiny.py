@@ -98,6 +98,7 @@ def make_tiny(texts: Path, out: Path, options: Options, seed: int, device: str, 
     if status == EXIT_DONE:
         (run_dir / "attempts" / "1" / "model").rename(out)
         shutil.rmtree(run_dir)
+        return status, f"done: {out}"
     return status, sentence
 
 

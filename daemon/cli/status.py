@@ -29,7 +29,7 @@ def _compose(told: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     events = told["events"]
     age = f", oldest {events['oldest_seconds']:.0f} s" if events["oldest_seconds"] is not None else ""
     yield f"{told['at']:%Y-%m-%d %H:%M:%S} UTC", "dim"
-    yield f"Events       {events['received']} unhandled{age}; {events['waiting']} wait for their claim; {events['unsent']} to send", ""
+    yield f"Events       {events['received']} unhandled{age}; {events['waiting']} wait for their claim", ""
     if told["stream"]:
         yield from _compose_stream(told["stream"])
     if told["dead_letters"]:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import weakref
 
 import numpy as np
 import pytest
@@ -165,6 +166,21 @@ def test_a_pretraining_without_a_candidate_makes_a_base_and_scores_nothing(place
     assert runs.perform(tmp_path, asked) == spec.EXIT_DONE
     assert "scores" not in runs.result(tmp_path)
     assert not (tmp_path / "attempts" / "1" / "scores.parquet").exists()
+
+
+@pytest.mark.parametrize("method", ["full", "backward", "pretrain"])
+def test_what_was_trained_has_left_the_memory_before_a_base_is_read_to_score(method, place, tmp_path, monkeypatch):
+    begun, score_base = [], score.load_base
+
+    def load_base(*arguments, **options):
+        assert all(model() is None for model in begun)
+        loaded = score_base(*arguments, **options)
+        begun.append(weakref.ref(loaded[0]))
+        return loaded
+
+    monkeypatch.setattr(score, "load_base", load_base)
+    assert runs.perform(tmp_path, make(place, method, {"epochs": 1})) == spec.EXIT_DONE
+    assert len(begun) >= 3, "the base to train, what came of it, and the bare base beside it"
 
 
 def test_the_share_of_general_text_is_told(finish):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ class Bases:
     def release(self) -> None:
         """Let the base go, for it is needed no more or was changed by training."""
         self._loaded = self._model = None
+        gc.collect()  # What was trained may hang in a cycle with its optimizer.
 
 
 def take_fingerprint(folder: Path) -> Fingerprint:

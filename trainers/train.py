@@ -161,6 +161,7 @@ def train_candidate(work: Work) -> dict[str, Any]:
         made = save_trained(work, model)
     finally:
         end_training(work, model)
+        del model  # There may be no room for it beside the base that is read to score.
     found = {
         **made.describe(),
         "training": describe_training(work, counters, examples)
@@ -390,14 +391,17 @@ def measure_forgetting(work: Work, models: Sequence[Model]) -> dict[str, Any]:
     path = work.spec.general_texts
     if work.spec.kind != "train" or path is None:
         return {}
-    losses = {}
-    for name, base, adapter in [*((model.name, model.base, model.adapter) for model in models), (UNTOUCHED, None, None)]:
-        place = base or work.spec.base
-        tokenizer, limit = work.held.tokenizer(place), min(FORGETTING_TOKENS, bases.read_context(place))
-        corpus = texts.tokenize(path, tokenizer, limit, work.attempt.run_dir / "tokens", place.digest)
-        with wearing(work.load_base(base), adapter) as worn:
-            losses[name] = measure_dev_loss(work, worn, corpus[:FORGETTING_PIECES])
-    return {"text_loss": losses}
+    losses = {model.name: measure_text_loss(work, model.base, model.adapter, path) for model in models}
+    return {"text_loss": losses | {UNTOUCHED: measure_text_loss(work, None, None, path)}}
+
+
+def measure_text_loss(work: Work, base: Base | None, adapter: Path | None, path: Path) -> float | None:
+    """The loss of the first texts; when it is back nothing holds the base any more, so that there is room for the next one."""
+    place = base or work.spec.base
+    tokenizer, limit = work.held.tokenizer(place), min(FORGETTING_TOKENS, bases.read_context(place))
+    corpus = texts.tokenize(path, tokenizer, limit, work.attempt.run_dir / "tokens", place.digest)
+    with wearing(work.load_base(base), adapter) as worn:
+        return measure_dev_loss(work, worn, corpus[:FORGETTING_PIECES])
 
 
 @contextlib.contextmanager

@@ -56,9 +56,10 @@ def is_asking(connection: Connection, agent: str) -> bool:
 
 
 def count_asked(connection: Connection, agent: str, since: datetime) -> Counter[Kind]:
-    """How many reviews exam and watch opened since then."""
+    """How many reviews exam and watch opened since then; those that were withdrawn cost no expert anything."""
     query = select(Exam.kind, func.count()).join(Review, Review.exam == Exam.id).group_by(Exam.kind)
-    rows = connection.execute(query.where(Review.agent == agent, Review.opened_at >= since)).all()
+    query = query.where(Review.agent == agent, Review.opened_at >= since, Review.state != "expired")
+    rows = connection.execute(query).all()
     return Counter({cast("Kind", row[0]): row[1] for row in rows})
 
 

@@ -85,3 +85,7 @@ def test_what_an_exam_asked_counts_until_a_whole_window_of_claims_has_come(engin
             since = predictions.find_window_start(connection, "adjudication", 2)
             counts.append(exams.count_asked(connection, "adjudication", since))
     assert counts == [{}, {"exam": 1}, {"exam": 1}, {}]
+    with db.writing(engine) as connection:
+        assert exams.count_asked(connection, "adjudication", now) == {"exam": 1}
+        exams.close(connection, exam, "superseded", {}, now)
+        assert exams.count_asked(connection, "adjudication", now) == {}, "what nobody answered any more cost nothing"

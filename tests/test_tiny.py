@@ -50,7 +50,7 @@ def test_the_base_is_an_ordinary_checkpoint_of_about_a_million_parameters(base):
     assert type(model).__name__ == "LlamaForCausalLM"
     assert (model.config.num_hidden_layers, model.config.hidden_size) == (4, 128)
     assert 7e5 < model.num_parameters() < 1.1e6
-    assert {path.suffix for path in base.iterdir()} == {".json", ".safetensors"}
+    assert {path.suffix for path in base.iterdir()} == {".json", ".safetensors", ".jinja"}
 
 
 def test_the_base_learned_its_texts(base, texts, tmp_path):

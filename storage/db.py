@@ -21,7 +21,26 @@ import alembic.config
 import alembic.runtime.migration
 import alembic.script
 import orjson
-from sqlalchemy import JSON, URL, ColumnElement, Connection, Dialect, Engine, create_engine, event, func, insert, make_url, select, text
+from sqlalchemy import (
+    ARRAY,
+    JSON,
+    URL,
+    ColumnElement,
+    Connection,
+    Dialect,
+    Engine,
+    ExceptionContext,
+    String,
+    any_,
+    create_engine,
+    event,
+    func,
+    insert,
+    literal,
+    make_url,
+    select,
+    text,
+)
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, InternalError, OperationalError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
@@ -96,6 +115,8 @@ def open_engine(url: str, connections: int = CONNECTIONS) -> Engine:
     if is_sqlite:
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
+    else:
+        event.listen(engine, "handle_error", _hide_detail)
     return engine
 
 
@@ -125,6 +146,13 @@ def _postgresql_options(url: URL, connections: int) -> dict[str, Any]:
         "pool_size": kept,
         "max_overflow": connections - kept,
     }
+
+
+def _hide_detail(context: ExceptionContext) -> None:
+    """Take out of an error what the row held that failed: an error's text is logged, and rows are claims."""
+    for error in (context.original_exception, context.sqlalchemy_exception):
+        if error is not None and error.args:
+            error.args = (str(error.args[0]).partition("\nDETAIL:")[0], *error.args[1:])
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
@@ -250,11 +278,12 @@ def insert_columns(connection: Connection, table: type[Table], values: Mapping[s
 def is_one_of(connection: Connection, column: Any, values: Iterable[str]) -> ColumnElement[bool]:
     """A condition that holds where `column` is one of many values.
 
-    SQLite gets them as one JSON text: hundreds of parameters cost more time to write down and to parse than to look up.
+    They are one parameter, a JSON text or an array: hundreds cost more time to write down and to parse than to look up.
     """
+    wanted = list(values)
     if connection.dialect.name != "sqlite":
-        return cast("ColumnElement[bool]", column.in_(list(values)))
-    listed = func.json_each(orjson.dumps(list(values)).decode()).table_valued("value")
+        return cast("ColumnElement[bool]", column == any_(literal(wanted, ARRAY(String))))
+    listed = func.json_each(orjson.dumps(wanted).decode()).table_valued("value")
     return cast("ColumnElement[bool]", column.in_(select(listed.c.value)))
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, RowMapping, and_, case, func, select, update
+from sqlalchemy import Connection, RowMapping, and_, bindparam, case, func, select, update
 from sqlalchemy.orm import aliased
 
 from storage import db
@@ -23,6 +23,8 @@ from storage.tables import Label, Prediction
 READS = ("review", "second_read")
 CASE = ("agent", "claim_id", "input_digest")
 """What predictions of the same case share."""
+IS_STANDING_READ = and_(Label.superseded_by.is_(None), Label.kind.in_(bindparam("reads", READS, expanding=True, literal_execute=True)))
+"""Written out in the SQL: an index over these alone serves a query only when its text says that it means those."""
 RANKS = (("late_truth",), ("adjudication",), READS, ("import",))
 
 
@@ -191,11 +193,17 @@ def groups_of_history(connection: Connection, agent: str) -> set[str]:
 
 def list_conflicts(connection: Connection, agent: str | None = None) -> list[tuple[str, list[Answer]]]:
     """Cases on which experts disagree, each by its first prediction that was read, with the answers."""
-    read = select(func.min(Prediction.id)).join(Label, Label.prediction == Prediction.id)
-    read = read.where(Label.superseded_by.is_(None), Label.kind.in_(READS))
+    # First the few claims with different answers, from the index alone: most cases were read once.
+    claims = select(Label.agent, Label.claim_id).where(IS_STANDING_READ).group_by(Label.agent, Label.claim_id)
+    claims = claims.having(func.min(Label.answer) < func.max(Label.answer))
     if agent:
-        read = read.where(Label.agent == agent)
-    disputed = read.group_by(*(getattr(Prediction, name) for name in CASE)).having(func.count(Label.answer.distinct()) > 1)
+        claims = claims.where(Label.agent == agent)
+    differing = claims.subquery()
+    is_of_these = and_(differing.c.agent == Label.agent, differing.c.claim_id == Label.claim_id)
+    read = select(func.min(Prediction.id)).join(Label, Label.prediction == Prediction.id).join(differing, is_of_these)
+    disputed = (
+        read.where(IS_STANDING_READ).group_by(*(getattr(Prediction, name) for name in CASE)).having(func.count(Label.answer.distinct()) > 1)
+    )
     found = of_predictions(connection, connection.execute(disputed).scalars())
     return [(prediction, answers) for prediction, answers in sorted(found.items()) if is_conflict(answers)]
 

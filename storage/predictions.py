@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, RowMapping, Text, bindparam, cast, exists, func, select
 
-from storage import db
+from storage import db, ids
 from storage.tables import Label, Prediction
 
 
@@ -107,9 +107,9 @@ def read_recent(
 
 
 def count_since(connection: Connection, agent: str, since: datetime) -> int:
-    """How many predictions were served since then."""
+    """How many predictions came in since then, and were served."""
     query = select(func.count()).select_from(Prediction).where(Prediction.agent == agent, Prediction.origin == "served")
-    return connection.execute(query.where(Prediction.received_at >= since)).scalar_one()
+    return connection.execute(query.where(Prediction.id >= ids.after(since - timedelta(milliseconds=1)))).scalar_one()
 
 
 def has_served(connection: Connection, agent: str, names: Sequence[str]) -> bool:

@@ -18,6 +18,7 @@ LIVE = ("open", "leased")
 IS_LIVE = Review.state.in_(bindparam("live", LIVE, expanding=True, literal_execute=True))
 """Written out in the SQL: an index over the live ones alone serves a query only when its text says that it means those."""
 IS_OPEN, IS_LEASED = (Review.state == literal(state, literal_execute=True) for state in LIVE)
+IS_SKIP = ReviewStep.action == literal("skipped", literal_execute=True)
 EXAM_PRIORITY = 2.0
 GIVEN = ("prediction", "agent", "claim_id", "reasons", "priority")
 USUAL: Mapping[str, Any] = {"is_blind": False, "exam": None, "expires_at": None}
@@ -99,11 +100,11 @@ def ask_for_exam(connection: Connection, prediction: Mapping[str, Any], agent: s
 def lease_next(connection: Connection, agents: Sequence[str], expert: str, now: datetime, term: timedelta) -> RowMapping | None:
     """The case that the expert should look at now: the one on lease to them, else the most urgent open one they did not skip."""
     return_expired_leases(connection, now)
-    mine = select(Review.id).where(Review.state == "leased", Review.leased_by == expert, Review.agent.in_(agents)).limit(1)
+    mine = select(Review.id).where(IS_LEASED, Review.leased_by == expert, Review.agent.in_(agents)).limit(1)
     held = connection.execute(mine).scalar()
     if held is None:
-        skipped = select(ReviewStep.review).where(ReviewStep.action == "skipped", ReviewStep.actor == expert)
-        free = select(Review.id).where(Review.state == "open", Review.agent.in_(agents), Review.id.not_in(skipped))
+        skipped = select(ReviewStep.review).where(IS_SKIP, ReviewStep.actor == expert)
+        free = select(Review.id).where(IS_OPEN, Review.agent.in_(agents), Review.id.not_in(skipped))
         free = free.order_by(Review.priority.desc(), Review.opened_at, Review.id).limit(1)
         if connection.dialect.name == "postgresql":
             free = free.with_for_update(skip_locked=True)

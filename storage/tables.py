@@ -175,7 +175,7 @@ class Review(Table):
     __tablename__ = "reviews"
     id: Mapped[str] = mapped_column(String(26), primary_key=True)
     agent: Mapped[str]
-    prediction: Mapped[str] = mapped_column(ForeignKey("predictions.id"))
+    prediction: Mapped[str] = mapped_column(ForeignKey("predictions.id"), index=True)
     claim_id: Mapped[str]
     reasons: Mapped[list[str]]
     priority: Mapped[float]
@@ -210,7 +210,10 @@ class ReviewStep(Table):
     action: Mapped[str]
     note: Mapped[str | None]
     is_unsent: Mapped[bool] = mapped_column(default=False)
-    __table_args__ = (partial("review_steps_unsent", "id", where="is_unsent"),)
+    __table_args__ = (
+        partial("review_steps_unsent", "id", where="is_unsent"),
+        partial("review_steps_skipped", "actor", "review", where="action = 'skipped'"),
+    )
 
 
 class Label(Table):
@@ -235,6 +238,7 @@ class Label(Table):
         states("kind", "review", "second_read", "adjudication", "late_truth", "import"),
         Index("labels_of_claim", "agent", "claim_id"),
         partial("labels_fresh", "agent", "answered_at", where="dataset IS NULL"),
+        partial("labels_read", "agent", "claim_id", "answer", where="superseded_by IS NULL AND kind IN ('review', 'second_read')"),
     )
 
 

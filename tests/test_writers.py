@@ -85,7 +85,7 @@ def begin(program: str, *arguments: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("how", ["alone", "beside others"])
 def test_the_ledger_that_several_processes_write_is_one_chain(engine: Engine, url: str, how: str) -> None:
     writers = [begin(APPEND, url, how, str(number)) for number in range(3)]
-    assert [writer.communicate(timeout=60)[0] for writer in writers] == [""] * 3
+    assert [writer.communicate(timeout=200)[0] for writer in writers] == [""] * 3
     assert [writer.returncode for writer in writers] == [0] * 3
     with db.reading(engine) as connection:
         assert ledger.verify(connection) == []
@@ -100,7 +100,7 @@ def test_consumers_of_one_table_handle_each_event_once(engine: Engine, url: str,
     for worker in workers:
         assert worker.stdout is not None
         assert worker.stdout.readline() == "ready\n"
-    told = [int(worker.communicate("go\n", timeout=60)[0]) for worker in workers]
+    told = [int(worker.communicate("go\n", timeout=200)[0]) for worker in workers]
     assert sum(told) == 300
     assert count(engine, Prediction) == count(engine, Review) == count(engine, Event, Event.state == "handled") == 300
     assert count(engine, DeadLetter) == 0

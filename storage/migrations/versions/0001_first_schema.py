@@ -443,6 +443,7 @@ def upgrade() -> None:
         sqlite_where=sa.text("state = 'open' AND expires_at IS NOT NULL"),
         postgresql_where=sa.text("state = 'open' AND expires_at IS NOT NULL"),
     )
+    op.create_index(op.f("ix_reviews_prediction"), "reviews", ["prediction"], unique=False)
     op.create_index("reviews_opened", "reviews", ["agent", "opened_at"], unique=False)
     op.create_table(
         "labels",
@@ -484,6 +485,14 @@ def upgrade() -> None:
         postgresql_where=sa.text("dataset IS NULL"),
     )
     op.create_index("labels_of_claim", "labels", ["agent", "claim_id"], unique=False)
+    op.create_index(
+        "labels_read",
+        "labels",
+        ["agent", "claim_id", "answer"],
+        unique=False,
+        sqlite_where=sa.text("superseded_by IS NULL AND kind IN ('review', 'second_read')"),
+        postgresql_where=sa.text("superseded_by IS NULL AND kind IN ('review', 'second_read')"),
+    )
     op.create_table(
         "review_steps",
         sa.Column("id", sa.Integer(), autoincrement=True, nullable=False),
@@ -500,6 +509,14 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id"),
     )
     op.create_index(op.f("ix_review_steps_review"), "review_steps", ["review"], unique=False)
+    op.create_index(
+        "review_steps_skipped",
+        "review_steps",
+        ["actor", "review"],
+        unique=False,
+        sqlite_where=sa.text("action = 'skipped'"),
+        postgresql_where=sa.text("action = 'skipped'"),
+    )
     op.create_index(
         "review_steps_unsent",
         "review_steps",

@@ -31,6 +31,10 @@ $(VENV)/.dev: $(BIN)/uv requirements-dev.txt pyproject.toml
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps -e .
 	touch $@ $(VENV)/.demo
 
+$(VENV)/.bench: $(VENV)/.dev
+	$(BIN)/uv pip install --python $(BIN)/python -c requirements-dev.txt --group bench
+	touch $@
+
 lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -63,8 +67,8 @@ lock: $(BIN)/uv
 	    --python-version 3.11 --no-emit-index-url --quiet $(LOCKFLAGS) -o requirements.txt
 
 # Measure one thing against a baseline in the same run: make bench NAME=exam. Its closing line is kept, docs/benchmarks.md is made of it.
-bench: setup-dev
-	@test -n "$(NAME)" || { echo "say which: make bench NAME=$$(ls benchmarks | sed -n 's/\.py$$//p' | grep -v -e __init__ -e figures | paste -sd'|')"; exit 2; }
+bench: setup-dev $(if $(filter training,$(NAME)),$(VENV)/.bench)
+	@test -n "$(NAME)" || { echo "say which: make bench NAME=$$(ls benchmarks | sed -n 's/\.py$$//p' | grep -v -e __init__ -e figures -e contenders -e gpu | paste -sd'|')"; exit 2; }
 	mkdir -p benchmarks/results
 	set -o pipefail; $(BIN)/python -m benchmarks.$(NAME) $(ARGS) | tee benchmarks/results/.$(NAME).partial
 	tail -n 1 benchmarks/results/.$(NAME).partial > benchmarks/results/$(NAME).json

@@ -1,77 +1,230 @@
-"""Training: our examples per second against the script of the user's own guide, same tiny model, same cases, same epochs and batch.
+"""Training: Ratchet beside what a user would take instead, on the same tiny base, cases, epochs and effective batch.
 
-The guide's script is run as it stands, with only the edits that a machine without a card and the installed libraries force; each is
-marked `forced`. Its padding is the next power of two above the longest case, not its own 2,048, which would only flatter us.
+Every contender trains in a process of its own; they take turns and the best of the runs counts. Ours is the ordinary trainer
+(`python -m trainers.train`), once without and once with shared prefixes.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
+import math
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
-import torch
+import peft
+import pyarrow as pa
+import pyarrow.parquet as pq
 import transformers
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from rich.console import Console
 
+from benchmarks import contenders
 from benchmarks.figures import Figure, finish
 from daemon import imr
+from daemon.rehearsal import LABEL_LINES
 from storage import artifacts, snapshots
-from trainers import bases, train
-from trainers.spec import Base, LoraOptions, Model, Options, Prompt, Spec, write_spec
-from trainers.stopping import Stop
+from trainers import attention, data, forms, loop, score
+from trainers.data import Example
+from trainers.spec import Base, LoraOptions, Method, Model, Options, Prompt, ScoreSet, Spec, write_spec
 
 LABELS = ("APPROVED", "DENIED")
 PROMPT = "{% for name, value in input.items() %}{{ name }}: {{ value }}\n{% endfor %}decision:\n"
-EPOCHS, BATCH, ACCUMULATION, LEARNING_RATE = 3, 4, 4, 2e-4
+POLICY = """Decide whether the treatment is medically necessary for this patient under the plan's own rules.
+It is when the diagnosis is established by records, a standard treatment was tried and failed or must not be given,
+evidence from trials or from a specialist society speaks for it, and no cheaper treatment does as well.
+It is not when it is experimental for this diagnosis, serves convenience, or is left out by the plan. Answer with one word.
+
+"""
+EPOCHS = 3
+NEW, RECENT = 200, 500
 console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One data set with its prompt: what is trained on, what the loss is measured on, and what is scored."""
+
+    name: str
+    prompt: Prompt
+    train: list[dict[str, Any]]
+    held_out: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One training: `seconds` are those of its steps, `whole` those of its process from start to evaluated adapter."""
+
+    claims: float
+    seconds: float
+    whole: float
+    peak_bytes: int
+    adapter: Path
+
+    @property
+    def rate(self) -> float:
+        """Claims a second."""
+        return self.claims / self.seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cases", type=int, default=400)
+    parser.add_argument("--long-cases", type=int, default=64, help="so many for the guide's own padding, which takes about a second a case")
     parser.add_argument("--runs", type=int, default=3)
     asked = parser.parse_args()
-    cases = list(imr.read_decisions(2001, 2005))[: asked.cases]
+    cases = list(imr.read_decisions(2001, 2005))
+    train, held_out = cases[: asked.cases], cases[-RECENT:]
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        base = make_base(work, cases)
-        theirs, ours = [], []
+        base = make_base(work, train, [PROMPT, POLICY + PROMPT])
+        plain = Task("plain", Prompt(text=PROMPT), train, held_out)
+        policy = Task("policy", Prompt(text=POLICY + PROMPT), train, held_out)
+        long = Task("long", Prompt(text=PROMPT), train[: asked.long_cases], held_out)
+        new = Task("new", Prompt(text=PROMPT), train[:NEW], held_out[:NEW])
+        best: dict[tuple[str, str], Outcome] = {}
         for run in range(asked.runs):
-            theirs.append(train_as_in_the_guide(base, cases, work / f"guide-{run}"))
-            ours.append(train_here(base, cases, work / f"ours-{run}"))
-            console.print(f"run {run + 1}/{asked.runs}: guide {theirs[-1]:.0f}, ours {ours[-1]:.0f} examples/s")
-    finish("training", [Figure("training, examples/s (best of the runs)", max(ours), max(theirs), at_least=3)])
+            for task, names in (
+                (plain, ["guide", "trl", "trl-padding-free", "trl-packing", "ours"]),
+                (policy, ["trl", "trl-padding-free", "trl-packing", "ours-unshared", "ours"]),
+                (long, ["guide-2048", "ours"]),
+                (new, ["trl", "trl-padding-free", "trl-packing", "ours", "ours-resident"]),
+            ):
+                for name in names:
+                    train_one(best, work, base, task, name, run)
+        figures = [*compare_rates(best, base, plain), *compare_losses(best, base, plain, policy), *compare_jobs(best, base, plain)]
+        figures.append(measure_shared(base, policy))
+    finish("training", figures)
 
 
-def make_base(work: Path, cases: Sequence[dict[str, Any]]) -> Path:
-    """A tiny base made from the prompts."""
-    texts = work / "texts.jsonl"
-    prompt = Prompt(text=PROMPT)
-    texts.write_text("".join(json.dumps({"text": prompt.render(case["input"])}) + "\n" for case in cases))
+def make_base(work: Path, cases: Sequence[dict[str, Any]], prompts: Sequence[str] = (PROMPT,)) -> Path:
+    """A tiny base made from the prompts and the labels' names, as the demo and the replays make theirs."""
+    texts = [Prompt(text=prompt).render(case["input"]) for prompt in prompts for case in cases]
+    texts += [f"{label}\n" for label in LABELS for _ in range(math.ceil(LABEL_LINES * len(texts)))]
+    (work / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     console.print("making the tiny base")
-    command = [sys.executable, "-m", "trainers.tiny", "--texts", str(texts), "--out", str(work / "base"), "--epochs", "1"]
+    command = [sys.executable, "-m", "trainers.tiny", "--texts", str(work / "texts.jsonl"), "--out", str(work / "base"), "--epochs", "1"]
     subprocess.run(command, check=True, capture_output=True)
     return work / "base"
 
 
-def train_here(base: Path, cases: Sequence[dict[str, Any]], run_dir: Path) -> float:
-    """Examples per second of our loop, from the first step to the last."""
+def train_one(best: dict[tuple[str, str], Outcome], work: Path, base: Path, task: Task, name: str, run: int) -> None:
+    """Let one contender train and keep the outcome when it is its best, each figure by itself."""
+    out = work / f"{task.name}-{name}-{run}"
+    out.mkdir()
+    outcome = (train_here if name.startswith("ours") else train_there)(out, base, task, name)
+    known = best.get((task.name, name), outcome)
+    best[task.name, name] = Outcome(
+        outcome.claims,
+        min(outcome.seconds, known.seconds),
+        min(outcome.whole, known.whole),
+        min(outcome.peak_bytes, known.peak_bytes),
+        outcome.adapter,
+    )
+    console.print(f"{task.name}, {name}, run {run + 1}: {outcome.rate:.0f} claims/s, {outcome.whole:.1f} s in all")
+
+
+class ContenderFailedError(RuntimeError):
+    """A contender ended with an error; says how."""
+
+
+def train_there(out: Path, base: Path, task: Task, name: str) -> Outcome:
+    """A contender of `benchmarks.contenders`."""
+    job = write_job(out, base, task)
+    began = time.perf_counter()
+    told = run_contender(name, job)
+    return Outcome(len(task.train) * EPOCHS, told["seconds"], time.perf_counter() - began, told["peak_bytes"], out / "adapter")
+
+
+def write_job(out: Path, base: Path, task: Task) -> Path:
+    """What a contender is asked to do."""
+    job: dict[str, Any] = {"base": str(base), "out": str(out), "epochs": EPOCHS}
+    job |= {"cases": describe(base, task.prompt, task.train), "held_out": describe(base, task.prompt, task.held_out)}
+    (out / "job.json").write_text(json.dumps(job))
+    return out / "job.json"
+
+
+def run_contender(name: str, job: Path, timeout: float | None = None) -> dict[str, Any]:
+    """Run a contender in a process of its own; returns what it measured. Raises `ContenderFailedError`."""
+    command = [sys.executable, "-m", "benchmarks.contenders", name, str(job)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout)
+    if done.returncode:
+        raise ContenderFailedError(f"{name}: {done.stderr[-2000:]}")
+    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return told
+
+
+def train_here(out: Path, base: Path, task: Task, name: str) -> Outcome:
+    """Our own trainer: a process for one run, or one that has done a run before."""
+    run_dir = out / "run"
+    write_run(run_dir, base, task, share_prefixes=name != "ours-unshared")
+    if name == "ours-resident":
+        whole, peak = run_resident(out, base, task, run_dir)
+    else:
+        began = time.perf_counter()
+        peak = run_measured([sys.executable, "-m", "trainers.train", str(run_dir)])
+        whole = time.perf_counter() - began
+    result = json.loads((run_dir / "attempts" / "1" / "result.json").read_text())
+    adapter = run_dir / "attempts" / "1" / result["adapter"]["path"]
+    return Outcome(len(task.train) * EPOCHS, result["training"]["seconds"], whole, peak, adapter)
+
+
+def run_measured(command: list[str]) -> int:
+    """Run a program to its end; returns its peak memory in bytes."""
+    script = "import resource, subprocess, sys; code = subprocess.run(sys.argv[1:]).returncode; "
+    script += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(code)"
+    done = subprocess.run([sys.executable, "-c", script, *command], check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    return int(done.stdout.split()[-1]) * 1024
+
+
+def run_resident(out: Path, base: Path, task: Task, run_dir: Path) -> tuple[float, int]:
+    """The seconds of a run in a worker that has done another one before; its memory is not told apart."""
+    write_run(out / "before", base, task, share_prefixes=True)
+    with subprocess.Popen(
+        [sys.executable, "-m", "trainers.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as worker:
+        assert worker.stdin
+        assert worker.stdout
+        for place in (out / "before", run_dir):
+            began = time.perf_counter()
+            worker.stdin.write(json.dumps({"run_dir": str(place)}) + "\n")
+            worker.stdin.flush()
+            answer = json.loads(worker.stdout.readline())
+            if answer["exit"]:
+                raise SystemExit(answer["reason"])
+        seconds = time.perf_counter() - began
+        worker.stdin.close()
+    return seconds, 0
+
+
+def write_run(run_dir: Path, base: Path, task: Task, *, share_prefixes: bool, device: str = "cpu", method: Method = "lora") -> None:
+    """A run folder for our trainer, whose candidate answers the held-out claims."""
     rows = [
         snapshots.Row(case["claim_id"], hashlib.sha256(case["group"].encode()).hexdigest(), "train", "import", case["claim_id"],
                       json.dumps(case["input"]), "{}", case["answer"], None, case["occurred_at"])
-        for case in cases
+        for case in task.train
     ]  # fmt: skip
     manifest = snapshots.write(run_dir / "snapshot", rows, {})
+    asked = {"row_id": [case["claim_id"] for case in task.held_out], "input": [json.dumps(case["input"]) for case in task.held_out]}
+    pq.write_table(pa.table(asked), run_dir / "recent.parquet")
+    options = Options(
+        method=method,
+        learning_rate=contenders.LEARNING_RATE,
+        epochs=EPOCHS,
+        batch_rows=contenders.BATCH * contenders.ACCUMULATION,
+        warmup=contenders.WARMUP,
+        lora=LoraOptions(rank=16, alpha=32),
+        share_prefixes=share_prefixes,
+    )
     spec = Spec(
         run_id=run_dir.name,
         kind="train",
@@ -79,57 +232,129 @@ def train_here(base: Path, cases: Sequence[dict[str, Any]], run_dir: Path) -> fl
         base=Base(path=base, digest=artifacts.digest_folder(base)),
         dataset=run_dir / "snapshot",
         dataset_digest=manifest["root"],
-        candidate=Model(name="candidate", prompt=Prompt(text=PROMPT), labels=LABELS),
-        options=Options(learning_rate=LEARNING_RATE, epochs=EPOCHS, batch_rows=BATCH * ACCUMULATION, lora=LoraOptions(rank=16, alpha=32)),
+        candidate=Model(name="candidate", prompt=task.prompt, labels=LABELS),
+        score_sets=(ScoreSet(name="recent", path=run_dir / "recent.parquet"),),
+        options=options,
+        device=device,
     )
     write_spec(run_dir, spec)
-    status, sentence = train.run(run_dir, None, bases.Bases(), Stop())
-    if status:
-        raise SystemExit(sentence)
-    result = json.loads((run_dir / "attempts" / "1" / "result.json").read_text())
-    return float(result["training"]["rows_per_second"])
 
 
-def train_as_in_the_guide(base: Path, cases: Sequence[dict[str, Any]], output_dir: Path) -> float:
-    """The guide's finetune_lora: examples per second of `trainer.train()`."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)  # forced: fp32 on CPU, `dtype`, no device map
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    lora_config = LoraConfig(
-        r=16, lora_alpha=32, target_modules=["q_proj", "v_proj", "k_proj", "o_proj"], lora_dropout=0.05, bias="none", task_type="CAUSAL_LM"
+@functools.cache
+def load(base: Path) -> tuple[Any, Any]:
+    """The base, to measure losses and to score."""
+    return score.load_base(base, "cpu")
+
+
+@functools.cache
+def load_tokenizer(base: Path) -> Any:
+    """The base's tokenizer alone."""
+    return transformers.AutoTokenizer.from_pretrained(base)
+
+
+def render(base: Path, prompt: Prompt, cases: Sequence[dict[str, Any]]) -> list[str]:
+    """The prompts as a model reads them."""
+    return data.build_prompts(load_tokenizer(base), prompt, [case["input"] for case in cases], [contenders.OWN_LENGTH] * len(cases))[0]
+
+
+def read_examples(base: Path, prompt: Prompt, cases: Sequence[dict[str, Any]]) -> list[Example]:
+    """The cases as our trainer reads them."""
+    tokenizer = load_tokenizer(base)
+    form = forms.find(tokenizer, prompt.form)
+    prompts = data.encode_prompts(tokenizer, render(base, prompt, cases))
+    return [Example(read, data.encode_completion(tokenizer, form, case["answer"], None)) for read, case in zip(prompts, cases, strict=True)]
+
+
+def describe(base: Path, prompt: Prompt, cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The cases for a contender: as text, and as our tokens."""
+    examples = zip(cases, read_examples(base, prompt, cases), strict=True)
+    return [
+        {"prompt": prompt.render(case["input"]), "answer": case["answer"], "read": example.prompt, "graded": example.completion}
+        for case, example in examples
+    ]
+
+
+def compare_rates(best: dict[tuple[str, str], Outcome], base: Path, plain: Task) -> list[Figure]:
+    """Claims a second, real tokens a second and memory."""
+    rate = {key: outcome.rate for key, outcome in best.items()}
+    tuned, tuned_policy = (max(names(best, task, "trl"), key=lambda name: rate[task, name]) for task in ("plain", "policy"))
+    examples = read_examples(base, plain.prompt, plain.train)
+    tokens = sum(example.tokens for example in examples) / len(examples)
+    ours, theirs = best["plain", "ours"], best["plain", tuned]
+    shared, unshared, other = (rate["policy", name] for name in ("ours", "ours-unshared", tuned_policy))
+    return [
+        Figure("claims/s, the guide's script padded at its own 2,048", rate["long", "ours"], rate["long", "guide-2048"], at_least=20),
+        Figure("claims/s, the guide's script padded at the next power of two", ours.rate, rate["plain", "guide"], at_least=3),
+        Figure(f"claims/s, TRL's best ({tuned})", ours.rate, theirs.rate, at_least=1.3),
+        Figure(f"claims/s with a shared policy, TRL's best ({tuned_policy})", shared, other, at_least=1.8),
+        Figure("claims/s with a shared policy, ours without sharing", shared, unshared),
+        Figure("real tokens/s, TRL's best", ours.rate * tokens, theirs.rate * tokens),
+        Figure("peak memory, MB, TRL's best", ours.peak_bytes / 1e6, theirs.peak_bytes / 1e6),
+    ]
+
+
+def names(best: dict[tuple[str, str], Outcome], task: str, start: str) -> list[str]:
+    """The contenders of a task whose names begin so."""
+    return [name for place, name in best if place == task and name.startswith(start)]
+
+
+def compare_losses(best: dict[tuple[str, str], Outcome], base: Path, *tasks: Task) -> list[Figure]:
+    """The completion loss on held-out claims by our scorer: ours, and how far TRL's lies from it."""
+    figures = []
+    for task in tasks:
+        examples = read_examples(base, task.prompt, task.held_out)
+        losses = {name: measure_loss(base, best[task.name, name].adapter, examples) for place, name in best if place == task.name}
+        console.print(f"{task.name}, completion loss on held-out claims: {losses}")
+        apart = max(abs(losses[name] - losses["ours"]) for name in losses if not name.startswith("guide"))
+        figures.append(Figure(f"completion loss, {task.name}", losses["ours"]))
+        figures.append(Figure(f"completion loss, {task.name}, farthest from ours of TRL and unshared", apart, at_most=0.01))
+    return figures
+
+
+def measure_loss(base: Path, adapter: Path, examples: Sequence[Example]) -> float:
+    """The mean loss of an adapter on completions."""
+    model = peft.PeftModel.from_pretrained(load(base)[0], str(adapter)).eval()
+    try:
+        with attention.packed(model):
+            return loop.mean_loss(model, examples, 4096)
+    finally:
+        model.unload()
+
+
+def compare_jobs(best: dict[tuple[str, str], Outcome], base: Path, recent: Task) -> list[Figure]:
+    """A whole small job from start to evaluated adapter, and what an exam's scoring costs beside its training."""
+    theirs = min(best["new", name].whole for name in names(best, "new", "trl"))
+    ours, resident = best["new", "ours"], best["new", "ours-resident"]
+    scoring = score_exam(base, ours.adapter, recent)
+    return [
+        Figure(f"seconds for {NEW} new claims, start to evaluated adapter, cold, TRL's best", ours.whole, theirs, at_most=0.9),
+        Figure(f"seconds for {NEW} new claims, resident, cold TRL's best", resident.whole, theirs, at_most=0.5),
+        Figure(f"seconds to score {RECENT} claims with two models, the training of {NEW}", scoring, ours.seconds, at_most=0.2),
+    ]
+
+
+def score_exam(base: Path, adapter: Path, recent: Task) -> float:
+    """Seconds to let two models answer the recent claims; best of three. One adapter stands for both: the work is the same."""
+    model, tokenizer = load(base)
+    prompts = render(base, recent.prompt, recent.held_out)
+    worn = score.load_adapter(model, "scored", adapter)
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        for _model in ("champion", "candidate"):
+            score.score_prompts(worn, tokenizer, prompts, LABELS, max_tokens=Options().max_tokens)
+        times.append(time.perf_counter() - began)
+    score.drop_adapter(worn, "scored")
+    return min(times)
+
+
+def measure_shared(base: Path, policy: Task) -> Figure:
+    """The share of the tokens that the policy is, in the data set with one."""
+    examples = read_examples(base, policy.prompt, policy.train)
+    prefix = len(data.encode_prompt(load_tokenizer(base), POLICY))
+    return Figure(
+        "share of the tokens that is the policy", prefix * len(examples) / sum(example.tokens for example in examples), at_least=0.4
     )
-    model = get_peft_model(prepare_model_for_kbit_training(model), lora_config)
-    prompt = Prompt(text=PROMPT)
-    records = [{"instruction": prompt.render(case["input"]), "output": case["answer"]} for case in cases]
-    texts = [f"### Instruction:\n{record['instruction']}\n\n### Response:\n{record['output']}" for record in records]
-    longest = max(len(ids) for ids in tokenizer(texts)["input_ids"])
-    length = 1 << longest.bit_length()
-
-    def tokenize_function(examples: Any) -> Any:
-        prompts = [f"### Instruction:\n{i}\n\n### Response:\n{o}" for i, o in zip(examples["instruction"], examples["output"], strict=True)]
-        tokens = tokenizer(prompts, truncation=True, max_length=length, padding="max_length")
-        tokens["labels"] = [list(ids) for ids in tokens["input_ids"]]  # forced: without labels the Trainer has no loss
-        return tokens
-
-    tokenized = datasets.Dataset.from_list(records).map(tokenize_function, batched=True, remove_columns=["instruction", "output"])
-    arguments = transformers.TrainingArguments(
-        output_dir=str(output_dir),
-        num_train_epochs=EPOCHS,
-        per_device_train_batch_size=BATCH,
-        gradient_accumulation_steps=ACCUMULATION,
-        learning_rate=LEARNING_RATE,
-        use_cpu=True,  # forced: no card, so no fp16
-        logging_steps=10,
-        save_strategy="epoch",
-        eval_strategy="no",  # forced: renamed
-        warmup_steps=100,
-        lr_scheduler_type="cosine",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=tokenized, processing_class=tokenizer)  # forced: renamed
-    began = time.perf_counter()
-    trainer.train()
-    return len(cases) * EPOCHS / (time.perf_counter() - began)
 
 
 if __name__ == "__main__":

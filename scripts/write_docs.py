@@ -66,8 +66,8 @@ This page is generated from the planner: change it there or in `scripts/write_do
 ## What fits where
 In GB (10^9 bytes) with the default options: rows of up to 2,048 tokens, passes of up to 4,096. A cell names what is taken at the peak, the
 tokens of a pass, and which layers' activations are computed twice (gradient checkpointing, about a quarter slower). *bf16*: the adapter
-too is kept in bf16. *paged*: the optimizer works in the backward pass and keeps its moments in the host's memory. *no*: so much would be
-needed at the least.
+too is kept in bf16. *in backward*: the optimizer works in the backward pass, so gradients are neither summed nor clipped. All weights have
+8-bit moments that are paged to the host's memory. *no*: so much would be needed at the least.
 """
 
 HARDWARE_GUIDE = """
@@ -91,7 +91,7 @@ of width k together; V words; T tokens in a pass, T_s of them graded (5 % unless
 | weights | 2 P in bf16 (4 P in fp32 on a CPU); in 4 bits with double quantisation 0.516 P_l, and 2 for the rest |
 | adapter | r · Σ(in + out) over all matrices, in 2 or 4 bytes |
 | optimizer | gradients and AdamW's two moments, each as wide as what is trained |
-| the same for all weights | gradients and 8-bit moments; *paged*: the largest gradient alone |
+| the same for all weights | gradients, and moments of 8 bits unless they are paged; *in backward*: the largest gradient alone |
 | activations of a layer, a token | 12 d + 4 q + 4 k + 8 f, and 4 for each head |
 | besides | bf16 adapter: 14 r; fp32 adapter: 28 r + 16 d + 4 q + 2 f; all weights: 4 d |
 | activations in all | L of these; a layer that is computed twice keeps 2 d, and one whole layer's are there beside them |
@@ -354,7 +354,7 @@ def _cell(planned: plan.MemoryPlan) -> str:
     if not planned.fits:
         return f"no ({planned.parts.total / plan.GB:.1f})"
     notes = {1: "all twice", 0: ""}.get(settings.checkpoint_every, f"1 in {settings.checkpoint_every} twice")
-    optimizer = "paged" if settings.optimizer == "paged_in_backward" else ""
+    optimizer = "in backward" if settings.optimizer_in_backward else ""
     precise = "bf16" if settings.adapter_dtype == "bfloat16" and not settings.is_4bit else ""
     return "; ".join(filter(None, [f"**{planned.parts.total / plan.GB:.1f}**", f"{settings.max_tokens:,}", notes, precise, optimizer]))
 

@@ -213,10 +213,12 @@ def test_a_device_is_claimed_by_one_run_and_a_run_is_leased_once(engine: Engine,
     [run] = [one for one in queued if isinstance(one, str)]
     assert sum(isinstance(one, runs.RunUnderWayError) for one in queued) == 3
 
+    places = [devices.Device(name, None) for name in ("cpu", "cuda:0")]
+
     def start() -> bool:
         with db.writing(engine) as connection:
             row = runs.read(connection, run)
-            claim = devices.claim(connection, ("cpu", "cuda:0"), run, row["attempt"] + 1, now, TERM)
+            claim = devices.claim(connection, places, run, row["attempt"] + 1, now, TERM)
             return claim is not None and runs.lease(connection, row, claim.device, claim.fence, "folder")
 
     assert sorted(at_once(*[start] * 3)) == [False, False, True]

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 Mechanism = Literal["SCRAM-SHA-512", "SCRAM-SHA-256", "PLAIN"]
 PACKAGES = ("kafka-python", "faust-streaming", "aiokafka")
 PROBE_SECONDS = 5.0
+SESSION_SECONDS, HEARTBEAT_SECONDS = 10.0, 2.0
+"""After so long a silence the group gives a consumer's partitions to others; meanwhile it is heard so often."""
 RECONNECT_MS = 1000
 """With kafka-python's own 30 s events would wait that long after the broker is back."""
 

@@ -14,7 +14,6 @@ from storage import dead_letters
 
 BATCH = 1000
 POLL_MS = 200
-SESSION_MS, HEARTBEAT_MS = 10_000, 2_000
 COMMIT_MS, CLOSE_MS = 10_000, 5_000
 METADATA_MS = 30_000
 
@@ -50,8 +49,8 @@ def _open(access: broker.Access, group: str, inlet: records.Inlet) -> KafkaConsu
             auto_offset_reset="earliest",
             allow_auto_create_topics=False,
             max_poll_records=BATCH,
-            session_timeout_ms=SESSION_MS,
-            heartbeat_interval_ms=HEARTBEAT_MS,
+            session_timeout_ms=int(broker.SESSION_SECONDS * 1000),
+            heartbeat_interval_ms=int(broker.HEARTBEAT_SECONDS * 1000),
             metadata_max_age_ms=METADATA_MS,
             **access.to_options(),
         )

@@ -134,7 +134,8 @@ def _producing(access: broker.Access) -> Iterator[KafkaProducer]:
     producer = KafkaProducer(
         enable_idempotence=True,
         acks="all",
-        delivery_timeout_ms=DELIVERY_SECONDS * 1000,
+        delivery_timeout_ms=int(DELIVERY_SECONDS * 1000),
+        request_timeout_ms=int(DELIVERY_SECONDS * 250),
         max_block_ms=int(FLUSH_SECONDS * 1000),
         linger_ms=5,
         batch_size=262_144,

@@ -22,10 +22,12 @@ from daemon.kafka import Kafka
 
 START = Path(__file__).parents[1] / "deploy" / "kafka" / "start_kafka.sh"
 SCRAM_USER, PLAIN_USER, PASSWORD = "ann", "bob", "right-horse"
-FIRST_PORT, LAST_PORT, STEP = 21000, 29000, 2
+FIRST_PORT, LAST_PORT, STEP = 21000, 29000, 4
 EXTRA = """\
-listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller},SASL_SSL://127.0.0.1:{secure}
-advertised.listeners=PLAINTEXT://127.0.0.1:{port},SASL_SSL://127.0.0.1:{secure}
+listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller},SASL_SSL://127.0.0.1:{secure},PROXIED://127.0.0.1:{proxied}
+advertised.listeners=PLAINTEXT://127.0.0.1:{port},SASL_SSL://127.0.0.1:{secure},PROXIED://127.0.0.1:{proxy}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,SASL_SSL:SASL_SSL,PROXIED:PLAINTEXT
+group.min.session.timeout.ms=1000
 sasl.enabled.mechanisms=SCRAM-SHA-512,PLAIN
 listener.name.sasl_ssl.scram-sha-512.sasl.jaas.config=org.apache.kafka.common.security.scram.ScramLoginModule required;
 listener.name.sasl_ssl.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required user_{user}="{password}";
@@ -38,7 +40,10 @@ listener.name.sasl_ssl.ssl.key.password={password}
 
 @dataclass(frozen=True)
 class Broker:
-    """A broker in a folder: `bootstrap` takes plain connections, `secure` takes TLS with SASL; `certificate` is its own authority."""
+    """A broker in a folder: `bootstrap` takes plain connections, `secure` takes TLS with SASL; `certificate` is its own authority.
+
+    Who comes by the port `proxied` is told that it is at the port `proxy`, where a test may put something in between.
+    """
 
     folder: Path
     port: int
@@ -52,6 +57,14 @@ class Broker:
         return f"127.0.0.1:{self.port + 1}"
 
     @property
+    def proxied(self) -> int:
+        return self.port + 2
+
+    @property
+    def proxy(self) -> int:
+        return self.port + 3
+
+    @property
     def certificate(self) -> Path:
         return self.folder / "broker.pem"
 
@@ -60,7 +73,7 @@ class Broker:
         if not self.certificate.exists():
             self._make_certificate()
         extra = self.folder / "extra.properties"
-        names = {"port": self.port, "secure": self.port + 1, "controller": self.port + 10000}
+        names = {"port": self.port, "secure": self.port + 1, "proxied": self.proxied, "proxy": self.proxy, "controller": self.port + 10000}
         extra.write_text(EXTRA.format(**names, user=PLAIN_USER, password=PASSWORD, folder=self.folder))
         scram = f"--add-scram SCRAM-SHA-512=[name={SCRAM_USER},password={PASSWORD}]"
         self._call("start", str(self.port), KAFKA_EXTRA=str(extra), KAFKA_FORMAT_ARGS=scram, KAFKA_HEAP="256m")
@@ -92,9 +105,9 @@ def find_missing() -> str | None:
 
 
 def find_port() -> int:
-    """A port whose neighbour, and whose controller's port, are free as well."""
+    """A port whose three neighbours, and whose controller's port, are free as well."""
     for port in range(FIRST_PORT + os.getpid() % 1000 * STEP, LAST_PORT, STEP):
-        if all(map(_is_free, (port, port + 1, port + 10000))):
+        if all(map(_is_free, (*range(port, port + STEP), port + 10000))):
             return port
     raise AssertionError("no free port")
 

@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
+from sqlalchemy import Engine
+
 from daemon import cli
 from storage import db, tokens
 
@@ -30,10 +32,16 @@ def make_home(folder: Path, url: str | None = None) -> dict[str, str]:
         if cli.main(["init", str(folder)]):
             raise RuntimeError(f"`ratchet init {folder}` failed: {told.getvalue()}")
     engine = db.open_engine(url or f"sqlite:///{folder}/ratchet.db")
-    with db.writing(engine) as connection:
-        secrets = {name: tokens.add(connection, name, role, datetime.now(UTC)) for name, role in ROLES.items()}
+    secrets = prepare(engine)
     engine.dispose()
     return secrets
+
+
+def prepare(engine: Engine) -> dict[str, str]:
+    """Bring the schema up to date and make the tokens of `ROLES`; returns their secrets by name."""
+    db.upgrade(engine)
+    with db.writing(engine) as connection:
+        return {name: tokens.add(connection, name, role, datetime.now(UTC)) for name, role in ROLES.items()}
 
 
 class Daemon:
@@ -66,9 +74,9 @@ class Daemon:
         """Call another `ratchet` command in the same home."""
         subprocess.run([RATCHET, *arguments], cwd=self.home, env=self.environment, check=True, capture_output=True)
 
-    def start(self, *arguments: str, **environment: str) -> Self:
+    def start(self, *arguments: str, patch: str = "", **environment: str) -> Self:
         """Start it and wait until it answers."""
-        self.begin(*arguments, **environment)
+        self.begin(*arguments, patch=patch, **environment)
         self.wait_for(lambda: self.ops_url)
         return self
 

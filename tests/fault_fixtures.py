@@ -1,0 +1,423 @@
+"""A daemon that reads Kafka while something goes wrong: what is sent meanwhile, what is done to whom, and how what is left is counted."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import orjson
+from kafka import KafkaProducer
+from kafka.errors import KafkaError
+from sqlalchemy import Engine, func, select, text
+
+from consumers import handlers, records, schemas
+from daemon import config, policies
+from daemon.kafka import Kafka
+from storage import db, dead_letters
+from storage.tables import DeadLetter, Event, Label, Prediction, Review, ReviewStep
+from tests import broker_fixtures, daemon_fixtures, event_fixtures
+
+CHUNK = 20
+IN_ORDER = 500
+Made = list[tuple[str, bytes]]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long faults last, in seconds, and how many events come twice; `patch` is Python that is run before the daemon.
+
+    The long form has the time-outs of production and outlasts them. The short form shortens both.
+    """
+
+    patch: str = ""
+    outage: float = 150.0
+    silence: float = 60.0
+    lock: float = 40.0
+    life: float = 4.0
+    deaths: int = 5
+    repeated: int = 100_000
+    chunk_seconds: float = 0.2
+    settle: float = 600.0
+
+
+LONG = Pace()
+SHORT_PATCH = """
+from consumers import broker, records, relay, stream
+from storage import db
+broker.PROBE_SECONDS, broker.SESSION_SECONDS, broker.HEARTBEAT_SECONDS = 1.0, 2.0, 0.5
+relay.DELIVERY_SECONDS, relay.FLUSH_SECONDS, relay.WAIT_SECONDS = 2, 0.5, 0.5
+records.LONGEST_WAIT_SECONDS = stream.LONGEST_WAIT_SECONDS = db.BUSY_SECONDS = 1
+"""
+SHORT = Pace(SHORT_PATCH, outage=0, silence=4, lock=2.5, life=0.5, deaths=1, repeated=2000, chunk_seconds=0.1, settle=90)
+
+
+class Traffic:
+    """Events that go on coming: predictions, labels, repetitions, and records that are no events; each is sent until it is acknowledged."""
+
+    def __init__(self, bootstrap: str, kafka: Kafka, pace: Pace) -> None:
+        self._bootstrap, self._names, self._pace = bootstrap, kafka.topics, pace
+        self._at = datetime.now(UTC) - timedelta(minutes=1)
+        self._numbers = itertools.count()
+        self.acknowledged: Made = []
+        self.retries = 0
+        self._producer: KafkaProducer | None = None
+
+    @contextlib.contextmanager
+    def flowing(self) -> Iterator[None]:
+        """Events come until this ends; all that were sent are acknowledged then."""
+        over, failed = threading.Event(), []
+
+        def flow() -> None:
+            try:
+                while not over.wait(self._pace.chunk_seconds):
+                    self.send(self.make(CHUNK))
+            except BaseException as error:  # noqa: BLE001  it is raised where it is seen
+                failed.append(error)
+
+        thread = threading.Thread(target=flow, name="traffic")
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+        if failed:
+            raise failed[0]
+
+    def send(self, made: Made) -> None:
+        """Send events in order for each claim until all are acknowledged; by another producer when one is not."""
+        while True:
+            try:
+                self._producer = self._producer or self._open()
+                promises = [self._producer.send(topic, key=_find_key(value), value=value) for topic, value in made]
+                for promise in promises:
+                    promise.get(timeout=150)
+            except KafkaError:
+                self.retries += 1
+                self.close()
+            else:
+                self.acknowledged += made
+                return
+
+    def close(self) -> None:
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            with contextlib.suppress(KafkaError):
+                producer.close(timeout=1)
+
+    def make(self, count: int) -> Made:
+        """The next events, in order."""
+        return [one for number in itertools.islice(self._numbers, count) for one in self._make(number)]
+
+    def _make(self, number: int) -> Made:
+        claim = event_fixtures.make_prediction(number, self._at, confidence=0.1 if number % 2 else 0.95)
+        made = [(self._names.predictions, orjson.dumps(claim))]
+        if number % 5 == 0:
+            label = event_fixtures.make_label(number, self._at + timedelta(seconds=1), expert="ann")
+            made.append((self._names.labels, orjson.dumps(label)))
+        if number % 10 == 0:
+            made.append(made[0])
+        if number % 50 == 0:
+            made.append((self._names.predictions, b"no event %d" % number))
+        return made
+
+    def _open(self) -> KafkaProducer:
+        return KafkaProducer(
+            bootstrap_servers=self._bootstrap, linger_ms=5, allow_auto_create_topics=False, reconnect_backoff_max_ms=500, max_block_ms=5000
+        )
+
+
+def _find_key(value: bytes) -> bytes:
+    with contextlib.suppress(orjson.JSONDecodeError):
+        return f"adjudication/{orjson.loads(value)['data']['claim_id']}".encode()
+    return value
+
+
+class Proxy:
+    """Stands between a daemon and its broker, and passes everything on; or takes connections and never answers."""
+
+    def __init__(self, port: int, target: int) -> None:
+        self._target = target
+        self._answers = threading.Event()
+        self._answers.set()
+        self._open: list[socket.socket] = []
+        self._listening = socket.create_server(("127.0.0.1", port), backlog=128)
+        threading.Thread(target=self._listen, name="proxy", daemon=True).start()
+
+    @contextlib.contextmanager
+    def silent(self) -> Iterator[None]:
+        """Nothing is answered; what was sent meanwhile is lost at the end, as when the broker is started again."""
+        self._answers.clear()
+        try:
+            yield
+        finally:
+            self._cut()
+            self._answers.set()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+        self._cut()
+        self._answers.set()
+
+    def _listen(self) -> None:
+        with contextlib.suppress(OSError):  # it was closed
+            while True:
+                near, _ = self._listening.accept()
+                try:
+                    far = socket.create_connection(("127.0.0.1", self._target), timeout=5)
+                except OSError:
+                    near.close()
+                    continue
+                far.settimeout(None)
+                self._open += [near, far]
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self._pass_on, args=pair, name="proxy", daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, drain: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while received := source.recv(65536):
+                self._answers.wait()
+                drain.sendall(received)
+        for one in (source, drain):
+            _hang_up(one)
+
+    def _cut(self) -> None:
+        for one in self._open:
+            _hang_up(one)
+        self._open.clear()
+
+
+def _hang_up(one: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        one.shutdown(socket.SHUT_RDWR)
+    one.close()
+
+
+class Tally(NamedTuple):
+    """What is left: all but the first three should be 0, `retries` of the producer and `deaths` of a daemon aside."""
+
+    acknowledged: int
+    stored: int
+    parked: int
+    lost: int
+    twice: int
+    differing: int
+    unread: int
+    untold: int
+    disordered: int
+
+    @property
+    def faults(self) -> dict[str, int]:
+        """What is not as it should be."""
+        return {name: value for name, value in self._asdict().items() if value and name not in {"acknowledged", "stored", "parked"}}
+
+
+class Trial:
+    """One installation that reads Kafka through a proxy, and everything that was sent to it."""
+
+    def __init__(self, folder: Path, broker: broker_fixtures.Broker, consumer: str, pace: Pace, url: str | None = None) -> None:
+        self.broker, self.pace, self.home = broker, pace, folder / "home"
+        self.kafka = broker_fixtures.make_topics(broker, f"faults-{folder.name}")
+        self.proxy = Proxy(broker.proxy, broker.proxied)
+        self.url = url or f"sqlite:///{self.home}/ratchet.db"
+        self.secrets = daemon_fixtures.make_home(self.home, url)
+        self.settings = {**to_settings(self.kafka, consumer), "KAFKA__BOOTSTRAP": f"127.0.0.1:{broker.proxy}", "DATABASE__URL": self.url}
+        self.engine = db.open_engine(self.url)
+        self.traffic = Traffic(broker.bootstrap, self.kafka, pace)
+        self.daemons: list[daemon_fixtures.Daemon] = []
+        self.deaths = 0
+        self._replayed = 0
+        self._replay: Engine | None = None
+
+    @property
+    def daemon(self) -> daemon_fixtures.Daemon:
+        """The one that was started last."""
+        return self.daemons[-1]
+
+    def start(self, *roles: str) -> daemon_fixtures.Daemon:
+        """Start one more daemon, and wait until it answers."""
+        daemon = daemon_fixtures.Daemon(self.home, f"{len(self.daemons)}.log", **self.settings)
+        self.daemons.append(daemon)
+        arguments = [one for role in roles or ("consume",) for one in ("--role", role)]
+        return daemon.start(*arguments, patch=self.pace.patch)
+
+    def count(self, table: Any, *where: Any) -> int:
+        """How many rows there are."""
+        with db.reading(self.engine) as connection:
+            return connection.execute(select(func.count()).select_from(table).where(*where)).scalar_one()
+
+    def read_more(self, count: int = 2 * CHUNK) -> None:
+        """Wait until so many more predictions are stored."""
+        goal = self.count(Prediction) + count
+        self.wait_for(lambda: self.count(Prediction) >= goal)
+
+    def wait_for(self, holds: Callable[[], Any]) -> Any:
+        """Wait until something holds; the daemon that was started last should live."""
+        return self.daemon.wait_for(holds, self.pace.settle)
+
+    def settle(self) -> Tally:
+        """Wait until everything is read, handled and told, then count."""
+        wanted = _find_identities(self.traffic.acknowledged)
+        poison = _find_poison(self.traffic.acknowledged)
+        ours = Event.type.in_([schemas.PREDICTION, schemas.LABEL])
+        self.wait_for(lambda: self.count(Event, ours, Event.state == "handled") >= len(wanted))
+        self.wait_for(lambda: len(self._read_parked()) >= len(poison))
+        self.wait_for(lambda: not self.count(Event, Event.state == "unsent") + self.count(ReviewStep, ReviewStep.is_unsent))
+        unread = self._read_unread()
+        with db.reading(self.engine) as connection:
+            stored = {(row.source, row.event_id) for row in connection.execute(select(Event.source, Event.event_id).where(ours))}
+            twice = sum(connection.execute(text(query)).scalar_one() for query in APPLIED_TWICE)
+        parked = self._read_parked()
+        untold, disordered = self._compare_told()
+        expected, found = read_rows(self._replay_in_order()), read_rows(self.engine)
+        return Tally(
+            acknowledged=len(wanted) + len(poison),
+            stored=len(stored & wanted),
+            parked=len(parked & poison),
+            lost=len(wanted - stored) + len(poison - parked),
+            twice=twice,
+            differing=sum(((expected - found) + (found - expected)).values()) + len(stored - wanted) + len(parked - poison),
+            unread=unread,
+            untold=untold,
+            disordered=disordered,
+        )
+
+    def close(self) -> None:
+        """Leave no process behind."""
+        for daemon in self.daemons:
+            daemon.kill()
+        self.traffic.close()
+        self.proxy.close()
+        self.engine.dispose()
+        if self._replay is not None:
+            self._replay.dispose()
+
+    def _read_parked(self) -> set[bytes]:
+        with db.reading(self.engine) as connection:
+            return set(connection.execute(select(DeadLetter.value).where(DeadLetter.value.is_not(None))).scalars())
+
+    def _read_unread(self) -> int:
+        """What is not acknowledged to the broker, after a while for the commits that are under way."""
+        deadline = time.monotonic() + 15
+        while (unread := sum(broker_fixtures.read_lag(self.kafka, name) for name in self.kafka.topics.kinds())) and (
+            time.monotonic() < deadline
+        ):
+            time.sleep(0.1)
+        return unread
+
+    def _compare_told(self) -> tuple[int, int]:
+        """How many steps of reviews the broker was not told, and how many reviews it was told to be closed before they were opened."""
+        topic = self.kafka.topics.queue
+        told = [orjson.loads(one.value) for one in broker_fixtures.consume(self.broker, topic, broker_fixtures.read_lag(self.kafka, topic))]
+        first = dict(reversed([(one["id"], place) for place, one in enumerate(told)]))
+        closed = [one["data"]["review"] for one in told if one["type"] == "ratchet.review.closed.v1"]
+        late = len(told)
+        disordered = sum(
+            first.get(f"ratchet.review.opened.v1/{one}", late) > first[f"ratchet.review.closed.v1/{one}"] for one in set(closed)
+        )
+        return abs(self.count(ReviewStep, ReviewStep.action.in_(["opened", "answered"])) - len(first)), disordered
+
+    def _replay_in_order(self) -> Engine:
+        """The same events in the order in which they were made, one batch after another, in a database of its own."""
+        if self._replay is None:
+            self._replay = db.open_engine(f"sqlite:///{self.home}/replay.db")
+            daemon_fixtures.prepare(self._replay)
+        settings = config.load(self.home / config.FILE, self.daemons[0].environment)
+        with db.writing(self._replay) as connection:
+            agents = policies.record(connection, settings.agents, datetime.now(UTC))
+        replay(self._replay, agents, self.kafka, self.traffic.acknowledged, self._replayed)
+        self._replayed = len(self.traffic.acknowledged)
+        return self._replay
+
+
+def to_settings(kafka: Kafka, consumer: str) -> dict[str, str]:
+    """The variables by which a daemon reads what a test sends."""
+    names = {f"KAFKA__TOPICS__{key.upper()}": getattr(kafka.topics, key) for key in ("predictions", "labels", "queue", "events")}
+    names["KAFKA__TOPICS__DEAD_LETTERS"] = kafka.topics.dead_letters
+    return {"KAFKA__BOOTSTRAP": str(kafka.bootstrap), "KAFKA__GROUP": kafka.group, "KAFKA__CONSUMER": consumer, **names}
+
+
+def replay(engine: Engine, agents: dict[str, handlers.Agent], kafka: Kafka, made: Made, first: int = 0) -> None:
+    """Take records in the order in which they were made, from a place on."""
+    inlet = records.Inlet(engine, agents, kafka.topics.kinds(), lambda: datetime.now(UTC))
+    for start in range(first, len(made), IN_ORDER):
+        some = enumerate(made[start : start + IN_ORDER], start)
+        inlet.take([dead_letters.Record(topic, 0, place, value) for place, (topic, value) in some])
+
+
+APPLIED_TWICE = (
+    "SELECT count(*) FROM (SELECT 1 FROM events GROUP BY source, event_id HAVING count(*) > 1) AS twice",
+    "SELECT count(*) FROM (SELECT 1 FROM predictions GROUP BY agent, prediction_id HAVING count(*) > 1) AS twice",
+    "SELECT count(*) FROM (SELECT 1 FROM labels GROUP BY prediction, expert HAVING count(*) > 1) AS twice",
+    "SELECT count(*) FROM (SELECT 1 FROM reviews GROUP BY prediction HAVING count(*) > 1) AS twice",
+    "SELECT count(*) FROM (SELECT 1 FROM review_steps GROUP BY review, action HAVING count(*) > 1) AS twice",
+    "SELECT count(*) FROM (SELECT 1 FROM ledger WHERE kind = 'label' GROUP BY body ->> 'label' HAVING count(*) > 1) AS twice",
+)
+"""Each counts a thing that happened twice and should have happened once."""
+ROWS = (
+    select(
+        Prediction.prediction_id,
+        Prediction.claim_id,
+        Prediction.group_key,
+        Prediction.input_digest,
+        Prediction.decision,
+        Prediction.confidence,
+        Prediction.occurred_at,
+        Prediction.reasons,
+        Prediction.priority,
+        Prediction.effective_threshold,
+        Prediction.inclusion_probability,
+    ),
+    select(Prediction.prediction_id, Review.state, Review.reasons, Review.priority, Review.is_blind).join(
+        Prediction, Prediction.id == Review.prediction
+    ),
+    select(
+        Prediction.prediction_id, Label.expert, Label.kind, Label.answer, Label.answered_at, Label.review.is_not(None), Label.superseded_by
+    ).join(Prediction, Prediction.id == Label.prediction),
+)
+"""What events leave, less the keys and times that depend on when they came."""
+
+
+def read_rows(engine: Engine) -> Counter[str]:
+    """Predictions as they were routed, the state of reviews, and labels."""
+    with db.reading(engine) as connection:
+        return Counter(f"{kind} {tuple(row)}" for kind, query in enumerate(ROWS) for row in connection.execute(query))
+
+
+def _find_identities(made: Sequence[tuple[str, bytes]]) -> set[tuple[str, str]]:
+    parsed = [orjson.loads(value) for _, value in made if value.startswith(b"{")]
+    return {(one["source"], one["id"]) for one in parsed}
+
+
+def _find_poison(made: Sequence[tuple[str, bytes]]) -> set[bytes]:
+    return {value for _, value in made if not value.startswith(b"{")}
+
+
+def silence(trial: Trial) -> None:
+    """The broker takes connections and answers nothing, for longer than the consumer is missed; afterwards all goes on."""
+    trial.read_more()
+    with trial.proxy.silent():
+        time.sleep(trial.pace.silence)
+    trial.read_more()
+
+
+def join_and_die(trial: Trial) -> None:
+    """Workers of one group join, share the partitions, and are killed while they read, again and again."""
+    for _ in range(trial.pace.deaths):
+        before = trial.daemon
+        trial.start()
+        trial.read_more()
+        time.sleep(trial.pace.life)
+        before.kill()
+        trial.read_more()

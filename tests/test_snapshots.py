@@ -1,6 +1,7 @@
 """storage.snapshots: a dataset is written once and whole, and says itself which of its rows was changed."""
 
 import dataclasses
+import hashlib
 import json
 import tracemalloc
 
@@ -113,6 +114,18 @@ def test_a_row_changed_together_with_its_digest_shows_in_shard_and_root(snapshot
     problems = snapshots.verify(snapshot)
     assert len(problems) == 2
     assert "the rows give root" in problems[1]
+
+
+def test_the_root_is_over_the_sorted_digests_and_takes_little_memory():
+    digests = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(40_000)]
+    digests += ["00" * 32, "0a" + "00" * 31, "ff" * 32, digests[7]]
+    tracemalloc.start()
+    found = snapshots.root_digest(iter(digests))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == "sha256:" + hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
+    assert peak < 70 * len(digests)
+    assert snapshots.root_digest([]) == "sha256:" + hashlib.sha256(b"").hexdigest()
 
 
 @pytest.mark.parametrize("change", [lambda rows: rows.pop(), lambda rows: rows.append(rows[0])])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,17 @@ def test_a_checkpoint_is_gone_on_from_with_smaller_passes(base: Path, data: Path
     assert train.sign(asked) == train.sign(smaller)
     changed = asked.model_copy(update={"options": asked.options.model_copy(update={"epochs": 9})})
     assert train.sign(asked) != train.sign(changed)
+
+
+def test_a_checkpoint_is_gone_on_from_where_the_files_lie_in_other_places(base: Path, data: Path, tmp_path: Path) -> None:
+    asked = fixtures.make_spec(base, data, learned=data)
+    moved = {"dataset": tmp_path / "set", "learned": tmp_path / "known", "base": asked.base.model_copy(update={"path": tmp_path / "base"})}
+    for name in ("set", "known"):
+        shutil.copytree(data, tmp_path / name)
+    assert train.sign(asked) == train.sign(asked.model_copy(update=moved))
+    other = fixtures.dataset(tmp_path / "other", train=20)
+    for name in ("dataset", "learned"):
+        assert train.sign(asked) != train.sign(asked.model_copy(update={name: other}))
 
 
 def test_what_was_done_before_counts_for_no_peak() -> None:

@@ -6,13 +6,15 @@ import contextlib
 import importlib.util
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -23,7 +25,7 @@ from daemon.launchers import choice, ray_jobs
 from storage import mirror
 from tests import training_fixtures as fixtures
 from tests.model_fixtures import tiny_base
-from trainers import spec
+from trainers import remote, spec, stopping
 
 PATIENCE_SECONDS = 200
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is absent: install the extra `ray`")
@@ -111,6 +113,7 @@ def test_what_a_run_reads_travels_and_its_cards_are_numbered_anew(tmp_path: Path
         base=spec.Base(path=tmp_path / "base", digest="x"),
         dataset=data,
         init_adapter=adapter,
+        learned=data,
         others=(fixtures.model("champion", adapter=adapter),),
         device="cuda:3+cuda:1",
     )
@@ -118,10 +121,54 @@ def test_what_a_run_reads_travels_and_its_cards_are_numbered_anew(tmp_path: Path
     sent = ray_jobs.push_inputs(mirror.Mirror(f"file://{tmp_path}/store/r"), tmp_path / "r")
     assert (sent.device, sent.base.path) == ("cuda:0+cuda:1", tmp_path / "base")
     assert sent.dataset is not None
+    assert sent.learned == sent.dataset
     assert sent.init_adapter == sent.others[0].adapter
     assert (tmp_path / "store/r" / sent.dataset / "file").read_text() == "set"
     assert spec.read_spec(tmp_path / "store/r") == sent
     assert spec.read_spec(tmp_path / "r") == asked
+
+
+class FailingStore(mirror.Mirror):
+    """A store that is full from the first copy on."""
+
+    def push(self, folder: Path, name: str, *, without: Collection[str] = ()) -> None:
+        raise OSError(f"no room for {folder.name} as {name} without {without}")
+
+
+def test_a_trainer_is_not_left_behind_by_a_store_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text("{}")
+    prepare(tmp_path / "run", fixtures.make_spec(tmp_path / "base", tmp_path / "set"))
+    (tmp_path / "run/attempts/1/progress.jsonl").write_text("{}\n")
+    started: list[subprocess.Popen[bytes]] = []
+
+    def begin(_command: list[str], **_options: Any) -> subprocess.Popen[bytes]:
+        started.append(popen(["sleep", "60"]))
+        return started[0]
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", begin)
+    with pytest.raises(OSError, match="no room"):
+        remote.perform(FailingStore(f"file://{tmp_path}/run"), tmp_path / "here", 1, stopping.Stop())
+    assert started[0].returncode == -signal.SIGKILL
+
+
+def test_a_checkpoint_that_the_trainer_removes_meanwhile_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, store = tmp_path / "attempts/1", mirror.Mirror(f"file://{tmp_path}/store")
+    for step in (1, 2):
+        (place / f"checkpoints/step-{step}").mkdir(parents=True)
+        (place / f"checkpoints/step-{step}/state.json").write_text("{}")
+    whole = shutil.copytree
+
+    def copy(source: Path, target: Path, **options: Any) -> Path:
+        if source.name == "step-1":
+            shutil.rmtree(source)
+        return whole(source, target, **options)
+
+    monkeypatch.setattr(shutil, "copytree", copy)
+    remote.bring_back(store, place, 1)
+    assert store.names("attempts/1/checkpoints") == {"step-2"}
+    assert [path.name for path in (place / "checkpoints").iterdir()] == ["step-2"]
 
 
 @needs_ray

@@ -44,7 +44,16 @@ def perform(store: mirror.Mirror, folder: Path, attempt: int, stop: Stop) -> int
     module = "trainers.torchrun" if "+" in asked.device else "trainers.train"
     command = [sys.executable, "-m", module, str(folder), "--attempt", str(attempt)]
     trainer = subprocess.Popen(command, cwd=Path(spec.__file__).parents[1])  # noqa: S603  our own interpreter and module
-    place, synced_at, is_told = folder / "attempts" / str(attempt), 0.0, False
+    try:
+        return accompany(trainer, store, folder / "attempts" / str(attempt), attempt, stop)
+    finally:
+        trainer.kill()  # A store that fails must not leave it behind, at work in a folder that is gone.
+        trainer.wait()
+
+
+def accompany(trainer: subprocess.Popen[bytes], store: mirror.Mirror, place: Path, attempt: int, stop: Stop) -> int:
+    """Bring back what the trainer leaves until it has ended; returns its exit status."""
+    synced_at, is_told = 0.0, False
     while trainer.poll() is None:
         time.sleep(POLL_SECONDS)
         if stop.is_requested and not is_told:
@@ -54,14 +63,13 @@ def perform(store: mirror.Mirror, folder: Path, attempt: int, stop: Stop) -> int
             synced_at = time.monotonic()
             bring_back(store, place, attempt)
             if is_superseded(store, attempt):
-                trainer.kill()
                 return spec.EXIT_RESUMABLE
     if not is_superseded(store, attempt):
         bring_back(store, place, attempt)
         store.push(place, f"attempts/{attempt}", without=(RESULT, CHECKPOINTS))
         if (place / RESULT).exists():
             store.push(place / RESULT, f"attempts/{attempt}/{RESULT}")
-    return trainer.returncode
+    return trainer.poll() or spec.EXIT_DONE
 
 
 def bring_back(store: mirror.Mirror, place: Path, attempt: int) -> None:
@@ -70,10 +78,17 @@ def bring_back(store: mirror.Mirror, place: Path, attempt: int) -> None:
         store.push(place / PROGRESS, f"attempts/{attempt}/{PROGRESS}")
     there = store.names(f"attempts/{attempt}/{CHECKPOINTS}")
     for checkpoint in (place / CHECKPOINTS).glob("step-*"):
-        if checkpoint.name not in there:
-            kept = shutil.copytree(checkpoint, place / f".{checkpoint.name}", dirs_exist_ok=True)  # The trainer removes old ones.
+        if checkpoint.name in there:
+            continue
+        kept = place / CHECKPOINTS / f".{checkpoint.name}"
+        try:
+            shutil.copytree(checkpoint, kept, dirs_exist_ok=True)
             store.push(kept, f"attempts/{attempt}/{CHECKPOINTS}/{checkpoint.name}")
-            shutil.rmtree(kept)
+        except (shutil.Error, FileNotFoundError):
+            if checkpoint.is_dir():
+                raise  # Otherwise the trainer has removed it meanwhile, for there are two newer ones.
+        finally:
+            shutil.rmtree(kept, ignore_errors=True)
 
 
 def is_superseded(store: mirror.Mirror, attempt: int) -> bool:

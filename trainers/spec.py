@@ -299,9 +299,8 @@ def write_spec(run_dir: Path, spec: Spec) -> None:
 
 def map_inputs(asked: Spec, move: Callable[[Path], Path]) -> Spec:
     """The spec with `move` applied to the path of everything that is read but the bases."""
-    single = {
-        name: path and move(path) for name in ("dataset", "init_adapter", "texts", "general_texts") for path in [getattr(asked, name)]
-    }
+    names = ("dataset", "init_adapter", "learned", "texts", "general_texts")
+    single = {name: path and move(path) for name in names for path in [getattr(asked, name)]}
     others = tuple(one.model_copy(update={"adapter": one.adapter and move(one.adapter)}) for one in asked.others)
     score_sets = tuple(one.model_copy(update={"path": move(one.path)}) for one in asked.score_sets)
     return asked.model_copy(update={**single, "others": others, "score_sets": score_sets})

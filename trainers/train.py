@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from storage import snapshots
+from storage import artifacts, snapshots
 from trainers import attempts, attention, bases, checks, data, forms, loop, memory, ranks, score, texts
 from trainers.attempts import Attempt, Progress
 from trainers.data import Example, LeftOut, Lessons
@@ -273,12 +273,15 @@ def make_loop(work: Work, model: Any, examples: Sequence[Example], dev: Sequence
 
 def sign(spec: Spec) -> str:
     """A digest of all that decides about the weights: a checkpoint with another one belongs to another run."""
-    content = [snapshots.read_manifest(spec.dataset)["root"]] if spec.dataset else []
-    content += [texts.digest_texts(path) for path in (spec.texts, spec.general_texts) if path]
+    content = [path and snapshots.read_manifest(path)["root"] for path in (spec.dataset, spec.learned)]
+    content += [path and texts.digest_texts(path) for path in (spec.texts, spec.general_texts)]
+    content += [spec.init_adapter and artifacts.digest_folder(spec.init_adapter)]
     # How the rows of a step are spread over passes changes nothing, unless each pass is an update of its own.
     pace = set() if spec.options.optimizer_in_backward else {"max_tokens", "recompute_layers"}
-    # A run may go on elsewhere, and what is scored afterwards doesn't change what was learned.
-    asked = spec.model_dump_json(exclude={**dict.fromkeys(("device", "threads", "others", "score_sets", "plan"), True), "options": pace})
+    # A run may go on elsewhere, where its files lie in other places, and what is scored afterwards doesn't change what was learned.
+    places = dict.fromkeys(("dataset", "learned", "texts", "general_texts", "init_adapter", "device", "threads"), True)
+    later = dict.fromkeys(("others", "score_sets", "plan"), True)
+    asked = spec.model_dump_json(exclude={**places, **later, "base": {"path"}, "options": pace})
     return hashlib.sha256(f"{asked}\n{content}".encode()).hexdigest()
 
 

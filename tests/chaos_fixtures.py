@@ -216,6 +216,10 @@ class Loop:
             latest = [row[0] for row in connection.execute(f"{took} ORDER BY id DESC LIMIT 5")]
         return sum(latest) / len(latest) if latest else RUN_SECONDS
 
+    def measure_rest(self) -> float:
+        """Seconds from the first checkpoint to the end of a run; half of those before it, while no run was undisturbed."""
+        return max(self.measure_run() - self.until_checkpoint, self.until_checkpoint / 2)
+
     def kill_trainer(self, users: list[Future[None]]) -> None:
         """Kill a trainer, as often before the first checkpoint of its attempt as after it.
 
@@ -228,7 +232,7 @@ class Loop:
             for group, attempt in find_trainers(self.home).items():
                 if is_late:
                     self.await_checkpoint(group, attempt, users)
-                self.sleep(share * (self.measure_run() - self.until_checkpoint if is_late else self.until_checkpoint), users)
+                self.sleep(share * (self.measure_rest() if is_late else self.until_checkpoint), users)
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(group, signal.SIGKILL)
                     return
@@ -241,8 +245,7 @@ class Loop:
         while is_trainer(group):
             with contextlib.suppress(OSError):  # the daemon takes the folder away when the run is done
                 if made := [path.stat().st_mtime for path in (attempt / "checkpoints").glob("step-*")]:
-                    took = min(made) - (attempt / "attempt.json").stat().st_mtime
-                    self.until_checkpoint = min(max(took, 0), self.measure_run())
+                    self.until_checkpoint = max(min(made) - (attempt / "attempt.json").stat().st_mtime, 0)
                     return
             self.sleep(LOOK_PAUSE, users)
 

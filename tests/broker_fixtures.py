@@ -139,9 +139,10 @@ def make_topics(broker: Broker, name: str) -> Kafka:
     return kafka
 
 
-def produce(broker: Broker, topic: str, values: Iterable[bytes | None]) -> None:
+def produce(broker: Broker, topic: str, values: Iterable[bytes | None], compression: str | None = None) -> None:
     """Send records and wait until all are acknowledged; the one of even number goes to partition 0."""
-    producer = KafkaProducer(bootstrap_servers=broker.bootstrap, linger_ms=5, allow_auto_create_topics=False)
+    options = {"bootstrap_servers": broker.bootstrap, "linger_ms": 5, "allow_auto_create_topics": False}
+    producer = KafkaProducer(**options, compression_type=compression)
     sent = [producer.send(topic, key=b"key", value=value, partition=number % 2) for number, value in enumerate(values)]
     producer.flush()
     for one in sent:

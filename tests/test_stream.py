@@ -84,6 +84,12 @@ def test_a_partition_full_of_poison_holds_up_nobody(source, kafka, broker):
     assert count(source.inlet.engine, DeadLetter, DeadLetter.partition == 1) == 300
 
 
+def test_records_are_read_however_they_were_compressed(source, kafka, broker):
+    for number, codec in enumerate(("gzip", "lz4", "snappy", "zstd")):
+        broker_fixtures.produce(broker, kafka.topics.predictions, predictions(20 * number, 20 * number + 20), codec)
+    read_until(source, lambda: count(source.inlet.engine, Prediction) == 80)
+
+
 def test_what_was_stopped_goes_on_where_it_stopped_and_a_repetition_changes_nothing(source, kafka, broker):
     engine = source.inlet.engine
     for last in (50, 100):

@@ -165,11 +165,12 @@ def _overhear() -> Iterator[list[str]]:
     said: list[str] = []
     logger, ear = logging.getLogger("kafka.net"), _Ear(said)
     logger.propagate = False
+    if not logger.handlers:
+        logger.addHandler(logging.NullHandler())  # with no handler at all its lines would go to standard error
     logger.addHandler(ear)
     try:
         yield said
     finally:
-        logger.addHandler(logging.NullHandler())
         logger.removeHandler(ear)
 
 

@@ -123,7 +123,7 @@ class Watch:
         lags = self._samples[-1].lags() if self._samples else {}
         body = {
             "consumer": self._stream.consumer,
-            "problem": problem,
+            "problem": problem or next(iter(self._stream.problems.values()), None),
             "lag": {f"{topic}/{partition}": lag for (topic, partition), lag in lags.items()},
             "oldest_seconds": find_oldest(self._samples, time.monotonic()),
             "batches": incoming.batches,
@@ -135,13 +135,15 @@ class Watch:
             "sent": outgoing.messages,
         }
         try:
-            with db.writing(self._stream.inlet.engine) as connection:
+            with db.writing(self._stream.inlet.engine, alone=False) as connection:
                 streams.tell(connection, self._stream.lease.holder, body, self._stream.inlet.clock())
         except db.UNAVAILABLE as error:
             log.warning("database_unavailable", action="tell_lag", error=type(error).__name__)
 
     def _check(self) -> None:
         incoming, now = self._stream.inlet.progress, time.monotonic()
+        if incoming.began_at is None or now - incoming.began_at < STALL_SECONDS:  # a missing topic is waited for: HTTP goes on meanwhile
+            return
         stalled = find_stalled(self._samples, incoming.acknowledged_at, now)
         if not stalled or incoming.is_waiting_for_database:  # a database that stays away ends the process by itself
             return

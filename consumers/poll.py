@@ -15,7 +15,7 @@ from storage import dead_letters
 BATCH = 1000
 POLL_MS = 200
 COMMIT_MS, CLOSE_MS = 10_000, 5_000
-METADATA_MS = 30_000
+METADATA_MS, BOOTSTRAP_MS = 30_000, 5_000
 
 log = structlog.get_logger()
 
@@ -25,8 +25,11 @@ def run(access: broker.Access, group: str, inlet: records.Inlet, stopping: threa
 
     Raises `BrokerError` when the broker refuses, and what `Inlet.take_patiently` raises: nothing of that batch was acknowledged.
     """
-    consumer = _open(access, group, inlet)
+    consumer = _open(access, group)
     try:
+        consumer.subscribe(list(inlet.kinds))
+        # It would divide the partitions before it knows of any, and then have none until it looks again.
+        consumer.topics()
         while not stopping.is_set():
             polled = consumer.poll(timeout_ms=POLL_MS)
             batch = [
@@ -41,10 +44,11 @@ def run(access: broker.Access, group: str, inlet: records.Inlet, stopping: threa
         consumer.close(autocommit=False, timeout_ms=CLOSE_MS)
 
 
-def _open(access: broker.Access, group: str, inlet: records.Inlet) -> KafkaConsumer:
+def _open(access: broker.Access, group: str) -> KafkaConsumer:
     try:
-        consumer = KafkaConsumer(
+        return KafkaConsumer(
             group_id=group,
+            bootstrap_timeout_ms=BOOTSTRAP_MS,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
             allow_auto_create_topics=False,
@@ -56,10 +60,6 @@ def _open(access: broker.Access, group: str, inlet: records.Inlet) -> KafkaConsu
         )
     except KafkaError as error:
         raise broker.BrokerAbsentError(f"no broker answers ({type(error).__name__})") from error
-    consumer.subscribe(list(inlet.kinds))
-    # It would divide the partitions before it knows of any, and then have none until it looks again.
-    consumer.topics()
-    return consumer
 
 
 def _acknowledge(consumer: KafkaConsumer, inlet: records.Inlet) -> None:

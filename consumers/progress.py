@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Incoming:
-    """Batches that were committed, and how the last one went; times by the monotonic clock."""
+    """Batches that were committed, and how the last one went; times by the monotonic clock. `began_at` is None while nobody reads."""
 
     batches: int = 0
     records: int = 0
     seconds: float = 0.0
     last_records: int = 0
     last_seconds: float = 0.0
+    began_at: float | None = None
     acknowledged_at: float | None = None
     is_waiting_for_database: bool = False
 

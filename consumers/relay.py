@@ -27,8 +27,10 @@ LEASE = "relay"
 TERM = timedelta(seconds=30)
 BATCH = 500
 IDLE_SECONDS, FLUSH_SECONDS, WAIT_SECONDS, RENEW_SECONDS = 0.25, 5.0, 5.0, 8.0
-DELIVERY_SECONDS = 120
-"""Shorter ones expire in an outage that a producer would outlive; after that one never recovers (seen with kafka-python 3.0)."""
+DELIVERY_SECONDS = 15
+"""What a producer holds for longer it gives up: else one that lost its lease in an outage would go on sending beside the next. It gets
+nothing later than `RENEW_SECONDS` into a `TERM`. A producer that gave up never recovers (seen with kafka-python 3.0), see `_lead`."""
+BOOTSTRAP_SECONDS = 5.0
 MOST_BYTES = 900_000
 """Below what a broker takes of one record by default."""
 
@@ -37,6 +39,10 @@ log = structlog.get_logger()
 
 class LeaseLostError(RuntimeError):
     """Another relay works now."""
+
+
+class UnacknowledgedError(broker.BrokerError):
+    """The broker has not taken what was sent."""
 
 
 class Message(NamedTuple):
@@ -58,15 +64,20 @@ class Relay:
         self._renewed_at = 0.0
 
     def run(self, stopping: threading.Event) -> None:
-        """Send until `stopping`, whenever the lease is ours. A database or a broker that fails is tried again."""
+        """Send until `stopping`, whenever the lease is ours. A database that fails is tried again.
+
+        Raises `BrokerError`: what is not marked is sent again by the next one.
+        """
         while not stopping.is_set():
             try:
-                with db.writing(self._engine) as connection:
+                with db.writing(self._engine, alone=False) as connection:
                     fence = self._lease.acquire(connection, LEASE, self._lease.holder, self._clock(), TERM)
                 if fence is not None:
                     self._lead(fence, stopping)
-            except (*db.UNAVAILABLE, KafkaError, LeaseLostError) as error:
+            except (*db.UNAVAILABLE, LeaseLostError) as error:
                 log.warning("relay_interrupted", error=type(error).__name__)
+            except KafkaError as error:
+                raise broker.BrokerAbsentError(f"nothing can be sent ({type(error).__name__}): look at the broker") from error
             finally:
                 self._progress.is_leading = False
             stopping.wait(WAIT_SECONDS)
@@ -78,37 +89,49 @@ class Relay:
             while not stopping.is_set():
                 with db.reading(self._engine) as connection:
                     messages = read_unsent(connection, self._outlets, BATCH)
-                acknowledged = self._send(producer, messages, fence, stopping) if messages else []
-                if messages or time.monotonic() - self._renewed_at > RENEW_SECONDS:
-                    self._mark(acknowledged, fence)
-                if len(acknowledged) < len(messages):
-                    return  # this producer may never recover: the next one sends the others again
+                if time.monotonic() - self._renewed_at > RENEW_SECONDS:
+                    self._mark([], fence)  # before anything is sent: whoever was held up may have lost the lease
                 if not messages:
                     stopping.wait(IDLE_SECONDS)
-        with db.writing(self._engine) as connection:
+                    continue
+                acknowledged, problem = self._send(producer, messages, fence, stopping)
+                self._mark(acknowledged, fence)
+                if problem is not None and not stopping.is_set():
+                    raise UnacknowledgedError(problem)  # this producer may never recover
+        with db.writing(self._engine, alone=False) as connection:
             leases.release(connection, LEASE, self._lease.holder)
 
-    def _send(self, producer: KafkaProducer, messages: Sequence[Message], fence: int, stopping: threading.Event) -> list[Message]:
-        """Send, and wait for the broker; returns what may be marked. The lease is held meanwhile, whoever loses it sends no more."""
-        promises = []
+    def _send(
+        self, producer: KafkaProducer, messages: Sequence[Message], fence: int, stopping: threading.Event
+    ) -> tuple[list[Message], str | None]:
+        """Send, and wait for the broker, holding the lease; returns what may be marked, and why it is not everything if it is not."""
+        promises, failure = [], "no answer"
         for message in messages:
             try:
                 promises.append(producer.send(message.topic, key=message.key, value=message.value))
             except KafkaError as error:
-                log.warning("message_not_sent", topic=message.topic, error=type(error).__name__)
+                failure = f"{type(error).__name__} for {message.topic}"
                 break
         deadline = time.monotonic() + DELIVERY_SECONDS + FLUSH_SECONDS
-        while promises and time.monotonic() < deadline and not stopping.is_set():
+        while promises:
             try:
                 producer.flush(timeout=FLUSH_SECONDS)
                 break
             except KafkaError:
+                if stopping.is_set() or time.monotonic() > deadline:
+                    break
                 self._mark([], fence)
-        return _select_markable(messages, [promise.is_done and promise.succeeded() for promise in promises])
+        done = [promise.is_done and promise.succeeded() for promise in promises]
+        if sum(done) == len(messages):
+            return list(messages), None
+        refused = ((message.topic, promise) for message, promise in zip(messages, promises, strict=False) if promise.is_done)
+        failure = next((f"{type(one.exception).__name__} for {topic}" for topic, one in refused if one.failed()), failure)
+        problem = f"{len(messages) - sum(done)} messages were not acknowledged ({failure}): they are sent again, look at the broker"
+        return _select_markable(messages, done), problem
 
     def _mark(self, messages: Sequence[Message], fence: int) -> None:
         now = self._clock()
-        with db.writing(self._engine) as connection:
+        with db.writing(self._engine, alone=False) as connection:
             if not leases.renew(connection, LEASE, self._lease.holder, fence, now, TERM):
                 raise LeaseLostError(f"the lease {LEASE} with the fence {fence} is another one's now")
             events.mark(connection, [one.event for one in messages if one.event is not None], "sent", now)
@@ -135,7 +158,8 @@ def _producing(access: broker.Access) -> Iterator[KafkaProducer]:
         enable_idempotence=True,
         acks="all",
         delivery_timeout_ms=int(DELIVERY_SECONDS * 1000),
-        request_timeout_ms=int(DELIVERY_SECONDS * 250),
+        request_timeout_ms=int(DELIVERY_SECONDS * 500),
+        bootstrap_timeout_ms=int(BOOTSTRAP_SECONDS * 1000),
         max_block_ms=int(FLUSH_SECONDS * 1000),
         linger_ms=5,
         batch_size=262_144,
@@ -144,9 +168,13 @@ def _producing(access: broker.Access) -> Iterator[KafkaProducer]:
     )
     try:
         yield producer
-    finally:
         with contextlib.suppress(KafkaError):
             producer.close(timeout=1)
+    finally:
+        # It must not send what it holds beside the next one: to close it in the usual way leaves its thread at work when that takes long.
+        producer._sender.force_close()  # noqa: SLF001
+        with contextlib.suppress(KafkaError):
+            producer.close(timeout=0)
 
 
 def read_unsent(connection: Connection, outlets: Outlets, limit: int) -> list[Message]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import threading
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import structlog
 from sqlalchemy import Connection
@@ -42,13 +42,18 @@ class Stream:
     outlets: topics.Outlets
     lease: Lease
     sent: Outgoing = field(default_factory=Outgoing)
+    problems: dict[str, str] = field(default_factory=dict)
+    """What reading, sending and watching wait for, if they do."""
+
+
+Work = Callable[[Stream, asyncio.Event, threading.Event], Coroutine[Any, Any, None]]
 
 
 async def run(stream: Stream, stop: asyncio.Event) -> None:
     """Read and send until `stop`. Raises when only a new process helps; what the broker lacks is waited for: HTTP goes on meanwhile."""
     ending, stopping = asyncio.Event(), threading.Event()
-    works = (_read, _send, _watch)
-    tasks = {asyncio.create_task(persist(functools.partial(work, stream, ending, stopping), ending), name=work.__name__) for work in works}
+    works: tuple[Work, ...] = (_read, _send, _watch)
+    tasks = {asyncio.create_task(persist(stream, work, ending, stopping), name=work.__name__) for work in works}
     bell = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({*tasks, bell}, return_when=asyncio.FIRST_COMPLETED)
@@ -64,40 +69,53 @@ async def run(stream: Stream, stop: asyncio.Event) -> None:
         task.result()
 
 
-async def persist(work: Callable[[], Awaitable[None]], stop: asyncio.Event) -> None:
+async def persist(stream: Stream, work: Work, ending: asyncio.Event, stopping: threading.Event) -> None:
     """Do `work` again, more and more seldom, while the broker or a topic is missing, or the broker does not let us in."""
     wait = FIRST_WAIT_SECONDS
-    while not stop.is_set():
+    while not ending.is_set():
+        began = time.monotonic()
         try:
-            await work()
+            await work(stream, ending, stopping)
         except broker.BrokerError as error:
+            if time.monotonic() - began > LONGEST_WAIT_SECONDS:  # it went well meanwhile
+                wait = FIRST_WAIT_SECONDS
+            stream.problems[work.__name__] = str(error)
             log.error("stream_waits", error=str(error), seconds=wait)  # noqa: TRY400  the sentence says it all
         else:
             return
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stop.wait(), wait)
+            await asyncio.wait_for(ending.wait(), wait)
         wait = min(2 * wait, LONGEST_WAIT_SECONDS)
 
 
-async def _read(stream: Stream, ending: asyncio.Event, stopping: threading.Event) -> None:
+async def _begin(stream: Stream, work: Work) -> None:
     await asyncio.to_thread(check, stream)
+    stream.problems.pop(work.__name__, None)
+
+
+async def _read(stream: Stream, ending: asyncio.Event, stopping: threading.Event) -> None:
+    await _begin(stream, _read)
     log.info("stream_began", consumer=stream.consumer, group=stream.group, topics=list(stream.inlet.kinds))
-    if stream.consumer == "faust":
-        from consumers import kafka  # noqa: PLC0415  the extra may be absent
+    progress = stream.inlet.progress
+    progress.began_at = time.monotonic()
+    try:
+        if stream.consumer == "faust":
+            from consumers import kafka  # noqa: PLC0415  the extra may be absent
 
-        await kafka.run(stream.access, stream.group, stream.inlet, ending, stopping)
-    else:
-        from consumers import poll  # noqa: PLC0415  the extra may be absent
+            await kafka.run(stream.access, stream.group, stream.inlet, ending, stopping)
+        else:
+            from consumers import poll  # noqa: PLC0415  the extra may be absent
 
-        await threads.run("poll", poll.run, stream.access, stream.group, stream.inlet, stopping)
+            await threads.run("poll", poll.run, stream.access, stream.group, stream.inlet, stopping)
+    finally:
+        progress.began_at = None
 
 
 async def _send(stream: Stream, _: asyncio.Event, stopping: threading.Event) -> None:
     from consumers import relay  # noqa: PLC0415  the extra may be absent
 
-    work = relay.Relay(stream)
-    await asyncio.to_thread(check, stream)
-    await threads.run("relay", work.run, stopping)
+    await _begin(stream, _send)
+    await threads.run("relay", relay.Relay(stream).run, stopping)
 
 
 async def _watch(stream: Stream, _: asyncio.Event, stopping: threading.Event) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import functools
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -11,7 +13,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from consumers import broker as brokers
-from consumers import lag, records, stream
+from consumers import lag, records, stream, topics
 from daemon import status
 from daemon.cli import status as status_screen
 from daemon.web import metrics
@@ -115,3 +117,42 @@ def test_a_stream_that_hangs_ends_the_process_and_says_where_it_is(source, kafka
     (told,) = (line for line in said if line["event"] == "stream_stalled")
     assert told["threads"]["poll"].startswith("threading.py")
     assert told["acknowledged_before"] is None
+
+
+def test_while_nobody_reads_nothing_has_stalled(source):
+    """A topic is missing, for instance: that is waited for, and the review page goes on."""
+    watch, now = lag.Watch(source), time.monotonic()
+    watch._samples.extend([sample(now - STALL - 1, (20, 5), (10, 5)), sample(now, (30, 5), (10, 5))])
+    watch._check()
+    source.inlet.progress.began_at = now - 1
+    watch._check()
+    source.inlet.progress.began_at = now - STALL - 1
+    with pytest.raises(lag.StalledError):
+        watch._check()
+
+
+def test_a_missing_topic_is_told_to_status_until_it_is_there(source, broker, engine, monkeypatch):
+    for module, name, value in ((lag, "PERIOD_SECONDS", 0.1), (stream, "FIRST_WAIT_SECONDS", 0.1)):
+        monkeypatch.setattr(module, name, value)
+    late = broker_fixtures.name_topics(broker, "late-to-be-told")
+    inlet = dataclasses.replace(source.inlet, kinds=late.topics.kinds())
+    source = dataclasses.replace(source, group="late-to-be-told", inlet=inlet, outlets=late.topics.outlets())
+
+    def find_problem():
+        told = status.collect(engine, {}, datetime.now(UTC))["stream"]
+        return told and told["problem"]
+
+    def follow(stop):
+        while "there is no topic late-to-be-told-dead-letters" not in (find_problem() or ""):
+            time.sleep(0.05)
+        topics.create(late.to_access(), late.topics.describe())
+        while find_problem():
+            time.sleep(0.05)
+        stop()
+
+    async def run():
+        stop = asyncio.Event()
+        following = asyncio.to_thread(follow, functools.partial(asyncio.get_running_loop().call_soon_threadsafe, stop.set))
+        await asyncio.gather(stream.run(source, stop), following)
+
+    asyncio.run(asyncio.wait_for(run(), 60))

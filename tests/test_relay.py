@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import signal
 import threading
 import time
 from datetime import UTC, datetime
@@ -184,3 +186,45 @@ def test_a_producer_is_let_in_over_tls(source, broker, mechanism):
     emit(source.inlet.engine, 0, 5)
     with relaying(secure):
         wait_until_sent(source.inlet.engine)
+
+
+def test_what_the_broker_does_not_take_is_told_and_sent_again_by_the_next_producer(source, monkeypatch):
+    monkeypatch.setattr(relay, "FLUSH_SECONDS", 0.3)
+    emit(source.inlet.engine, 0, 2)
+    astray = dataclasses.replace(source, outlets=dataclasses.replace(source.outlets, events="nowhere"))
+    with pytest.raises(relay.UnacknowledgedError, match=r"2 messages were not acknowledged \(KafkaTimeoutError for nowhere\)"):
+        relay.Relay(astray).run(threading.Event())
+    assert count_unsent(source.inlet.engine) == 2
+    with relaying(source):
+        wait_until_sent(source.inlet.engine)
+
+
+def test_a_producer_whose_relay_lost_its_lease_sends_nothing_more(source, kafka, broker):
+    number = int((broker.folder / "kafka.pid").read_text())
+    try:
+        with contextlib.suppress(relay.LeaseLostError), relay._producing(source.access) as producer:
+            producer.send(kafka.topics.events, b"1").get(timeout=10)
+            os.kill(number, signal.SIGSTOP)
+            producer.send(kafka.topics.events, b"2")
+            raise relay.LeaseLostError
+        producer._sender.join(10)
+        assert not producer._sender.is_alive()
+    finally:
+        os.kill(number, signal.SIGCONT)
+
+
+def test_a_relay_that_was_held_up_looks_after_its_lease_before_it_sends(source, monkeypatch):
+    """It was stopped past its term, and another one took over."""
+    monkeypatch.setattr(relay, "RENEW_SECONDS", 0)
+    emit(source.inlet.engine, 0, 1)
+    one, sent = relay.Relay(source), []
+    monkeypatch.setattr(relay.Relay, "_send", lambda *_: sent.append(1))
+    with db.writing(source.inlet.engine) as connection:
+        connection.execute(insert(Lease).values(name=relay.LEASE, holder="another", fence=7, expires_at=datetime.now(UTC)))
+    with pytest.raises(relay.LeaseLostError):
+        one._lead(6, threading.Event())
+    assert sent == []
+
+
+def test_what_a_producer_holds_is_given_up_before_the_lease_ends():
+    assert relay.TERM.total_seconds() > relay.RENEW_SECONDS + relay.DELIVERY_SECONDS + relay.FLUSH_SECONDS

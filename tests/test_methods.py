@@ -210,9 +210,18 @@ def test_in_the_backward_pass_an_update_is_that_of_its_pass_alone(place, tmp_pat
 @pytest.mark.parametrize(
     ("given", "chosen"),
     [
-        ({}, {"method": "lora", "epochs": 4, "learning_rate": 2e-4, "load_in_4bit": False, "lora": {"rank": 16, "alpha": 32}}),
-        ({"method": "qlora"}, {"load_in_4bit": True, "epochs": 3, "lora": {"rank": 64, "alpha": 128}}),
-        ({"method": "qlora", "lora": {"rank": 8}}, {"lora": {"rank": 8, "alpha": 128}}),
+        (
+            {},
+            {
+                "method": "lora",
+                "epochs": 4,
+                "learning_rate": 2e-4,
+                "load_in_4bit": False,
+                "lora": {"rank": 16, "alpha": 32, "dtype": "float32"},
+            },
+        ),
+        ({"method": "qlora"}, {"load_in_4bit": True, "epochs": 3, "lora": {"rank": 64, "alpha": 128, "dtype": "bfloat16"}}),
+        ({"method": "qlora", "lora": {"rank": 8}}, {"lora": {"rank": 8, "alpha": 128, "dtype": "bfloat16"}}),
         ({"method": "full"}, {"learning_rate": 1e-5, "accumulation": 8, "recompute_layers": 1, "optimizer": "paged_adamw_8bit"}),
         ({"method": "full", "epochs": 1}, {"epochs": 1, "learning_rate": 1e-5}),
         ({"method": "full", "optimizer_in_backward": True}, {"accumulation": 1, "clip": 0}),

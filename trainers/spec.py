@@ -101,7 +101,7 @@ class LoraOptions(Frozen):
     rank: int = Field(default=16, ge=1, le=512, description="Rank of the adapter's matrices.")
     alpha: int = Field(default=32, ge=1, description="The adapter counts alpha / rank times.")
     dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="Of the adapter while it learns; on a base in 4 bits, or where there is no room, `bfloat16`."
+        default="float32", description="Of the adapter while it learns; `bfloat16` where there is no room for `float32`."
     )
 
 
@@ -126,7 +126,7 @@ ALL_WEIGHTS: Mapping[str, Any] = {
 IN_BACKWARD: Mapping[str, Any] = {"accumulation": 1, "clip": 0.0}
 PRESETS: Mapping[Method, Mapping[str, Any]] = {
     "lora": {},
-    "qlora": {"load_in_4bit": True, "epochs": 3.0, "lora": {"rank": 64, "alpha": 128}},
+    "qlora": {"load_in_4bit": True, "epochs": 3.0, "lora": {"rank": 64, "alpha": 128, "dtype": "bfloat16"}},
     "full": {**ALL_WEIGHTS, "epochs": 5.0, "batch_rows": 16},
     "pretrain": {"epochs": 1.0},
 }

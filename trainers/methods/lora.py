@@ -34,7 +34,7 @@ def begin(base: Any, options: Options, init_adapter: Path | None) -> Any:
             task_type="CAUSAL_LM",
         )
         model = peft.get_peft_model(base, config)
-    if options.load_in_4bit or options.lora.dtype == "bfloat16":
+    if options.lora.dtype == "bfloat16":
         for parameter in checkpoints.trained_parameters(model).values():
             parameter.data = parameter.data.to(torch.bfloat16)
     return model

@@ -9,7 +9,7 @@ WORKERS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup setup-dev demo test lint lock replay bench docs
+.PHONY: setup setup-dev demo demo-kafka test lint lock replay bench docs
 
 setup: $(VENV)/.demo
 setup-dev: $(VENV)/.dev
@@ -29,7 +29,11 @@ $(VENV)/.dev: $(BIN)/uv requirements-dev.txt pyproject.toml
 	@echo "Installing all packages and the checkers into $(VENV) (torch makes it about 6 GB)"
 	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --require-hashes -r requirements-dev.txt
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps -e .
-	touch $@ $(VENV)/.demo
+	touch $@ $(VENV)/.demo $(VENV)/.kafka
+
+$(VENV)/.kafka: $(VENV)/.demo
+	$(BIN)/uv pip install --python $(BIN)/python -r pyproject.toml --extra kafka -c requirements-dev.txt
+	touch $@
 
 $(VENV)/.bench: $(VENV)/.dev
 	$(BIN)/uv pip install --python $(BIN)/python -c requirements-dev.txt --group bench
@@ -48,6 +52,10 @@ test: lint
 # The real daemon and a real node, on real decisions: a gain, a bad import that is rejected, a forced promotion that is taken back.
 demo: setup
 	$(BIN)/python -m daemon.demo --out $(DEMO) $(ARGS)
+
+# The same over a real Kafka broker and on a real PostgreSQL server, which it starts and stops itself.
+demo-kafka: $(VENV)/.kafka
+	$(BIN)/python -m daemon.demo --kafka --out $(DEMO) $(ARGS)
 
 # The loop on real decisions, replayed on a simulated clock: history to 2005, then the claims of 2006 and 2007.
 replay: setup

@@ -2,17 +2,23 @@
 
 import contextlib
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import orjson
 import pytest
 
+from consumers import counterpart, schemas
 from daemon import cases, config, imr
-from daemon.demo import chronicle, clients, home
+from daemon.demo import chronicle, clients, home, streamed
 from daemon.demo.loop import Served
+from tests import broker_fixtures
 
 
 def serve(*answers):
@@ -90,6 +96,77 @@ def test_an_interrupted_demo_leaves_no_process_behind(tmp_path):
     assert demo.returncode == 130
     assert "all processes are stopped" in told
     assert not [pid for pid, line in command_lines() if str(tmp_path / "run") in line]
+
+
+def test_without_java_the_demo_on_kafka_says_in_one_sentence_what_to_install(tmp_path):
+    for name in ("bash", "sed", "find", "sort", "tail", "mkdir", "dirname", "id", "runuser"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    command = [sys.executable, "-m", "daemon.demo", "--kafka", "--out", tmp_path / "run"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PATH": str(tmp_path)})
+    assert done.returncode == 1
+    assert "java, mvn" in done.stdout
+    assert "`apt-get install openjdk-17-jre-headless maven" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupted_demo_on_kafka_stops_broker_and_database_too(tmp_path, postgres):
+    missing = broker_fixtures.find_missing()
+    if missing:
+        pytest.skip(missing)
+    command = [sys.executable, "-m", "daemon.demo", "--kafka", "--out", tmp_path / "run"]
+    demo = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "base.log").exists():  # by then both servers answer and the topics are there
+        assert demo.poll() is None, demo.stdout.read()
+    database = (tmp_path / "run" / home.DATABASE_LINK).resolve()
+    living = [line for _, line in command_lines() if str(tmp_path / "run" / "kafka") in line or str(database) in line]
+    assert len(living) >= 2
+    demo.send_signal(signal.SIGTERM)
+    told = demo.communicate()[0]
+    assert demo.returncode == 130
+    assert "all processes are stopped" in told
+    assert not [pid for pid, line in command_lines() if str(tmp_path / "run") in line or str(database) in line]
+    home.clear(tmp_path / "run")
+    assert not database.exists()
+
+
+def test_over_kafka_what_is_opened_is_answered_and_comes_back_closed(engine, broker):
+    kafka = broker_fixtures.make_topics(broker, "demo-desk")
+    access, names = kafka.to_access(), kafka.topics
+    told = [{"type": kind, "data": {"agent": home.AGENT, "review": "r1", "claim_id": "c1"}} for kind in (streamed.OPENED, *streamed.ENDED)]
+    with (
+        counterpart.sending(access) as sender,
+        counterpart.listening(access, names.queue) as queue,
+        counterpart.listening(access, names.labels) as labels,
+    ):
+        desk = streamed.Desk(sender, queue, names.labels, "physician")
+        sender.send(names.queue, told[:1])
+        while not desk.waiting:
+            desk._hear()
+        answered = []
+        thread = threading.Thread(target=lambda: answered.extend(desk.answer_all({"c1": "DENIED"})))
+        thread.start()
+        while not (heard := labels.hear(1)):
+            pass
+        assert answered == []
+        sender.send(names.queue, [*told[1:], told[0]])  # the opening may be told again
+        thread.join(30)
+        assert [one.claim_id for one in answered] == ["c1"]
+        assert list(desk.answer_all({})) == []
+    assert heard[0]["data"].items() >= {"review_id": "r1", "expert": "physician", "answer": "DENIED"}.items()
+    assert schemas.parse_each([orjson.dumps(heard[0])], schemas.LABEL)[0]["data"]["claim_id"] == "c1"
+
+
+def test_of_two_announced_changes_the_later_is_in_force_whatever_partition_tells_first():
+    class Announcements:
+        def hear(self, seconds):
+            changed = {"type": "ratchet.champion.rolled-back.v1", "time": "2026-01-02T00:00:00Z", "data": {"version": "v1.1"}}
+            judged = {"type": "ratchet.version.judged.v1", "time": "2026-01-01T00:00:00Z", "data": {"version": "v1.2", "verdict": "reject"}}
+            return [changed, {**changed, "time": "2026-01-01T00:00:00Z", "data": {"version": "v1.2"}}, judged]
+
+    news = streamed.News(Announcements())
+    assert news.read_change() == {"version": "v1.1"}
+    assert news.read_verdict("v1.2") == "reject"
+    assert news.read_verdict("v1.1") is None
 
 
 def test_versions_are_compared_on_the_claims_that_they_answered():

@@ -1,12 +1,11 @@
-"""What stands around the daemon: the inference node that predicts and reports its answers, and the expert who is asked."""
+"""What stands around the daemon: the inference node that predicts, the expert who is asked, and the ways that they and the daemon speak."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import httpx
 
@@ -14,11 +13,11 @@ from consumers import schemas
 from daemon.cases import Case
 from daemon.demo.home import AGENT, LABELS
 
-HANDLED_SECONDS, POLL_SECONDS = 30, 0.02
+HANDLED_SECONDS, POLL_SECONDS = 60, 0.02
 
 
 class NotHandledError(RuntimeError):
-    """An accepted event was not handled."""
+    """What was accepted was not handled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,36 +43,42 @@ class Node:
         return str(self.http.get(f"/served/{AGENT}").raise_for_status().json()["adapter_digest"])
 
 
-@dataclass(frozen=True, slots=True)
-class Producer:
-    """Sends the node's answers to the daemon."""
+class Producer(Protocol):
+    """Takes the node's answers to the daemon."""
 
-    http: httpx.Client
+    def send(self, events: Sequence[Mapping[str, Any]]) -> None:
+        """Send predictions and wait until the daemon has handled them. Raises `NotHandledError`."""
 
-    def send(self, cases: Sequence[Case], answers: Sequence[Mapping[str, Any]]) -> None:
-        """Send predictions as one batch and wait until the daemon has handled them. Raises `NotHandledError`."""
-        batch = [to_event(case, answer) for case, answer in zip(cases, answers, strict=True)]
-        headers = {"Content-Type": "application/cloudevents-batch+json"}
-        receipt = self.http.post("/v1/predictions", json=batch, headers=headers).raise_for_status().json()
-        if receipt["refused"]:
-            raise NotHandledError(f"{receipt['refused']} of {len(batch)} predictions were refused")
-        self._await_handled(receipt["results"][-1]["ulid"])
 
-    def _await_handled(self, ulid: str) -> None:
-        deadline = time.monotonic() + HANDLED_SECONDS
-        while time.monotonic() < deadline:
-            status = self.http.get(f"/v1/events/{ulid}").raise_for_status().json()
-            if status["state"] == "handled":
-                return
-            time.sleep(POLL_SECONDS)
-        raise NotHandledError(f"event {ulid} is {status['state']} after {HANDLED_SECONDS} s: {status['reason']}")
+class Answered(NamedTuple):
+    """One claim that an expert answered, and how long it took until the daemon had the answer."""
+
+    claim_id: str
+    seconds: float
+
+
+class Desk(Protocol):
+    """Where cases wait for the expert."""
+
+    def answer_all(self, truth: Mapping[str, str]) -> Iterator[Answered]:
+        """Answer every case that waits, as `truth` says of its claim; each comes back once the daemon has the answer."""
+
+
+class News(Protocol):
+    """What the daemon tells of its versions."""
+
+    def read_verdict(self, version: str) -> str | None:
+        """A version's verdict, None while it has none."""
+
+    def read_change(self) -> Mapping[str, Any] | None:
+        """The newest change of the champion: kind, version, actor, reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Expert:
-    """Answers whatever the daemon asks, as the physician did; `answered_at` says when the daemon had stored each answer."""
+    """Answers whatever the daemon asks, as the physician did; `answered_at` says when the daemon had each answer."""
 
-    http: httpx.Client
+    desk: Desk
     truth: Mapping[str, str]
     answered_at: list[datetime] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -82,13 +87,10 @@ class Expert:
     def answer_all(self) -> int:
         """Answer every case that waits; returns how many."""
         before = len(self.answered_at)
-        while (response := self.http.get("/v1/reviews/next").raise_for_status()).status_code != httpx.codes.NO_CONTENT:
-            case = response.json()
-            began = time.monotonic()
-            self.http.post(f"/v1/reviews/{case['id']}/answer", json={"answer": self.truth[case["claim_id"]]}).raise_for_status()
-            self.seconds.append(time.monotonic() - began)
+        for claim_id, seconds in self.desk.answer_all(self.truth):
+            self.seconds.append(seconds)
             self.answered_at.append(datetime.now(UTC))
-            self.claims.append(case["claim_id"])
+            self.claims.append(claim_id)
         return len(self.answered_at) - before
 
 

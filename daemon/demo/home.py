@@ -17,6 +17,8 @@ LABELS = ("APPROVED", "DENIED")
 HISTORY_YEARS, STREAM_YEARS, ARCHIVE_YEARS = (2001, 2002), (2011, 2013), (2003, 2010)
 ARCHIVE_CASES = 1500
 MARKER = ".ratchet-demo"
+DATABASE_LINK, DATABASE_PREFIX = "postgres", "ratchet-demo-"
+"""Where the data of a demo's own database server lies, if it has one: a link to a folder so named for temporary files."""
 INVERTED = {"APPROVED": "DENIED", "DENIED": "APPROVED"}
 CONFIG = """\
 # The demo's configuration: a generous budget and a quick trigger, so that minutes show what otherwise takes months.
@@ -107,17 +109,20 @@ def clear(folder: Path) -> None:
     if folder.exists():
         if any(folder.iterdir()) and not (folder / MARKER).exists():
             raise FolderTakenError(f"{folder} is not empty and not a demo's: name another --out")
+        database = (folder / DATABASE_LINK).resolve().parent
+        if database.name.startswith(DATABASE_PREFIX):
+            shutil.rmtree(database, ignore_errors=True)
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     (folder / MARKER).touch()
 
 
-def furnish(folder: Path, seed: int) -> Home:
-    """Write the decisions, the prompt and the configuration into an initialised folder."""
+def furnish(folder: Path, seed: int, sections: str = "") -> Home:
+    """Write the decisions, the prompt and the configuration, with further sections, into an initialised folder."""
     home = Home(folder, find_port(), find_port())
     (folder / "prompts" / "imr.j2").write_text(rehearsal.PROMPT)
     ports = {"port": home.port, "ops_port": find_port(), "node_port": home.node_port}
-    home.config.write_text(CONFIG.format(agent=AGENT, seed=seed, **ports))
+    home.config.write_text(CONFIG.format(agent=AGENT, seed=seed, **ports) + sections)
     imr.write_jsonl(home.history, *HISTORY_YEARS)
     imr.write_jsonl(home.stream, *STREAM_YEARS)
     lines = (json.dumps(case, ensure_ascii=False) + "\n" for case in spoil(imr.read_decisions(*ARCHIVE_YEARS), ARCHIVE_CASES))

@@ -10,7 +10,8 @@ from typing import Any
 from sqlalchemy import Engine, RowMapping
 
 from daemon.cases import Case
-from daemon.demo.clients import Expert, Node, Producer
+from daemon.demo import clients
+from daemon.demo.clients import Expert, News, Node, Producer
 from daemon.demo.home import AGENT
 from daemon.demo.screen import Screen
 from storage import db, registry, runs
@@ -43,6 +44,7 @@ class Loop:
     node: Node
     producer: Producer
     expert: Expert
+    news: News
     stream: Sequence[Case]
     served: list[Served] = field(default_factory=list)
 
@@ -68,7 +70,7 @@ class Loop:
         """The node answers the next claims, its answers go to the daemon, and the expert answers what is asked at once."""
         cases = self.stream[len(self.served) : len(self.served) + BATCH]
         answers, frozen = self.node.score(AGENT, cases), self.node.score(FROZEN, cases)
-        self.producer.send(cases, answers)
+        self.producer.send([clients.to_event(case, answer) for case, answer in zip(cases, answers, strict=True)])
         for case, answer, other in zip(cases, answers, frozen, strict=True):
             is_right, is_frozen_right = answer["decision"] == case.answer, other["decision"] == case.answer
             self.served.append(Served(case.claim_id, answer["version"], is_right, is_frozen_right))
@@ -120,11 +122,6 @@ class Loop:
         """A version's row."""
         with db.reading(self.engine) as connection:
             return registry.read(connection, AGENT, version)
-
-    def read_verdict(self, version: str) -> str | None:
-        """A version's verdict, None while it has none."""
-        verdict: str | None = self.read_version(version)["verdict"]
-        return verdict
 
     def read_run(self, run: str) -> RowMapping:
         """A run's row."""

@@ -28,7 +28,7 @@ def started(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[byte
     """A process in a session of its own, so that Ctrl-C reaches only the demo, which ends it in order."""
     process = None
     try:
-        with _uninterrupted(), log.open("ab") as output:
+        with uninterrupted(), log.open("ab") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output, env=_environment(), start_new_session=True)  # noqa: S603
         yield process
     finally:
@@ -37,7 +37,7 @@ def started(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[byte
 
 
 @contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
     """Hold an interrupt back until the block is done: a process whose start is interrupted would be left behind."""
     held: list[int] = []
     before = {number: signal.signal(number, lambda number, _: held.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -11,27 +11,32 @@ from pathlib import Path
 import httpx
 from sqlalchemy import Engine
 
+from consumers import counterpart
 from daemon import cases, config, rehearsal, run_folders
-from daemon.demo import home, servers
-from daemon.demo.clients import Expert, Node, Producer
+from daemon.demo import direct, home, servers, streamed
+from daemon.demo.clients import Desk, Expert, News, Node, Producer
 from daemon.demo.home import AGENT, Home
 from daemon.demo.loop import FROZEN, Loop, OutcomeDiffersError
 from daemon.demo.screen import Screen
-from storage import db, exams, registry
+from daemon.kafka import Kafka
+from storage import db, exams
 
 RETRAIN_CLAIMS, VERDICT_CLAIMS, GAIN_CLAIMS, HARM_CLAIMS = 1200, 1000, 200, 1000
+EXPERT = "physician"
 FIRST, BETTER, SPOILED = "v1.0", "v1.1", "v1.2"
 FIRST_EPOCHS = 6
 SPOILED_OPTIONS = {"warm_start": "champion", "epochs": 3, "new_weight": 0.2}
 FORCED_REASON = "The archive is the larger sample."
 
 
-def prepare(folder: Path, seed: int, screen: Screen) -> Home:
-    """Make the folder, the files and the small base."""
-    screen.begin_chapter("1. A folder, real decisions, a small base model")
-    home.clear(folder)
+def prepare(folder: Path, sections: str, seed: int, screen: Screen) -> Home:
+    """Make the files and the small base; `sections` of the configuration say where database and stream are, if they are elsewhere."""
     servers.run("init", folder)
-    made = home.furnish(folder, seed)
+    made = home.furnish(folder, seed, sections)
+    if sections:
+        (folder / "ratchet.db").unlink()
+        servers.run("db", "upgrade", "--config", made.config)
+        servers.run("topics", "create", "--config", made.config)
     known = cases.read(made.history)
     texts = made.folder / "texts.jsonl"
     rehearsal.write_texts(texts, config.load(made.config, {}).agent(AGENT), known)
@@ -74,26 +79,36 @@ def running(made: Home, screen: Screen) -> Iterator[Loop]:
 
 
 def connect(made: Home, engine: Engine, screen: Screen, stack: contextlib.ExitStack) -> Loop:
-    """The clients, each with a token of its own."""
+    """The clients. Each has a token of its own; over Kafka only the expert needs one, to be known."""
 
-    def open_client(port: int, name: str | None = None, role: str = "") -> httpx.Client:
-        headers = {}
-        if name is not None:
-            token = servers.run_json("tokens", "add", name, "--role", role, "--config", made.config)["token"]
-            headers = {"Authorization": f"Bearer {token}"}
-        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60, trust_env=False)
-        return stack.enter_context(client)
+    def add_token(name: str, role: str) -> str:
+        return str(servers.run_json("tokens", "add", name, "--role", role, "--config", made.config)["token"])
 
+    def open_client(port: int, token: str | None = None) -> httpx.Client:
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        return stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60, trust_env=False))
+
+    token, kafka = add_token(EXPERT, "reviewer"), config.load(made.config, {}).kafka
+    producer: Producer
+    desk: Desk
+    news: News
+    if kafka.bootstrap is None:
+        producer = direct.Producer(open_client(made.port, add_token("inference-node", "producer")))
+        desk, news = direct.Desk(open_client(made.port, token)), direct.News(engine)
+    else:
+        producer, desk, news = join_stream(kafka, engine, stack)
     stream = cases.read(made.stream)
-    expert = Expert(open_client(made.port, "physician", "reviewer"), {case.claim_id: case.answer for case in stream})
-    return Loop(
-        engine,
-        screen,
-        Node(open_client(made.node_port)),
-        Producer(open_client(made.port, "inference-node", "producer")),
-        expert,
-        stream,
-    )
+    expert = Expert(desk, {case.claim_id: case.answer for case in stream})
+    return Loop(engine, screen, Node(open_client(made.node_port)), producer, expert, news, stream)
+
+
+def join_stream(kafka: Kafka, engine: Engine, stack: contextlib.ExitStack) -> tuple[Producer, Desk, News]:
+    """The clients' side of the topics."""
+    access, topics = kafka.to_access(), kafka.topics
+    sender = stack.enter_context(counterpart.sending(access))
+    reviews, announcements = (stack.enter_context(counterpart.listening(access, name)) for name in (topics.queue, topics.events))
+    desk = streamed.Desk(sender, reviews, topics.labels, EXPERT)
+    return streamed.Producer(sender, topics.predictions, engine), desk, streamed.News(announcements)
 
 
 def train_first(made: Home, loop: Loop, seed: int) -> None:
@@ -117,7 +132,7 @@ def improve(loop: Loop) -> None:
     came, answered = len(loop.served), len(loop.expert.answered_at)
     loop.screen.say(f"{came} claims came in, the expert answered {answered}: a training has started by itself")
     loop.follow_training(f"training {BETTER} on history and answers")
-    loop.stream_until(lambda: loop.read_verdict(BETTER) is not None, f"the blind exam of {BETTER}", VERDICT_CLAIMS)
+    loop.stream_until(lambda: loop.news.read_verdict(BETTER) is not None, f"the blind exam of {BETTER}", VERDICT_CLAIMS)
     loop.screen.say(explain(loop, BETTER))
     expect_verdict(loop, BETTER, "promote")
     loop.wait_until(lambda: loop.is_confirmed(BETTER), f"{BETTER} in service")
@@ -133,7 +148,7 @@ def spoil(made: Home, loop: Loop, seed: int) -> None:
     options = [part for key, value in {**SPOILED_OPTIONS, "seed": seed}.items() for part in ("--set", f"{key}={value}")]
     servers.run("train", "--reason", "learn the archive", *options, "--config", made.config)
     loop.follow_training(f"training {SPOILED} on the bad import")
-    loop.stream_until(lambda: loop.read_verdict(SPOILED) is not None, f"the blind exam of {SPOILED}", VERDICT_CLAIMS)
+    loop.stream_until(lambda: loop.news.read_verdict(SPOILED) is not None, f"the blind exam of {SPOILED}", VERDICT_CLAIMS)
     loop.screen.say(explain(loop, SPOILED))
     expect_verdict(loop, SPOILED, "reject")
 
@@ -150,8 +165,8 @@ def force(made: Home, loop: Loop) -> None:
     loop.screen.say(f"with both, {SPOILED} is in service, and marked for ever")
     loop.stream_until(lambda: loop.is_confirmed(BETTER), f"the watch over {SPOILED}", HARM_CLAIMS)
     loop.check_served(BETTER)
-    with db.reading(loop.engine) as connection:
-        change = registry.in_force(connection, AGENT)
+    loop.wait_until(lambda: (loop.news.read_change() or {}).get("version") == BETTER, f"word of {BETTER}'s return")
+    change = loop.news.read_change()
     if change is None or change["kind"] != "rollback" or change["actor"] != "ratchet":
         raise OutcomeDiffersError(f"{BETTER} came back by {change and change['kind']}, not by the watch")
     loop.screen.say(f"rolled back to {BETTER} by itself. {change['reason']}")
@@ -160,7 +175,7 @@ def force(made: Home, loop: Loop) -> None:
 
 def expect_verdict(loop: Loop, version: str, expected: str) -> None:
     """Raise `OutcomeDiffersError` unless the exam said what the demo is to show."""
-    verdict = loop.read_verdict(version)
+    verdict = loop.news.read_verdict(version)
     if verdict != expected:
         raise OutcomeDiffersError(f"the verdict on {version} is {verdict}, expected was {expected}")
 

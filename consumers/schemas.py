@@ -200,11 +200,20 @@ def _find_constant(value: Any, path: str) -> Refusal | None:
     if isinstance(value, _Constant):
         return Refusal(path or "event", value, "JSON has no such number: send a number, or leave the field out")
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return next((found for key, part in parts if (found := _find_constant(part, f"{path}.{key}".lstrip(".")))), None)
+    return next((found for key, part in parts if (found := _find_constant(part, f"{path}.{_name_part(key)}".lstrip(".")))), None)
+
+
+def _name_part(key: str | int) -> str:
+    """One part of a field's path. It may be whatever was sent: a reason must be text that a database takes, and is announced."""
+    name = str(key)
+    return name if name.isprintable() and len(name) <= MAX_SHOWN else shorten(name)
 
 
 def _parse_one(adapter: TypeAdapter[Any], item: Any) -> AnyEvent | Refusal:
-    constant = _find_constant(item, "")
+    try:
+        constant = _find_constant(item, "")
+    except RecursionError:
+        return Refusal("event", shorten(item), "the JSON nests too deep")
     if constant is not None:
         return constant
     try:
@@ -213,9 +222,10 @@ def _parse_one(adapter: TypeAdapter[Any], item: Any) -> AnyEvent | Refusal:
         return Refusal("event", str(error), "the JSON nests too deep, or holds a whole number beyond 64 bits or a broken text")
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
+        field = ".".join(map(_name_part, first["loc"][1:]))
         if first["type"] == "missing":
-            return Refusal(".".join(str(part) for part in first["loc"][1:]), "nothing", "this field is missing: add it")
-        return Refusal(".".join(str(part) for part in first["loc"][1:]) or "event", shorten(first["input"]), first["msg"])
+            return Refusal(field, "nothing", "this field is missing: add it")
+        return Refusal(field or "event", shorten(first["input"]), first["msg"])
 
 
 def shorten(value: Any) -> str:

@@ -88,6 +88,7 @@ def kill_holder(path: Path, *, at_once: bool) -> None:
 def read_log(run_dir: Path, attempt: int) -> str:
     """The `log.txt` of an attempt; nothing where there is none."""
     try:
-        return (find_attempt(run_dir, attempt) / spec.LOG).read_text(encoding="utf-8", errors="replace")
+        text = (find_attempt(run_dir, attempt) / spec.LOG).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return ""
+    return text.replace("\0", "")  # a power cut leaves them at a file's end, and PostgreSQL takes none

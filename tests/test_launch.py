@@ -50,6 +50,11 @@ def test_a_process_is_followed_to_its_exit_status_and_its_output_is_kept(run_dir
     assert "['-m', 'trainers.train'" in (run_dir / "attempts/1/log.txt").read_text()
 
 
+def test_what_a_power_cut_leaves_in_a_log_is_no_part_of_an_error(run_dir: Path) -> None:
+    (run_dir / "attempts/1/log.txt").write_bytes(b"CUDA out of memory\n\0\0\0")
+    assert launch.read_log(run_dir, 1) == "CUDA out of memory\n"
+
+
 def test_another_daemon_finds_a_process_and_can_stop_it(run_dir: Path) -> None:
     body = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); open(sys.argv[3] + '/ready', 'w').close(); time.sleep(60)"
     first = processes.Processes(make_python(run_dir, body))

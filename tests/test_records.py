@@ -188,3 +188,12 @@ def test_a_parked_record_is_replayed_when_what_it_lacked_is_there(tmp_path, monk
     assert "it came from the topic elsewhere" in capsys.readouterr().err
     assert states(engine).count("waiting") == 1
     engine.dispose()
+
+
+def test_a_field_s_name_that_no_database_takes_is_parked_with_its_reason(inlet, now):
+    inlet.take(
+        to_records("predictions", [event_fixtures.make_prediction(1, now), event_fixtures.make_prediction(2, now, input={"\x00": 1})])
+    )
+    assert count(inlet.engine, Prediction) == 1
+    (reason,) = parked(inlet.engine).values()
+    assert reason.startswith("data.input.'\\x00'")

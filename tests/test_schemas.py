@@ -111,3 +111,22 @@ def test_any_json_in_any_place_is_an_event_or_a_refusal(junk: Any, place: str) -
 def test_every_event_type_has_a_json_schema() -> None:
     found = schemas.json_schemas()
     assert set(found) == {schemas.PREDICTION, schemas.LABEL, schemas.HISTORY}
+
+
+@pytest.mark.parametrize("key", ["\x00", "k" * 5000])
+@pytest.mark.parametrize("value", ["1", "NaN"])
+def test_a_reason_that_names_a_field_is_short_text_that_a_database_takes(now: datetime, key: str, value: str) -> None:
+    sent = orjson.dumps({**make_prediction(1, now, input={key: 4711})}).replace(b"4711", value.encode())
+    [refusal] = schemas.parse_each([sent], schemas.PREDICTION)
+    assert isinstance(refusal, schemas.Refusal)
+    assert refusal.field.startswith("data.input.")
+    assert str(refusal).isprintable()
+    assert len(str(refusal)) < 400
+
+
+def test_what_nests_too_deep_beside_a_number_that_is_none_is_refused(now: datetime) -> None:
+    sent = orjson.dumps(make_prediction(1, now, input={"a": 4711, "b": 4712}))
+    sent = sent.replace(b"4711", b"[" * 900 + b"]" * 900).replace(b"4712", b"NaN")
+    [refusal] = schemas.parse_each([sent], schemas.PREDICTION)
+    assert isinstance(refusal, schemas.Refusal)
+    assert refusal.remedy == "the JSON nests too deep"

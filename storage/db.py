@@ -141,6 +141,8 @@ def _postgresql_options(url: URL, connections: int) -> dict[str, Any]:
     }
     kept = min(connections, KEPT_CONNECTIONS)
     return {
+        # Whoever has waited for a lock must see what its last holder wrote, whatever the server's own setting is.
+        "isolation_level": "READ COMMITTED",
         "connect_args": {name: value for name, value in wanted.items() if name not in url.query},
         "pool_pre_ping": True,
         "pool_size": kept,

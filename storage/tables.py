@@ -16,6 +16,7 @@ from sqlalchemy import (
     ForeignKey,
     ForeignKeyConstraint,
     Index,
+    Integer,
     LargeBinary,
     String,
     Text,
@@ -203,7 +204,7 @@ class ReviewStep(Table):
     """One thing that happened to a review: who did what, and when; what others may want to know of it is unsent until it is told."""
 
     __tablename__ = "review_steps"
-    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True)
     review: Mapped[str] = mapped_column(ForeignKey("reviews.id"), index=True)
     at: Mapped[datetime]
     actor: Mapped[str]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import Engine, inspect, select
+from sqlalchemy import BigInteger, Engine, inspect, select, text
 
 from storage import alarms, db, leases, ledger, policies, tokens
 from storage.tables import Installation, Policy, Table
@@ -159,3 +159,22 @@ def test_rows_in_hundreds_are_stored_once_and_counted(engine: Engine, now: datet
         kept = connection.execute(select(Policy.agent, Policy.body, Policy.created_at)).all()
     assert stored == [7, 223, 20, 0]
     assert sorted(kept) == sorted((row["agent"], row["body"], now) for row in rows)
+
+
+@pytest.mark.databases("postgresql")
+def test_what_waited_for_a_lock_sees_what_was_written_whatever_the_server_is_set_to(engine: Engine) -> None:
+    url = engine.url.update_query_dict({"options": "-c default_transaction_isolation=serializable"})
+    other = db.open_engine(url.render_as_string(hide_password=False))
+    try:
+        with db.reading(other) as connection:
+            assert connection.execute(text("SHOW transaction_isolation")).scalar() == "repeatable read"
+        with db.writing(other) as connection:
+            assert connection.execute(text("SHOW transaction_isolation")).scalar() == "read committed"
+    finally:
+        other.dispose()
+
+
+@pytest.mark.databases("postgresql")
+def test_there_is_room_for_more_steps_of_reviews_than_32_bits_count(engine: Engine) -> None:
+    columns = {column["name"]: column["type"] for column in inspect(engine).get_columns("review_steps")}
+    assert isinstance(columns["id"], BigInteger)

@@ -495,7 +495,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "review_steps",
-        sa.Column("id", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
         sa.Column("review", sa.String(length=26), nullable=False),
         sa.Column("at", UtcTime(), nullable=False),
         sa.Column("actor", sa.String(), nullable=False),

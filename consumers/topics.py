@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from kafka.admin import KafkaAdminClient
 
 HOUR_MS = 3_600_000
-ALREADY_EXISTS = 36
-"""Kafka's error code for a topic that is there."""
+UNKNOWN, FORBIDDEN, ALREADY_EXISTS = 3, 29, 36
+"""Kafka's error codes for a topic that is not there, that we may not see, and that is there."""
 
 
 class TopicMissingError(broker.BrokerError):
@@ -86,8 +86,14 @@ def check(access: broker.Access, wanted: Sequence[Topic]) -> list[Finding]:
 
 
 def require(admin: KafkaAdminClient, names: Iterable[str]) -> None:
-    """Raise `TopicMissingError` that names every topic that is not there: to Kafka's clients that is no error, they wait in silence."""
-    missing = sorted(topic["name"] for topic in admin.describe_topics(list(names)) if topic["error_code"])
+    """Raise `TopicMissingError` that names every topic that is not there: to Kafka's clients that is no error, they wait in silence.
+
+    Raises `AccessRefusedError` for those that we may not see. What else is said of a topic passes, such as an election of its leader.
+    """
+    told = [(topic["name"], topic["error_code"]) for topic in admin.describe_topics(list(names))]
+    missing, forbidden = (sorted(name for name, code in told if code == wanted) for wanted in (UNKNOWN, FORBIDDEN))
+    if forbidden:
+        raise broker.AccessRefusedError(f"we may not see the topic {', '.join(forbidden)}: give [kafka] user the rights")
     if missing:
         raise TopicMissingError(f"there is no topic {', '.join(missing)}: run `ratchet topics create`, or correct [kafka.topics]")
 

@@ -105,6 +105,8 @@ def start(settings: Settings, roles: Sequence[str]) -> int:
     """Run the daemon until it is told to stop; returns the exit status."""
     if settings.kafka.bootstrap is not None:
         broker.check_extra()
+        if "consume" in roles:
+            settings.kafka.to_access()  # a password that can't be read is said at once
     engine = db.open_engine(settings.database.url, settings.database.connections)
     try:
         db.check(engine)

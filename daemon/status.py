@@ -36,10 +36,11 @@ def describe_stream(connection: Connection, now: datetime) -> dict[str, Any] | N
     if not told:
         return None
     newest = told[0]["body"]
+    problem = next((row["body"]["problem"] for row in told if row["body"]["problem"]), None)  # one daemon's is nobody else's
     backlog = events.count_by_state(connection)["unsent"] + reviews.count_unsent(connection)
     shown = ("consumer", "batches", "records", "batch_seconds", "last_records", "last_seconds", "is_relaying", "sent")
     daemons = {" ".join(row["holder"].split()[:2]): {name: row["body"][name] for name in shown} for row in told}
-    return {**{name: newest[name] for name in ("problem", "lag", "oldest_seconds")}, "backlog": backlog, "daemons": daemons}
+    return {"problem": problem, "lag": newest["lag"], "oldest_seconds": newest["oldest_seconds"], "backlog": backlog, "daemons": daemons}
 
 
 def begin_day(now: datetime) -> datetime:

@@ -93,6 +93,15 @@ def test_a_port_that_is_taken_is_told_in_one_line(daemon, key):
     )
 
 
+def test_a_password_that_can_t_be_read_is_told_in_one_line(daemon):
+    told = {"BOOTSTRAP": "127.0.0.1:1", "MECHANISM": "SCRAM-SHA-512", "USER": "ann", "PASSWORD_FILE": "nowhere"}
+    daemon.begin(**{f"RATCHET_KAFKA__{name}": value for name, value in told.items()})
+    assert daemon.process.wait(60) == 1
+    [line] = daemon.log.read_text().splitlines()
+    assert "nowhere can't be read" in line
+    assert line.endswith("write the password there")
+
+
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1", "a" * 70])
 def test_a_host_that_is_not_this_machine_s_is_told_in_one_line(daemon, host):
     daemon.begin(RATCHET_SERVER__HOST=host)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from datetime import timedelta
 
 import pytest
 from fastapi import FastAPI
@@ -13,7 +14,7 @@ from daemon.cli import status as command
 from daemon.web import app as web
 from daemon.web import pages
 from daemon.web.metrics import Metrics
-from storage import alarms, db, exams, registry, runs
+from storage import alarms, db, exams, registry, runs, streams
 from tests.event_fixtures import make_label, make_prediction, send
 from tests.web_fixtures import HOUR, Site, site
 
@@ -184,3 +185,18 @@ def test_metrics_count_requests_by_template_and_tell_how_things_stand(busy):
 @pytest.mark.parametrize(("seconds", "shown"), [(0.4, "0 s"), (59, "59 s"), (60, "1 minute"), (7300, "2 hours"), (200_000, "2 days")])
 def test_a_length_of_time_is_told_in_its_largest_unit(seconds, shown):
     assert pages.show_seconds(seconds) == shown
+
+
+def test_a_stream_that_nobody_reads_is_told(busy):
+    told = status.collect(busy.engine, busy.settings.agents, busy.clock())
+    assert any("no daemon has told of it" in line for line, _ in command._compose(told, has_kafka=True))
+    assert not any("Kafka" in line for line, _ in command._compose(told))
+
+
+def test_the_problem_of_one_daemon_is_not_hidden_by_another_one_s_news(busy):
+    body = dict.fromkeys(("batches", "records", "batch_seconds", "last_records", "last_seconds", "sent", "oldest_seconds"), 0)
+    body |= {"consumer": "poll", "is_relaying": False, "lag": {}}
+    with db.writing(busy.engine) as connection:
+        streams.tell(connection, "here 1", {**body, "problem": "there is no topic a"}, busy.clock())
+        streams.tell(connection, "there 1", {**body, "problem": None}, busy.clock() + timedelta(seconds=1))
+    assert status.collect(busy.engine, {}, busy.clock())["stream"]["problem"] == "there is no topic a"

@@ -44,6 +44,15 @@ def test_a_missing_topic_is_an_error_that_names_it_and_the_remedy(kafka):
     assert str(missed.value).startswith(f"there is no topic {wanted[1].name}: run `ratchet topics create`")
 
 
+def test_a_topic_that_we_may_not_see_is_not_called_missing():
+    class Admin:
+        def describe_topics(self, names):
+            return [{"name": name, "error_code": 29} for name in names]
+
+    with pytest.raises(brokers.AccessRefusedError, match=r"may not see the topic a, b: give \[kafka\] user the rights"):
+        topics.require(Admin(), ["b", "a"])
+
+
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     assert cli.main(["init", str(tmp_path)]) == 0

@@ -14,24 +14,27 @@ def status(config: context.ConfigFile = context.CONFIG_FILE, as_json: context.As
 
     with context.opened(config) as opened:
         told = overview.collect(opened.engine, opened.settings.agents, context.read_clock())
+        has_kafka = opened.settings.kafka.bootstrap is not None
     if as_json:
         context.print_json(told)
         return
     from rich import console, text  # noqa: PLC0415 — rich is slow to import
 
     screen = console.Console(highlight=False)
-    for line, style in _compose(told):
+    for line, style in _compose(told, has_kafka=has_kafka):
         screen.print(text.Text(line, style))
 
 
-def _compose(told: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The screen's lines, each with its style."""
+def _compose(told: Mapping[str, Any], *, has_kafka: bool = False) -> Iterator[tuple[str, str]]:
+    """The screen's lines, each with its style; `has_kafka` says whether somebody should read it."""
     events = told["events"]
     age = f", oldest {events['oldest_seconds']:.0f} s" if events["oldest_seconds"] is not None else ""
     yield f"{told['at']:%Y-%m-%d %H:%M:%S} UTC", "dim"
     yield f"Events       {events['received']} unhandled{age}; {events['waiting']} wait for their claim", ""
     if told["stream"]:
         yield from _compose_stream(told["stream"])
+    elif has_kafka:
+        yield "Kafka        no daemon has told of it for a minute: `ratchet up` with the role consume reads it", "red"
     if told["dead_letters"]:
         yield f"Dead letters {told['dead_letters']}: `ratchet dead-letters list` shows them", "red"
     yield from _compose_alarms(told["alarms"], "")

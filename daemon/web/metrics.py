@@ -85,7 +85,7 @@ def _describe_stream(stream: Mapping[str, Any]) -> Iterator[Metric]:
     for place, waiting in stream["lag"].items():
         lag.add_metric(place.rsplit("/", 1), waiting)
     yield lag
-    yield GaugeMetricFamily("ratchet_kafka_up", "Whether the broker answers.", not stream["problem"])
+    yield GaugeMetricFamily("ratchet_kafka_up", "Whether all daemons can read and send.", not stream["problem"])
     yield GaugeMetricFamily("ratchet_kafka_oldest_seconds", "Age of the oldest record that waits.", stream["oldest_seconds"] or 0)
     yield GaugeMetricFamily("ratchet_relay_backlog", "Messages that wait to be sent.", stream["backlog"])
     told = {name: {daemon: one[key] for daemon, one in stream["daemons"].items()} for name, key, _ in DAEMON_METRICS}

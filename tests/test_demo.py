@@ -11,14 +11,15 @@ import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import httpx
 import orjson
 import pytest
 
 from consumers import counterpart, schemas
 from daemon import cases, config, imr
-from daemon.demo import chronicle, clients, home, streamed
+from daemon.demo import chronicle, clients, direct, home, streamed
 from daemon.demo.loop import Served
-from tests import broker_fixtures
+from tests import broker_fixtures, daemon_fixtures, event_fixtures
 
 
 def serve(*answers):
@@ -127,6 +128,25 @@ def test_an_interrupted_demo_on_kafka_stops_broker_and_database_too(tmp_path, po
     assert not [pid for pid, line in command_lines() if str(tmp_path / "run") in line or str(database) in line]
     home.clear(tmp_path / "run")
     assert not database.exists()
+
+
+def test_over_http_predictions_are_handled_and_what_is_opened_is_answered(tmp_path):
+    secrets = daemon_fixtures.make_home(tmp_path)
+    daemon = daemon_fixtures.Daemon(tmp_path).start("--role", "consume", "--role", "web")
+    url = daemon.wait_for(lambda: daemon.url)
+
+    def open_client(name):
+        return httpx.Client(base_url=url, headers={"Authorization": f"Bearer {secrets[name]}"}, timeout=60, trust_env=False)
+
+    with open_client("node") as node, open_client("ann") as ann:
+        sent = [event_fixtures.make_prediction(number, datetime.now(UTC), confidence=0.1) for number in range(3)]
+        direct.Producer(node).send(sent)
+        truth = {one["data"]["claim_id"]: "DENIED" for one in sent}
+        expert = clients.Expert(direct.Desk(ann), truth)
+        assert expert.answer_all() == 3
+        assert expert.answer_all() == 0
+        assert set(expert.claims) == set(truth)
+    assert daemon.stop() == 0
 
 
 def test_over_kafka_what_is_opened_is_answered_and_comes_back_closed(engine, broker):

@@ -32,7 +32,7 @@ async def run(access: broker.Access, group: str, inlet: records.Inlet, stop: asy
     Raises `BrokerAbsentError` when no broker answers at the start, `FaustCrashedError`, and what `Inlet.take_patiently` raises.
     """
     with tempfile.TemporaryDirectory(prefix="ratchet-faust-") as folder:
-        app = _make_app(access, group, folder)
+        app = make_app(access, group, folder)
         failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         turn = asyncio.Lock()
         _add_agent(app, inlet, stopping, turn, failed)
@@ -54,7 +54,8 @@ async def run(access: broker.Access, group: str, inlet: records.Inlet, stop: asy
                 await app.stop()
 
 
-def _make_app(access: broker.Access, group: str, folder: str) -> faust.App:
+def make_app(access: broker.Access, group: str, folder: str) -> faust.App:
+    """A Faust that keeps nothing and serves nothing; `folder` is for what it writes all the same."""
     return faust.App(
         group,
         broker=[f"kafka://{one}" for one in access.bootstrap.split(",")],

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import signal
 import socket
+import sqlite3
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -14,7 +17,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
 import orjson
+import psycopg
 from kafka import KafkaProducer
 from kafka.errors import KafkaError
 from sqlalchemy import Engine, func, select, text
@@ -24,10 +29,11 @@ from daemon import config, policies
 from daemon.kafka import Kafka
 from storage import db, dead_letters
 from storage.tables import DeadLetter, Event, Label, Prediction, Review, ReviewStep
-from tests import broker_fixtures, daemon_fixtures, event_fixtures
+from tests import broker_fixtures, daemon_fixtures, event_fixtures, postgres_fixtures
 
 CHUNK = 20
 IN_ORDER = 500
+LOOK_SECONDS = 0.1
 Made = list[tuple[str, bytes]]
 
 
@@ -50,6 +56,14 @@ class Pace:
 
 
 LONG = Pace()
+CLOCK = """
+from datetime import timedelta
+from pathlib import Path
+from daemon import service
+genuine = service.utc_now
+service.utc_now = lambda: genuine() - timedelta(hours=Path("clock-is-back").exists())
+"""
+"""The daemon's clock is an hour back while a file is there."""
 SHORT_PATCH = """
 from consumers import broker, records, relay, stream
 from storage import db
@@ -65,9 +79,10 @@ class Traffic:
 
     def __init__(self, bootstrap: str, kafka: Kafka, pace: Pace) -> None:
         self._bootstrap, self._names, self._pace = bootstrap, kafka.topics, pace
-        self._at = datetime.now(UTC) - timedelta(minutes=1)
+        self._at = datetime.now(UTC) - timedelta(hours=3)
         self._numbers = itertools.count()
         self.acknowledged: Made = []
+        self.is_poisoning = False
         self.retries = 0
         self._producer: KafkaProducer | None = None
 
@@ -98,8 +113,7 @@ class Traffic:
         while True:
             try:
                 self._producer = self._producer or self._open()
-                promises = [self._producer.send(topic, key=_find_key(value), value=value) for topic, value in made]
-                for promise in promises:
+                for promise in [self._send(self._producer, topic, value) for topic, value in made]:
                     promise.get(timeout=150)
             except KafkaError:
                 self.retries += 1
@@ -107,6 +121,10 @@ class Traffic:
             else:
                 self.acknowledged += made
                 return
+
+    def _send(self, producer: KafkaProducer, topic: str, value: bytes) -> Any:
+        """By its claim to a partition; while one is poisoned what is no event to the first, and all others to the second."""
+        return producer.send(topic, key=_find_key(value), value=value, partition=int(value.startswith(b"{")) if self.is_poisoning else None)
 
     def close(self) -> None:
         producer, self._producer = self._producer, None
@@ -126,7 +144,7 @@ class Traffic:
             made.append((self._names.labels, orjson.dumps(label)))
         if number % 10 == 0:
             made.append(made[0])
-        if number % 50 == 0:
+        if number % 50 == 0 or self.is_poisoning:
             made.append((self._names.predictions, b"no event %d" % number))
         return made
 
@@ -205,7 +223,7 @@ def _hang_up(one: socket.socket) -> None:
 
 
 class Tally(NamedTuple):
-    """What is left: all but the first three should be 0, `retries` of the producer and `deaths` of a daemon aside."""
+    """What is left: all but the first three should be 0."""
 
     acknowledged: int
     stored: int
@@ -216,6 +234,7 @@ class Tally(NamedTuple):
     unread: int
     untold: int
     disordered: int
+    deaths: int
 
     @property
     def faults(self) -> dict[str, int]:
@@ -229,10 +248,13 @@ class Trial:
     def __init__(self, folder: Path, broker: broker_fixtures.Broker, consumer: str, pace: Pace, url: str | None = None) -> None:
         self.broker, self.pace, self.home = broker, pace, folder / "home"
         self.kafka = broker_fixtures.make_topics(broker, f"faults-{folder.name}")
-        self.proxy = Proxy(broker.proxy, broker.proxied)
+        # Only one can stand at the proxy's port: what is about the server needs none.
+        self.proxy = Proxy(broker.proxy, broker.proxied) if url is None or url.startswith("sqlite") else None
         self.url = url or f"sqlite:///{self.home}/ratchet.db"
         self.secrets = daemon_fixtures.make_home(self.home, url)
-        self.settings = {**to_settings(self.kafka, consumer), "KAFKA__BOOTSTRAP": f"127.0.0.1:{broker.proxy}", "DATABASE__URL": self.url}
+        self.settings = {**to_settings(self.kafka, consumer), "DATABASE__URL": self.url}
+        if self.proxy is not None:
+            self.settings["KAFKA__BOOTSTRAP"] = f"127.0.0.1:{broker.proxy}"
         self.engine = db.open_engine(self.url)
         self.traffic = Traffic(broker.bootstrap, self.kafka, pace)
         self.daemons: list[daemon_fixtures.Daemon] = []
@@ -241,16 +263,49 @@ class Trial:
         self._replay: Engine | None = None
 
     @property
+    def database(self) -> Path:
+        """The file of an SQLite database."""
+        return Path(self.url.removeprefix("sqlite:///"))
+
+    @property
     def daemon(self) -> daemon_fixtures.Daemon:
         """The one that was started last."""
         return self.daemons[-1]
 
-    def start(self, *roles: str) -> daemon_fixtures.Daemon:
-        """Start one more daemon, and wait until it answers."""
+    def begin(self, *roles: str, patch: str = "") -> daemon_fixtures.Daemon:
+        """Begin one more daemon."""
         daemon = daemon_fixtures.Daemon(self.home, f"{len(self.daemons)}.log", **self.settings)
         self.daemons.append(daemon)
         arguments = [one for role in roles or ("consume",) for one in ("--role", role)]
-        return daemon.start(*arguments, patch=self.pace.patch)
+        return daemon.begin(*arguments, patch=f"{CLOCK}\n{self.pace.patch}\n{patch}")
+
+    def start(self, *roles: str) -> daemon_fixtures.Daemon:
+        """Start one more daemon, and wait until it answers."""
+        daemon = self.begin(*roles)
+        daemon.wait_for(lambda: daemon.ops_url)
+        return daemon
+
+    def post(self, count: int) -> None:
+        """Send predictions by HTTP, whatever is with the broker."""
+        made = [one for one in self.traffic.make(count) if one[0] == self.kafka.topics.predictions and one[1].startswith(b"{")]
+        headers = {"Authorization": f"Bearer {self.secrets['node']}", "Content-Type": "application/cloudevents-batch+json"}
+        body = b"[" + b",".join(value for _, value in made) + b"]"
+        answer = httpx.post(f"{self.daemon.url}/v1/predictions", content=body, headers=headers, trust_env=False, timeout=60)
+        assert answer.status_code == 202, answer.text
+        self.traffic.acknowledged += made
+
+    def count_given_up(self) -> int:
+        """How often the relay has given a producer up because the broker did not acknowledge what it held."""
+        told = [line for line in self.daemon.lines() if line["event"] == "stream_waits"]
+        return sum("were not acknowledged" in line["error"] for line in told)
+
+    def read_ready(self) -> Any:
+        """What the daemon says of its readiness."""
+        return httpx.get(f"{self.daemon.ops_url}/readyz", trust_env=False, timeout=30).json()
+
+    def events(self) -> Counter[str]:
+        """How often each thing was logged by the daemon that was started last."""
+        return Counter(self.daemon.events())
 
     def count(self, table: Any, *where: Any) -> int:
         """How many rows there are."""
@@ -263,8 +318,15 @@ class Trial:
         self.wait_for(lambda: self.count(Prediction) >= goal)
 
     def wait_for(self, holds: Callable[[], Any]) -> Any:
-        """Wait until something holds; the daemon that was started last should live."""
-        return self.daemon.wait_for(holds, self.pace.settle)
+        """Wait until something holds; a daemon that ends meanwhile is started again, as by a service manager, and counted."""
+        deadline = time.monotonic() + self.pace.settle
+        while not (found := holds()):
+            if self.daemon.process.poll() is not None:
+                self.deaths += 1
+                self.start()
+            assert time.monotonic() < deadline, f"it did not happen: {self.daemon.log.read_text()[-2000:]}"
+            time.sleep(LOOK_SECONDS)
+        return found
 
     def settle(self) -> Tally:
         """Wait until everything is read, handled and told, then count."""
@@ -275,9 +337,12 @@ class Trial:
         self.wait_for(lambda: len(self._read_parked()) >= len(poison))
         self.wait_for(lambda: not self.count(Event, Event.state == "unsent") + self.count(ReviewStep, ReviewStep.is_unsent))
         unread = self._read_unread()
+        deaths, self.deaths = self.deaths, 0
         with db.reading(self.engine) as connection:
             stored = {(row.source, row.event_id) for row in connection.execute(select(Event.source, Event.event_id).where(ours))}
             twice = sum(connection.execute(text(query)).scalar_one() for query in APPLIED_TWICE)
+            entered = [orjson.loads(body)["label"] for (body,) in connection.execute(text("SELECT body FROM ledger WHERE kind = 'label'"))]
+            twice += len(entered) - len(set(entered))
         parked = self._read_parked()
         untold, disordered = self._compare_told()
         expected, found = read_rows(self._replay_in_order()), read_rows(self.engine)
@@ -291,6 +356,7 @@ class Trial:
             unread=unread,
             untold=untold,
             disordered=disordered,
+            deaths=deaths,
         )
 
     def close(self) -> None:
@@ -298,7 +364,8 @@ class Trial:
         for daemon in self.daemons:
             daemon.kill()
         self.traffic.close()
-        self.proxy.close()
+        if self.proxy is not None:
+            self.proxy.close()
         self.engine.dispose()
         if self._replay is not None:
             self._replay.dispose()
@@ -362,7 +429,6 @@ APPLIED_TWICE = (
     "SELECT count(*) FROM (SELECT 1 FROM labels GROUP BY prediction, expert HAVING count(*) > 1) AS twice",
     "SELECT count(*) FROM (SELECT 1 FROM reviews GROUP BY prediction HAVING count(*) > 1) AS twice",
     "SELECT count(*) FROM (SELECT 1 FROM review_steps GROUP BY review, action HAVING count(*) > 1) AS twice",
-    "SELECT count(*) FROM (SELECT 1 FROM ledger WHERE kind = 'label' GROUP BY body ->> 'label' HAVING count(*) > 1) AS twice",
 )
 """Each counts a thing that happened twice and should have happened once."""
 ROWS = (
@@ -405,19 +471,156 @@ def _find_poison(made: Sequence[tuple[str, bytes]]) -> set[bytes]:
 
 
 def silence(trial: Trial) -> None:
-    """The broker takes connections and answers nothing, for longer than the consumer is missed; afterwards all goes on."""
+    """The broker takes connections and answers nothing, for longer than a consumer is missed; afterwards all goes on."""
     trial.read_more()
+    assert trial.proxy is not None
     with trial.proxy.silent():
         time.sleep(trial.pace.silence)
     trial.read_more()
 
 
+def kill_broker(trial: Trial) -> None:
+    """The broker gets SIGKILL and is away until the relay has given its producer up; events come by HTTP meanwhile."""
+    trial.read_more()
+    before, began = trial.count_given_up(), time.monotonic()
+    trial.broker.kill()
+    try:
+        trial.post(CHUNK)
+        trial.wait_for(lambda: trial.count_given_up() > before)
+        trial.wait_for(lambda: time.monotonic() - began >= trial.pace.outage)
+        trial.post(CHUNK)
+    finally:
+        trial.broker.start()
+    trial.read_more()
+
+
+def lock(trial: Trial) -> None:
+    """Another process holds SQLite's lock, for longer than anybody waits for it."""
+    trial.read_more()
+    with contextlib.closing(sqlite3.connect(trial.database, isolation_level=None)) as other:
+        before = trial.events()["database_unavailable"]
+        other.execute("PRAGMA busy_timeout = 30000")
+        other.execute("BEGIN IMMEDIATE")
+        time.sleep(trial.pace.lock)
+        trial.wait_for(lambda: trial.events()["database_unavailable"] > before)
+        other.execute("ROLLBACK")
+    trial.read_more()
+
+
+def fill_disk(trial: Trial) -> None:
+    """Not a byte is left on the database's disk, until somebody makes room."""
+    trial.read_more()
+    before, ballast = trial.events()["database_unavailable"], trial.database.with_name("ballast")
+    with ballast.open("wb", buffering=0) as file:
+        for size in (1 << 20, 1 << 12):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(size))
+    try:
+        trial.wait_for(lambda: trial.events()["database_unavailable"] > before)
+    finally:
+        ballast.unlink()
+    trial.read_more()
+
+
+def turn_clock_back(trial: Trial) -> None:
+    """The clock of the daemon jumps back an hour, and later forward again."""
+    sign = trial.home / "clock-is-back"
+    trial.read_more()
+    sign.touch()
+    trial.read_more(5 * CHUNK)
+    sign.unlink()
+    trial.read_more()
+
+
+def poison(trial: Trial) -> None:
+    """Every record of a partition is malformed."""
+    trial.traffic.is_poisoning = True
+    trial.read_more(5 * CHUNK)
+
+
+def repeat(trial: Trial) -> None:
+    """The same events come twice, all of them."""
+    made = trial.traffic.make(trial.pace.repeated)
+    for _ in range(2):
+        for first in range(0, len(made), IN_ORDER):
+            trial.traffic.send(made[first : first + IN_ORDER])
+
+
 def join_and_die(trial: Trial) -> None:
-    """Workers of one group join, share the partitions, and are killed while they read, again and again."""
+    """Workers of one group join, share the partitions, and are killed while they read, again and again; each is a scheduler too."""
     for _ in range(trial.pace.deaths):
         before = trial.daemon
-        trial.start()
+        trial.start("consume", "web", "schedule")
         trial.read_more()
         time.sleep(trial.pace.life)
+        assert "leading_began" not in trial.daemon.events(), "one leads already"
         before.kill()
         trial.read_more()
+        trial.wait_for(lambda: "leading_began" in trial.daemon.events())
+
+
+KILL_BEFORE_MARKING = """
+import os, signal
+genuine_mark = relay.Relay._mark
+def mark(self, messages, fence):
+    if messages:
+        os.kill(os.getpid(), signal.SIGKILL)
+    genuine_mark(self, messages, fence)
+relay.Relay._mark = mark
+"""
+
+
+def kill_relay(trial: Trial) -> None:
+    """The process of the relay gets SIGKILL between sending and marking."""
+    trial.daemon.kill()
+    dying = trial.begin(patch=f"from consumers import relay{KILL_BEFORE_MARKING}")
+    assert dying.process.wait(trial.pace.settle) == -signal.SIGKILL
+    trial.start("consume", "web", "schedule")
+    trial.read_more()
+
+
+def crash_server(trial: Trial, server: postgres_fixtures.Server) -> None:
+    """The PostgreSQL server crashes and comes back."""
+    trial.read_more()
+    before = trial.events()["database_unavailable"]
+    server.call("kill")
+    try:
+        trial.daemon.wait_for(lambda: trial.events()["database_unavailable"] > before)
+    finally:
+        server.start()
+    trial.read_more()
+
+
+def refuse_connections(trial: Trial, server: postgres_fixtures.Server) -> None:
+    """The PostgreSQL server has no connection left for us, and ends those that we have."""
+    trial.read_more()
+    before = trial.events()["database_unavailable"]
+    server.execute("ALTER ROLE narrow CONNECTION LIMIT 0")
+    try:
+        server.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'narrow'")
+        trial.daemon.wait_for(lambda: trial.events()["database_unavailable"] > before)
+    finally:
+        server.execute("ALTER ROLE narrow CONNECTION LIMIT -1")
+    trial.read_more()
+
+
+def make_narrow(server: postgres_fixtures.Server, name: str) -> str:
+    """The address of a database for a user whose connections can be limited."""
+    with contextlib.suppress(psycopg.errors.DuplicateObject):
+        server.execute("CREATE ROLE narrow LOGIN")
+    server.execute("GRANT ALL ON ALL TABLES IN SCHEMA public TO narrow; GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO narrow", name)
+    return server.url(name).replace("ratchet@", "narrow@")
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[bool]:
+    """A disk of its own that can be filled, in `folder`; or none, and the folder is as it was: only root may mount one."""
+    is_mounted = (
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=False, capture_output=True).returncode == 0
+    )
+    try:
+        yield is_mounted
+    finally:
+        if is_mounted:
+            subprocess.run(["umount", "--lazy", folder], check=True)

@@ -63,8 +63,8 @@ async def run(stream: Stream, stop: asyncio.Event) -> None:
         bell.cancel()
         ended, late = await asyncio.wait(tasks, timeout=END_SECONDS)
         for task in late:
+            # To cancel it would help nobody: Faust then waits for its thread, and all of the process with it.
             log.error("stream_did_not_end", work=task.get_name())
-            task.cancel()
     for task in ended:
         task.result()
 

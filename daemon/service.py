@@ -157,8 +157,9 @@ async def _run(service: Service) -> int:
         log.error("role_died", role=task.get_name(), exc_info=task.exception())
     status = int(bool(died or late or not was_asked))
     log.info("stopped", exit_status=status)
-    if late:
-        # asyncio would wait for their threads, however long those take. Nothing is lost: it is as if we had been killed.
+    if late or asyncio.all_tasks() - {asyncio.current_task()}:
+        # asyncio would wait for them and their threads, however long those take, such as the client of a broker that does not answer.
+        # Nothing is lost: it is as if we had been killed.
         os._exit(status)
     return status
 

@@ -95,7 +95,6 @@ def test_workers_and_schedulers_that_join_and_are_killed(trial):
     assert suffer(trial, fault_fixtures.join_and_die) == {}
 
 
-@pytest.mark.parametrize("trial", ["poll"], indirect=True)
 def test_a_daemon_that_is_told_to_stop_while_the_broker_does_not_answer(trial):
     with trial.traffic.flowing():
         trial.read_more()

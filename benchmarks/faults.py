@@ -48,6 +48,7 @@ def main() -> None:
     tallies: dict[str, fault_fixtures.Tally] = {}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+        (folder / "kafka").mkdir()
         broker = broker_fixtures.make_broker(folder / "kafka")
         stack.callback(broker.kill)
         server = stack.enter_context(postgres_fixtures.running_server())

@@ -1,5 +1,6 @@
 """The commands that look at versions, datasets, labels, the ledger, dead letters, tokens and alarms, and those that change the champion."""
 
+import dataclasses
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import structlog
 
 from daemon import policies
 from daemon.cli import context
-from storage import alarms, datasets, exams, leases, registry, snapshots
+from storage import alarms, datasets, exams, leases, registry, runs, snapshots
 from tests.event_fixtures import ANN, BEN, PRODUCER, handle, make_history, make_label, make_prediction, send
 from tests.version_fixtures import copying, drip, listening, make_made, register
 
@@ -67,6 +68,21 @@ def test_a_rollback_publishes_at_once_and_says_how_long_it_took(site, run, home)
     assert status == 0
     assert re.match(r"adjudication: v1\.1 → v1\.0, confirmed after [\d.]+ s: the server reports sha256:", out)
     assert json.loads((home / "served.json").read_text())["version"] == champion(site) == "v1.0"
+
+
+def test_a_version_that_was_examined_in_4_bits_says_so(site, ask, run, home):
+    made = {}
+    with site.writing() as connection:
+        for method in ("lora", "qlora"):
+            asked = runs.queue(connection, AGENT, "train", "manual", method, "ops", {}, AT + timedelta(seconds=len(method)))
+            runs.lease(connection, runs.read(connection, asked), "cpu", 1, "/nowhere")
+            runs.begin(connection, runs.read(connection, asked), AT)
+            runs.finish(connection, runs.read(connection, asked), {"training": {"method": method}}, AT)
+            made[method] = registry.register(connection, AGENT, dataclasses.replace(make_made(home, len(method)), run=asked), AT)
+    told = {method: ask("versions", "show", version) for method, version in made.items()}
+    assert {method: one["method"] for method, one in told.items()} == {"lora": "lora", "qlora": "qlora"}
+    assert told["lora"]["examined_on"] == "the base as it is"
+    assert "examined_on: the base in 4 bits" in run("versions", "show", made["qlora"])[1]
 
 
 def test_a_rollback_goes_where_it_is_told(site, ask):

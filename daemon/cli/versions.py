@@ -55,15 +55,21 @@ def show(
     version: Name, agent: context.AgentName = None, config: context.ConfigFile = context.CONFIG_FILE, as_json: context.AsJson = False
 ) -> None:
     """Print what a version is made of, its exams and watches with every number, and its deployments."""
-    from storage import exams, registry  # noqa: PLC0415 — `ratchet --help` needs none of it
+    from storage import exams, registry, runs  # noqa: PLC0415 — `ratchet --help` needs none of it
 
     with context.opened(config) as opened, opened.reading() as connection:
         name = opened.pick_agent(agent).name
         row = registry.read(connection, name, version)
+        try:
+            made = (runs.read(connection, row["run"] or "")["result"] or {}).get("training") or {}
+        except runs.UnknownRunError:  # It was not trained here.
+            made = {}
         item = {
             **dict(row),
             "serving_name": registry.serving_name(row),
             "is_champion": registry.champion(connection, name) == version,
+            "method": made.get("method"),
+            "examined_on": EXAMINED.get(made.get("method", ""), "the base as it is"),
             "exams": [dict(exam) for exam in exams.of_version(connection, name, version)],
             "deployments": [dict(change) for change in registry.history(connection, name) if change["version"] == version],
         }
@@ -141,6 +147,10 @@ def _change_champion(config: Any, agent: str | None, change: Callable[[Connectio
         typer.echo(f"{row['version']} is the champion all the same: {GOES_ON[row['state']]}.", err=True)
     if row["state"] not in {"confirmed", "unverified"}:
         raise typer.Exit(1)
+
+
+EXAMINED = {"qlora": "the base in 4 bits: a server that holds it whole answers a few claims otherwise"}
+"""What a version's scores were measured on, where that is not what is served."""
 
 
 def outline(value: Any, depth: int = 0) -> Iterator[str]:

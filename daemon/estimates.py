@@ -19,11 +19,15 @@ class ConfigUnreadableError(ValueError):
 
 
 class Duration(NamedTuple):
-    """How fast a run is expected to be, and how long one as large as the agent's last takes; None where nothing was recorded yet."""
+    """How fast a run is expected to be, and how long one as large as the agent's last takes; None where nothing was recorded yet.
+
+    `cards` are those that the runs were on.
+    """
 
     runs: int
     tokens_per_second: float | None
     seconds: float | None
+    cards: tuple[str, ...] = ()
 
 
 def read_model_config(base: Path) -> dict[str, Any]:
@@ -39,8 +43,8 @@ def read_model_config(base: Path) -> dict[str, Any]:
     return found
 
 
-def make_method(options: spec.Options, kind: str, model_config: Mapping[str, Any]) -> plan.Method:
-    """A run's options as the plan sees them. Raises `plan.ShapeUnknownError`."""
+def make_method(options: spec.Options, kind: str, model_config: Mapping[str, Any], supervised: float = plan.SUPERVISED) -> plan.Method:
+    """A run's options as the plan sees them, and the share of its tokens that are graded. Raises `plan.ShapeUnknownError`."""
     shared: dict[str, Any] = {
         "rank": options.lora.rank,
         "row_tokens": min(options.max_row_tokens, plan.read_shape(model_config).context),
@@ -52,10 +56,11 @@ def make_method(options: spec.Options, kind: str, model_config: Mapping[str, Any
     return plan.Method(
         name=options.method,
         trains="all" if options.trains_all_weights else "adapter",
-        supervised=1.0 if options.method == "pretrain" else plan.SUPERVISED,
+        supervised=1.0 if options.method == "pretrain" else supervised,
         is_bf16=options.lora.dtype == "bfloat16",
         checkpoint_every=options.recompute_layers,
         optimizer=options.optimizer,
+        in_backward=options.optimizer_in_backward,
         **shared,
     )
 
@@ -74,20 +79,38 @@ def choose_options(options: spec.Options, settings: plan.Settings) -> dict[str, 
     return chosen
 
 
-def plan_run(options: spec.Options, kind: str, base: Path, cards: Sequence[plan.Card]) -> list[plan.MemoryPlan]:
+def plan_run(
+    options: spec.Options, kind: str, base: Path, cards: Sequence[plan.Card], supervised: float = plan.SUPERVISED
+) -> list[plan.MemoryPlan]:
     """The plan for each card. Raises `plan.ShapeUnknownError` and `ConfigUnreadableError`."""
     model_config = read_model_config(base)
-    return [plan.plan_memory(model_config, make_method(options, kind, model_config), card) for card in cards]
+    return [plan.plan_memory(model_config, make_method(options, kind, model_config, supervised), card) for card in cards]
+
+
+def read_supervised(connection: Connection, agent: str) -> float:
+    """The share of tokens that were graded in the agent's last training on labels; `plan.SUPERVISED` before there was one."""
+    for told in reversed(_read_trainings(connection, agent)):
+        if told.get("method") != "pretrain" and told.get("tokens") and told.get("supervised_tokens"):
+            return min(1.0, float(told["supervised_tokens"] / told["tokens"]))
+    return plan.SUPERVISED
+
+
+def _read_trainings(connection: Connection, agent: str) -> list[Mapping[str, Any]]:
+    """What the agent's finished trainings told, oldest first."""
+    done = [run for run in runs.read_in_state(connection, "done") if run["agent"] == agent and run["kind"] == "train"]
+    return [(run["result"] or {}).get("training") or {} for run in done]
 
 
 def expect_time(connection: Connection, agent: str, planned: plan.MemoryPlan) -> Duration:
     """How long a training takes on a card, told by the runs that were recorded on it; one of another base counts by its weights."""
-    paces = []
+    paces: list[plan.Pace] = []
+    cards: dict[str, bool] = {}
     for run in runs.read_in_state(connection, "done"):
-        told = (run["result"] or {}).get("memory")
-        if run["kind"] == "train" and told and told["plan"]["card"]["name"] == planned.card.name:
-            paces.append(plan.Pace(run["result"]["training"]["tokens_per_second"], told["plan"]["parameters"]))
+        told = ((run["result"] or {}).get("memory") or {}).get("plan") or {}
+        card = told.get("card")
+        if run["kind"] == "train" and card and plan.matches(planned.card, card["name"], card.get("memory", 0)):
+            paces.append(plan.Pace(run["result"]["training"]["tokens_per_second"], told["parameters"]))
+            cards[card["name"]] = True
     rate = plan.expect_rate(planned.parameters, paces)
-    last = runs.read_last(connection, agent, "train")
-    tokens = ((last["result"] or {}).get("training") or {}).get("tokens") if last else None
-    return Duration(len(paces), rate, tokens / rate if rate and tokens else None)
+    tokens = next((told["tokens"] for told in reversed(_read_trainings(connection, agent)) if told.get("tokens")), None)
+    return Duration(len(paces), rate, tokens / rate if rate and tokens else None, tuple(cards))

@@ -30,7 +30,8 @@ def find_places(machinery: Machinery, made: Makeup, run: RowMapping, options: sp
     A run that fits no device at all may have any: it is refused there, with the remedies.
     """
     there = devices.find(machinery.settings.devices, machinery.read_cards)
-    plans = {device: make_plan(options, run["kind"], made.base_path, device.card) for device in there}
+    graded = read_supervised(machinery, run["agent"])
+    plans = {device: make_plan(options, run["kind"], made.base_path, device.card, graded) for device in there}
     ranked = devices.rank(plans)
     if ranked:
         return ranked
@@ -57,12 +58,18 @@ def _tell(machinery: Machinery, run: RowMapping, planned: plan.MemoryPlan | None
             runs.explain(connection, run, why)
 
 
-def make_plan(options: spec.Options, kind: str, base: Path, card: plan.Card | None) -> plan.MemoryPlan | None:
+def read_supervised(machinery: Machinery, agent: str) -> float:
+    """See `estimates.read_supervised`."""
+    with db.reading(machinery.engine) as connection:
+        return estimates.read_supervised(connection, agent)
+
+
+def make_plan(options: spec.Options, kind: str, base: Path, card: plan.Card | None, supervised: float) -> plan.MemoryPlan | None:
     """What a run takes of a card; None where the base can't be counted or the card is not known."""
     if card is None:
         return None
     try:
-        return estimates.plan_run(options, kind, base, [card])[0]
+        return estimates.plan_run(options, kind, base, [card], supervised)[0]
     except (plan.ShapeUnknownError, estimates.ConfigUnreadableError):
         return None
 
@@ -74,7 +81,7 @@ def suit(machinery: Machinery, asked: spec.Spec, name: str) -> spec.Spec:
     """
     there = devices.find(machinery.settings.devices, machinery.read_cards)
     device = next((one for one in there if one.name == name), Device(name, None))
-    planned = make_plan(asked.options, asked.kind, asked.base.path, device.card)
+    planned = make_plan(asked.options, asked.kind, asked.base.path, device.card, read_supervised(machinery, asked.agent))
     placed = asked.model_copy(update={"device": "+".join(device.parts), "plan": planned and planned.to_json()})
     if planned is None:
         return placed

@@ -17,7 +17,7 @@ GB = 10**9
 CARDS = (12, 24, 48, 80, 141)
 """Sizes of cards in GB that remedies may name."""
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
-NORM_BYTES = 4
+NORM_BYTES, FP32_BYTES = 4, 4
 NF4_BYTES = 0.516
 """Of a weight in NF4 with double quantisation (Dettmers et al. 2023, QLoRA): 4 bits and its share of the blocks' scales."""
 LOGIT_BYTES = 10
@@ -28,6 +28,8 @@ FRAGMENTED = 0.05
 """Of what is not weights, lost between blocks."""
 SUPERVISED = 0.05
 """The share of a claim's tokens that are graded, where no run has told it."""
+SOLD_AS = 1.1
+"""A card has up to so many times the memory that it is sold with."""
 LEAST_ROW = 256
 """Remedies cut rows to so many tokens at the least."""
 EVERY = (4, 2, 1)
@@ -94,6 +96,7 @@ class Method:
     is_bf16: bool = False
     checkpoint_every: int = 0
     optimizer: Optimizer = "adamw"
+    in_backward: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +116,10 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What is chosen for a card. `checkpoint_every` n computes the activations of each n-th layer twice; 0 keeps all of them."""
+    """What is chosen for a card. `checkpoint_every` n computes the activations of each n-th layer twice; 0 keeps all of them.
+
+    `rounding` is how what is trained takes an update: in bf16 most are smaller than its last digit, and count by chance.
+    """
 
     is_4bit: bool
     checkpoint_every: int
@@ -121,6 +127,7 @@ class Settings:
     adapter_dtype: Literal["float32", "bfloat16"] | None
     optimizer: Optimizer
     optimizer_in_backward: bool
+    rounding: Literal["nearest", "stochastic"] = "nearest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,8 +223,9 @@ def list_settings(method: Method, card: Card) -> Iterator[Settings]:
     for optimizer, in_backward in _list_optimizers(method, card):
         for every in _list_checkpointing(method):
             for dtype in _list_dtypes(method, card):
+                rounding: Any = "stochastic" if dtype == "bfloat16" or (method.trains == "all" and card.kind == "cuda") else "nearest"
                 for tokens in _list_budgets(method):
-                    yield Settings(method.is_4bit, every, tokens, dtype, optimizer, in_backward)
+                    yield Settings(method.is_4bit, every, tokens, dtype, optimizer, in_backward, rounding)
 
 
 def _list_dtypes(method: Method, card: Card) -> tuple[Literal["float32", "bfloat16"] | None, ...]:
@@ -231,9 +239,9 @@ def _list_dtypes(method: Method, card: Card) -> tuple[Literal["float32", "bfloat
 
 def _list_optimizers(method: Method, card: Card) -> Iterator[tuple[Optimizer, bool]]:
     """The optimizer that is asked for; on a card, for all weights, then with moments on the host, then within the backward pass."""
-    yield method.optimizer, False
+    yield method.optimizer, method.in_backward
     if method.trains == "all" and card.kind == "cuda":
-        yield "paged_adamw_8bit", False
+        yield "paged_adamw_8bit", method.in_backward
         yield "paged_adamw_8bit", True
 
 
@@ -275,16 +283,18 @@ def estimate(shape: Shape, method: Method, settings: Settings, kind: str) -> Par
 
 
 def _count_optimizer(shape: Shape, method: Method, settings: Settings, value: int, adapters: int) -> int:
-    """Gradients and AdamW's two moments, each as wide as what is trained; 8-bit moments take a byte, and paged ones lie on the host.
+    """Gradients as wide as what is trained, and AdamW's two moments: in fp32, in a byte each, or paged to the host.
 
-    In the backward pass there is no more than the largest gradient.
+    In the backward pass there is no more than the largest gradient. The update of a weight in bf16 is computed beside it, one weight at a
+    time: as wide as the weight, or by torch's AdamW in fp32 with its gradient.
     """
     if method.trains != "all":
-        return 3 * adapters if method.trains == "adapter" else 0
-    if settings.optimizer_in_backward:
-        return value * max(shape.vocabulary * shape.width, *(inputs * outputs for inputs, outputs in shape.linears))
-    moments = {"adamw": 2 * value, "adamw_8bit": 2, "paged_adamw_8bit": 0}[settings.optimizer]
-    return shape.parameters * (value + moments)
+        return adapters + 2 * FP32_BYTES * shape.count_adapter(method.rank) if method.trains == "adapter" else 0
+    largest = max(shape.vocabulary * shape.width, *(inputs * outputs for inputs, outputs in shape.linears))
+    moments = {"adamw": 2 * FP32_BYTES, "adamw_8bit": 2, "paged_adamw_8bit": 0}[settings.optimizer]
+    beside = {"adamw": 2 * FP32_BYTES}.get(settings.optimizer, value) if settings.rounding == "stochastic" else 0
+    gradients = largest if settings.optimizer_in_backward else shape.parameters
+    return value * gradients + moments * shape.parameters + beside * largest
 
 
 def _count_saved(shape: Shape, method: Method, settings: Settings, value: int, adapter_value: int) -> int:
@@ -352,6 +362,18 @@ def _change(method: Method, changes: Mapping[str, Any]) -> Method:
 def _halve(tokens: int) -> Iterator[int]:
     while (tokens := tokens // 2) >= LEAST_ROW:
         yield tokens
+
+
+def matches(asked: Card, name: str, memory: int) -> bool:
+    """Whether a recorded card is the one that is asked for; one that is only a size is every card sold as such, of 24 GB or 24 GiB."""
+    if asked.name == name:
+        return True
+    return asked.kind == "cuda" and asked.name == name_size(asked.memory) and 1 <= memory / asked.memory < SOLD_AS
+
+
+def name_size(memory: int) -> str:
+    """What a card is called of which only the size is known."""
+    return f"{memory / GB:g} GB"
 
 
 def expect_rate(parameters: int, paces: Sequence[Pace]) -> float | None:

@@ -90,8 +90,9 @@ of width k together; V words; T tokens in a pass, T_s of them graded (5 % unless
 |---|---|
 | weights | 2 P in bf16 (4 P in fp32 on a CPU); in 4 bits with double quantisation 0.516 P_l, and 2 for the rest |
 | adapter | r · Σ(in + out) over all matrices, in 2 or 4 bytes |
-| optimizer | gradients and AdamW's two moments, each as wide as what is trained |
+| optimizer | gradients as wide as what is trained, and AdamW's two moments in fp32 |
 | the same for all weights | gradients, and moments of 8 bits unless they are paged; *in backward*: the largest gradient alone |
+| the update of a weight in bf16 | 2 bytes for each weight of the largest matrix; 8 with `adamw` |
 | activations of a layer, a token | 12 d + 4 q + 4 k + 8 f, and 4 for each head |
 | besides | bf16 adapter: 14 r; fp32 adapter: 28 r + 16 d + 4 q + 2 f; all weights: 4 d |
 | activations in all | L of these; a layer that is computed twice keeps 2 d, and one whole layer's are there beside them |

@@ -36,11 +36,12 @@ def test_the_parts_the_settings_and_the_remedy_are_told(ask: Any, run: Any, base
         "adapter_dtype": "bfloat16",
         "optimizer": "adamw",
         "optimizer_in_backward": False,
+        "rounding": "stochastic",
     }
     status, out, _ = run("plan", "--base", base, "--gpu", "12 gb")
     assert status == 1
     assert "set method = qlora; use a card of 24 GB" in out
-    assert "no run on this card yet" in out
+    assert "no run on such a card yet" in out
 
 
 def test_without_a_card_this_machine_and_the_usual_sizes_are_compared(ask: Any, run: Any, base: Path) -> None:
@@ -67,4 +68,26 @@ def test_the_time_is_that_of_runs_on_the_same_card(opened: Any, base: Path, now:
             told = {"plan": {"card": {"name": card}, "parameters": planned.parameters}}
             result = {"training": {"tokens": 60_000, "tokens_per_second": speed}, "memory": told}
             runs.finish(connection, runs.read(connection, asked), result, now)
-        assert estimates.expect_time(connection, "adjudication", planned) == (1, 500.0, 120.0)
+        assert estimates.expect_time(connection, "adjudication", planned) == (1, 500.0, 120.0, ("RTX",))
+
+
+def test_a_card_that_is_only_a_size_is_every_card_that_is_sold_as_such(opened: Any, base: Path, now: Any) -> None:
+    cards = [plan.Card(name, "cuda", memory) for name, memory in (("RTX 3090", 24 * 2**30), ("RTX 3060", 12 * 2**30))]
+    planned = estimates.plan_run(spec.Options(), "lora", base, cards)
+    with opened.writing() as connection:
+        for one in planned:
+            asked = runs.queue(connection, "adjudication", "train", "manual", one.card.name, "ops", {}, now)
+            runs.lease(connection, runs.read(connection, asked), "cuda:0", 1, "/nowhere")
+            runs.begin(connection, runs.read(connection, asked), now)
+            training = {"tokens": 60_000, "tokens_per_second": 500.0, "supervised_tokens": 6_000, "method": "lora"}
+            runs.finish(connection, runs.read(connection, asked), {"training": training, "memory": {"plan": one.to_json()}}, now)
+        told = [estimates.expect_time(connection, "adjudication", one) for one in estimates.plan_run(spec.Options(), "lora", base, SIZES)]
+        graded = [estimates.read_supervised(connection, agent) for agent in ("adjudication", "another")]
+    assert [one.cards for one in told] == [("RTX 3060",), ("RTX 3090",), ()]
+    assert told[1].seconds == 120.0
+    assert graded == [0.1, plan.SUPERVISED]
+    few, many = (estimates.plan_run(spec.Options(), "lora", base, SIZES[:1], share)[0].parts.logits for share in graded[::-1])
+    assert many == pytest.approx(2 * few, rel=0.01)
+
+
+SIZES = [plan.Card(plan.name_size(size * plan.GB), "cuda", size * plan.GB) for size in (12, 24, 48)]

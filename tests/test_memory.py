@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from daemon import plan
 from tests import training_fixtures as fixtures
 from tests.model_fixtures import tiny_base
-from trainers import attempts, memory, packing, spec, train
+from trainers import attempts, memory, optimizers, packing, spec, train
 
 CARD = {"card": {"name": "card", "kind": "cpu", "memory": 1, "taken": 0}, "total": 5}
 
@@ -80,6 +81,35 @@ def test_passes_are_halved_until_they_fit_with_the_same_losses(
     whole, halved = (read_losses(tmp_path / name) for name in ("whole", "halved"))
     assert len(whole) == len(halved) == 12
     assert halved == pytest.approx(whole, rel=1e-5)
+
+
+def test_passes_that_are_updates_of_their_own_are_made_again_without_what_has_learned_from_them(
+    tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"method": "full", "learning_rate": 2e-3, "optimizer_in_backward": True, "optimizer": "adamw", "epochs": 3}
+    moves: Counter[str] = Counter()
+    hooked: list[Any] = []
+    lengths: list[int] = []
+    whole, step = packing.token_losses, optimizers.Adam.step
+
+    def run(model: Any, packed: packing.Pack) -> torch.Tensor:
+        if not hooked:
+            hooked.extend([model.get_output_embeddings().weight, model.get_input_embeddings().weight])
+            hooked[1].register_hook(lambda _: fail() if lengths[-1] > 100 else None)
+        lengths.append(packed.tokens)
+        return whole(model, packed)
+
+    def count(adam: optimizers.Adam) -> None:
+        moves.update(name for name, weight in zip(("first", "last"), hooked, strict=True) if adam.parameters[0] is weight)
+        step(adam)
+
+    monkeypatch.setattr(packing, "token_losses", run)
+    monkeypatch.setattr(optimizers.Adam, "step", count)
+    assert fixtures.perform(tmp_path / "run", fixtures.make_spec(base, data, options)) == 0
+    found = fixtures.result(tmp_path / "run")
+    assert found["memory"]["halved"] >= 2
+    assert found["training"]["final_loss"] < 5
+    assert 0 < moves["first"] < moves["last"], "what is moved first had learned from the pass that failed"
 
 
 def test_a_run_whose_smallest_pass_finds_no_memory_fails_with_the_remedies(

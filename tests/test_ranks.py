@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from tests import training_fixtures as fixtures
 from tests.model_fixtures import tiny_base
-from trainers import ranks, spec, torchrun
+from trainers import attempts, attention, bases, data, loop, memory, ranks, score, spec, stopping, torchrun, train
 
 HOME = Path(spec.__file__).parents[1]
 
@@ -39,18 +39,24 @@ def read_weights(run_dir: Path) -> Any:
     return load_file(run_dir / "attempts/1" / adapter / "adapter_model.safetensors")
 
 
-def test_two_processes_learn_what_one_learns(tmp_path: Path, base: Path) -> None:
-    asked = fixtures.make_spec(base, fixtures.dataset(tmp_path / "set", train=45), {"epochs": 2, "share_prefixes": False})
+METHODS: dict[str, dict[str, Any]] = {"lora": {}, "qlora": {"method": "qlora", "lora": {"rank": 8, "alpha": 16}}}
+"""In 4 bits the adapter is in bf16: gradients that were summed in another order differ in the third digit."""
+
+
+@pytest.mark.parametrize(("method", "near", "far"), [("lora", 1e-4, 1e-4), ("qlora", 2e-2, 2e-2)])
+def test_two_processes_learn_what_one_learns(tmp_path: Path, base: Path, method: str, near: float, far: float) -> None:
+    options = {"epochs": 2, "share_prefixes": False, **METHODS[method]}
+    asked = fixtures.make_spec(base, fixtures.dataset(tmp_path / "set", train=45), options)
     with start(tmp_path / "two", asked) as process:
         said, _ = process.communicate(timeout=240)
     assert process.returncode == 0, said
     assert fixtures.perform(tmp_path / "one", asked) == 0
     one, two = (fixtures.result(tmp_path / name)["training"] for name in ("one", "two"))
-    assert two["final_loss"] == pytest.approx(one["final_loss"], rel=1e-4)
-    assert two["dev_loss"] == pytest.approx(one["dev_loss"], rel=1e-4)
+    assert two["final_loss"] == pytest.approx(one["final_loss"], rel=near)
+    assert two["dev_loss"] == pytest.approx(one["dev_loss"], rel=near)
     assert (two["steps"], two["tokens"]) == (one["steps"], one["tokens"])
     ours, theirs = read_weights(tmp_path / "one"), read_weights(tmp_path / "two")
-    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-4
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < far
     assert len((tmp_path / "two/attempts/1/progress.jsonl").read_text().splitlines()) > 1
 
 
@@ -76,6 +82,56 @@ def test_a_device_of_several_parts_needs_as_many_processes() -> None:
     assert ranks.ALONE.pick_device("cpu") == "cpu"
     with pytest.raises(spec.SpecRefusedError, match=r"use python -m trainers\.torchrun"):
         ranks.ALONE.pick_device("cpu+cpu")
+
+
+def test_updates_in_the_backward_pass_are_refused_for_several_processes(tmp_path: Path, base: Path) -> None:
+    options = {"method": "full", "optimizer_in_backward": True}
+    asked = fixtures.make_spec(base, fixtures.dataset(tmp_path / "set"), options)
+    spec.write_spec(tmp_path / "run", asked.model_copy(update={"device": "cpu+cpu"}))
+    status, said = train.run(tmp_path / "run", 1, bases.Bases(), stopping.Stop(), ranks.Ranks(0, 2))
+    assert status == spec.EXIT_REFUSED
+    assert "keeps no gradients to sum over several devices" in said
+    assert fixtures.result(tmp_path / "run")["status"] == "refused"
+
+
+def test_an_attempt_that_begins_after_a_newer_one_leaves_at_once(tmp_path: Path) -> None:
+    for attempt in ("1", "2"):
+        (tmp_path / "attempts" / attempt).mkdir(parents=True)
+    status, said = train.run(tmp_path, 1, bases.Bases(), stopping.Stop())
+    assert (status, "superseded by attempt 2" in said) == (spec.EXIT_RESUMABLE, True)
+
+
+class Together(ranks.Ranks):
+    """The first of two processes, of which the other measured 1 where this one measured its own."""
+
+    def sum_numbers(self, *numbers: float, device: str) -> list[float]:
+        assert device == "cpu"
+        return [number + 1 / self.size for number in numbers]
+
+
+def test_processes_end_an_epoch_with_the_same_dev_loss(base: Path, tmp_path: Path) -> None:
+    model, tokenizer = score.load_base(base, "cpu")
+    rows = [data.Example(data.encode_prompt(tokenizer, "a claim"), [5, 6])]
+    attempt = attempts.open_attempt(tmp_path)
+    ours = loop.Loop(
+        model.requires_grad_(True),
+        rows,
+        rows,
+        spec.Options(patience=1),
+        1,
+        "s",
+        attempt,
+        attempts.Progress(attempt),
+        stopping.Stop(),
+        memory.Budget(64),
+        Together(0, 2),
+    )
+    ours.counters.epoch_weight = 1
+    with attention.packed(model):
+        ours.end_epoch()
+        alone = loop.mean_loss(model, rows, 64)
+    ours.progress.close()
+    assert ours.counters.best_dev_loss == pytest.approx((alone + 1) / 2)
 
 
 def test_rows_are_shared_evenly() -> None:

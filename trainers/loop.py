@@ -124,7 +124,7 @@ class Loop:
         self.counters = Counters(signature)
         self.best: checkpoints.Tensors | None = None
         self.parameters = list(checkpoints.trained_parameters(model).values())
-        self.updates = optimizers.choose(self.parameters, options)
+        self.updates = optimizers.choose(self.parameters, options, seed)
         self.device = str(model.device)
 
     def run(self) -> Counters:
@@ -153,7 +153,7 @@ class Loop:
         """One optimizer step on the next rows, and its line of progress."""
         counters, started = self.counters, time.monotonic()
         rate = self.options.learning_rate * self.schedule.rate(counters.step)
-        self.updates.set_rate(rate)
+        self.updates.begin(counters.step, rate)
         done = self.learn([self.examples[row] for row in self.schedule.batch(counters.step)])
         counters.step += 1
         counters.tokens += done.tokens
@@ -166,11 +166,10 @@ class Loop:
 
     def learn(self, examples: Sequence[Example]) -> StepLoss:
         """Move the weights once, down the gradient of the weighted mean over all graded tokens of `examples`."""
-        passes = functools.partial(self.take_passes, examples)
-        # Where each pass is an update of its own, what was done can't be done again.
-        done, norm = passes(self.budget.tokens) if self.updates.is_per_pass else self.budget.fit(passes)
-        done = self.join(done)
-        if not self.updates.is_per_pass:
+        if isinstance(self.updates, optimizers.InBackward):
+            done, norm = self.take_updates(examples, self.updates)
+        else:
+            done = self.join(self.budget.fit(functools.partial(self.take_passes, examples)))
             self.together.sum_gradients(self.parameters)
             norm = self.updates.update()
         if not math.isfinite(done.loss + norm):
@@ -184,30 +183,55 @@ class Loop:
         self.stop.is_requested = bool(stops)
         return dataclasses.replace(done, loss=loss, tokens=int(tokens), tokens_saved=int(saved))
 
-    def take_passes(self, examples: Sequence[Example], max_tokens: int) -> tuple[StepLoss, float]:
-        """Forward and backward over this process's part of `examples` in passes of at most `max_tokens`.
-
-        Returns the part of the step's loss, and the norm of the updates that were made on the way.
-        """
+    def take_passes(self, examples: Sequence[Example], max_tokens: int) -> StepLoss:
+        """Forward and backward over this process's part of `examples` in passes of at most `max_tokens`; the gradients add up."""
         for parameter in self.parameters:
             parameter.grad = None
         ours = self.together.share(sorted(examples, key=lambda example: example.tokens)) if self.together.size > 1 else examples
-        tokens = sum(example.tokens for example in ours)
-        budget = min(max_tokens, math.ceil(tokens / self.options.accumulation))
-        packs = packing.pack(ours, budget, self.device, share_prefixes=self.options.share_prefixes) if ours else []
-        weight = sum(example.weight * len(example.completion) for example in examples)
-        total = norm = 0.0
+        packs, weight = self.pack(ours, max_tokens), weigh(examples)
+        total = 0.0
         for packed in packs:
-            # Where each pass is an update of its own, its loss is the mean over its own tokens.
-            share = packed.weights.sum().item() / weight if self.updates.is_per_pass else 1.0
-            loss = (packing.token_losses(self.model, packed) * packed.weights).sum() / (weight * share)
+            loss = (packing.token_losses(self.model, packed) * packed.weights).sum() / weight
             torch.autograd.backward(loss)
-            total += loss.item() * share
-            if self.updates.is_per_pass:
-                norm = max(norm, self.updates.update())
-        graded = sum(len(example.completion) for example in examples)
-        found = StepLoss(total, weight, sum(packed.tokens for packed in packs), sum(packed.saved for packed in packs), graded)
-        return found, norm
+            total += loss.item()
+        return sum_up(total, examples, packs)
+
+    def take_updates(self, examples: Sequence[Example], updates: optimizers.InBackward) -> tuple[StepLoss, float]:
+        """Forward and backward over `examples`, each pass an update of its own, down the gradient of the mean over its own tokens.
+
+        A pass that finds no memory is made again in smaller ones, without the weights that it has moved before. Returns the step's loss
+        and the largest norm.
+        """
+        weight, done, total, norm = weigh(examples), [], 0.0, 0.0
+        waiting: list[tuple[packing.Pack, frozenset[torch.Tensor]]]
+        waiting = [(packed, frozenset()) for packed in self.pack(examples, self.budget.tokens)]
+
+        def go_on(max_tokens: int) -> None:
+            nonlocal total, norm
+            while waiting:
+                packed, learned = waiting.pop(0)
+                if packed.tokens > max_tokens and len(packed.examples) > 1:
+                    waiting[:0] = [(smaller, learned) for smaller in self.pack(packed.examples, max_tokens)]
+                    continue
+                updates.begin_pass(learned)
+                try:
+                    loss = (packing.token_losses(self.model, packed) * packed.weights).sum()
+                    torch.autograd.backward(loss / packed.weights.sum())
+                except torch.OutOfMemoryError:
+                    waiting.insert(0, (packed, learned | updates.learned))
+                    raise
+                total, norm = total + loss.item() / weight, max(norm, updates.update())
+                done.append(packed)
+
+        self.budget.fit(go_on)
+        return sum_up(total, examples, done), norm
+
+    def pack(self, examples: Sequence[Example], max_tokens: int) -> list[packing.Pack]:
+        """The passes over some rows, as many of them at least as `options.accumulation` says."""
+        if not examples:
+            return []
+        budget = min(max_tokens, math.ceil(sum(example.tokens for example in examples) / self.options.accumulation))
+        return packing.pack(examples, budget, self.device, share_prefixes=self.options.share_prefixes)
 
     def report(self, loss: float, rate: float) -> None:
         """Write the step's line of progress and its point on the curves."""
@@ -234,6 +258,8 @@ class Loop:
         if not (self.options.patience and self.dev):
             return
         loss = self.budget.fit(lambda tokens: mean_loss(self.model, self.dev, tokens))
+        # Each process measured it a little otherwise; were one to stop here and another not, they would wait for each other for ever.
+        loss = self.together.sum_numbers(loss / self.together.size, device=self.device)[0]
         self.progress.plot(counters.step, {"dev_loss": loss})
         if counters.best_dev_loss is None or loss < counters.best_dev_loss:
             counters.best_dev_loss, counters.epochs_without_gain = loss, 0
@@ -249,6 +275,17 @@ class Loop:
         self.attempt.check_current()
         folder = self.attempt.folder / "checkpoints"
         checkpoints.save_checkpoint(folder, self.counters.step, self.model, self.updates, dataclasses.asdict(self.counters), self.best)
+
+
+def weigh(examples: Sequence[Example]) -> float:
+    """What all graded tokens of a step count together."""
+    return sum(example.weight * len(example.completion) for example in examples)
+
+
+def sum_up(loss: float, examples: Sequence[Example], packs: Sequence[packing.Pack]) -> StepLoss:
+    """A step's loss, and what was read for it."""
+    graded = sum(len(example.completion) for example in examples)
+    return StepLoss(loss, weigh(examples), sum(packed.tokens for packed in packs), sum(packed.saved for packed in packs), graded)
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ class Pack:
     weights: torch.Tensor
     layout: attention.Layout
     saved: int
+    examples: tuple[Example, ...]
 
     @property
     def tokens(self) -> int:
@@ -136,6 +137,7 @@ def collate(filled: Bin, device: str) -> Pack:
         weights=lay(np.full(len(example.completion), example.weight, dtype=np.float32) for example, _ in graded),
         layout=attention.Layout(spans, device),
         saved=sum(example.tokens for example, _ in graded) - sum(span.length for span in spans),
+        examples=tuple(example for example, _ in graded),
     )
 
 

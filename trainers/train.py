@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from storage import artifacts, snapshots
-from trainers import attempts, attention, bases, checks, data, forms, loop, memory, ranks, score, texts
+from trainers import attempts, attention, bases, checkpoints, checks, data, forms, loop, memory, optimizers, ranks, score, texts
 from trainers.attempts import Attempt, Progress
 from trainers.data import Example, LeftOut, Lessons
 from trainers.methods import full, lora
@@ -90,6 +90,7 @@ def run(run_dir: Path, number: int | None, held: bases.Bases, stop: Stop, togeth
     if attempt.is_done():
         return EXIT_DONE, f"done before: {attempt.folder / attempts.RESULT}"
     try:
+        attempt.check_current()  # Who was slow to begin may find another at work on the same device.
         return run_attempt(attempt, held, stop, together)
     except (StoppedError, attempts.SupersededError) as error:
         return EXIT_RESUMABLE, str(error)
@@ -153,6 +154,7 @@ def train_candidate(work: Work) -> dict[str, Any]:
     examples = read_corpus(work) if options.method == "pretrain" else data.Examples(lessons.train)
     dev = data.Examples(lessons.dev)
     model = begin_training(work)
+    rounding = optimizers.name_rounding(checkpoints.trained_parameters(model).values())
     try:
         counters = make_loop(work, model, examples, dev).run()
         if not work.together.is_first:
@@ -166,6 +168,7 @@ def train_candidate(work: Work) -> dict[str, Any]:
         **made.describe(),
         "training": describe_training(work, counters, examples)
         | {
+            "rounding": rounding,
             "dev_rows": len(dev),
             "dev_loss": dev_loss,
             "dev_accuracy": None,

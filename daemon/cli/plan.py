@@ -45,8 +45,9 @@ def plan(
         chosen = opened.pick_agent(agent)
         cards = [parse_card(gpu)] if gpu else list_cards(opened.settings)
         options, _ = training.apply_overrides(chosen, overrides)
-        plans = estimates.plan_run(options, "train", base or chosen.base_model, cards)
         with opened.reading() as connection:
+            graded = estimates.read_supervised(connection, chosen.name)
+            plans = estimates.plan_run(options, "train", base or chosen.base_model, cards, graded)
             told = [(one, estimates.expect_time(connection, chosen.name, one)) for one in plans]
     if as_json:
         context.print_json([{**one.to_json(), "expected": time._asdict()} for one, time in told])
@@ -64,7 +65,14 @@ def list_cards(settings: Settings) -> list[planning.Card]:
     from daemon import plan as planning  # noqa: PLC0415
 
     there = {one.card.name: one.card for one in devices.find(settings.devices) if one.card}
-    return [*there.values(), *(planning.Card(f"{size} GB", "cuda", size * planning.GB) for size in planning.CARDS)]
+    return [*there.values(), *(make_card(size * planning.GB) for size in planning.CARDS)]
+
+
+def make_card(memory: int) -> planning.Card:
+    """A card of which only the size is known."""
+    from daemon import plan as planning  # noqa: PLC0415 — `ratchet --help` needs none of it
+
+    return planning.Card(planning.name_size(memory), "cuda", memory)
 
 
 def parse_card(size: str) -> planning.Card:
@@ -74,7 +82,7 @@ def parse_card(size: str) -> planning.Card:
     found = SIZE.fullmatch(size.strip())
     if found is None:
         raise typer.BadParameter(f"{size!r} is no size: write it as 12GB", param_hint="--gpu")
-    return planning.Card(f"{float(found[1]):g} GB", "cuda", round(float(found[1]) * planning.GB))
+    return make_card(round(float(found[1]) * planning.GB))
 
 
 def describe(planned: planning.MemoryPlan, expected: estimates.Duration) -> dict[str, Any]:
@@ -90,6 +98,7 @@ def describe(planned: planning.MemoryPlan, expected: estimates.Duration) -> dict
         "tokens": settings.max_tokens,
         "adapter": settings.adapter_dtype,
         "optimizer": settings.optimizer,
+        "rounding": settings.rounding,
         "time": name_time(expected),
         "would fit": "; ".join(planned.remedies) or None,
     }
@@ -108,6 +117,6 @@ def name_checkpointing(every: int) -> str:
 def name_time(expected: estimates.Duration) -> str:
     """What is known of the time."""
     if expected.tokens_per_second is None:
-        return "no run on this card yet"
-    pace = f"{expected.tokens_per_second:,.0f} tokens/s by {expected.runs} runs"
+        return "no run on such a card yet"
+    pace = f"{expected.tokens_per_second:,.0f} tokens/s by {expected.runs} runs on {', '.join(expected.cards)}"
     return pace if expected.seconds is None else f"{expected.seconds / 60:,.1f} min as large as the last ({pace})"

@@ -208,7 +208,7 @@ def test_a_run_waits_while_others_hold_the_memory_and_says_so(world: World) -> N
         world.tick()
     row = read_run(world, run)
     assert row["state"] == "queued"
-    assert row["error"].startswith("waits for memory: it needs 18.4 GB, others leave 12.9 GB of cuda:0")
+    assert row["error"].startswith("waits for memory: it needs 18.5 GB, others leave 12.9 GB of cuda:0")
     plug_in(world, DRIVER)
     world.tick()
     assert (read_run(world, run)["state"], read_run(world, run)["error"]) == ("running", None)
@@ -220,7 +220,7 @@ def test_a_run_that_fits_no_card_is_refused_with_what_would_help(world: World) -
     world.tick()
     row = read_run(world, run)
     assert row["state"] == "failed"
-    assert "needs 18.4 GB at the least, cuda:0 has 12.9 GB: set method = qlora; or use a card of 24 GB" in row["error"]
+    assert "needs 18.5 GB at the least, cuda:0 has 12.9 GB: set method = qlora; or use a card of 24 GB" in row["error"]
     assert world.launcher.started == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Literal, NotRequired, cast
 
 import orjson
 from pydantic import AwareDatetime, ConfigDict, Field, JsonValue, StringConstraints, TypeAdapter, ValidationError, with_config
+from pydantic_core import ErrorDetails
 from typing_extensions import TypedDict
 
 from consumers import decoder
@@ -115,6 +117,7 @@ class HistoryEvent(_Envelope):
 
 AnyEvent = PredictionEvent | LabelEvent | HistoryEvent
 _EVENTS: dict[str, Any] = {PREDICTION: PredictionEvent, LABEL: LabelEvent, HISTORY: HistoryEvent}
+_FIELDS = {kind: list(typing.get_type_hints(event)["data"].__annotations__) for kind, event in _EVENTS.items()}
 _ADAPTERS: dict[str, TypeAdapter[Any]] = {
     PREDICTION: TypeAdapter(list[PredictionEvent]),
     LABEL: TypeAdapter(list[LabelEvent]),
@@ -165,7 +168,7 @@ def parse(body: bytes, kind: str) -> list[AnyEvent | Refusal]:
         raise MalformedError(f"the body is not JSON: {str(error) or 'it nests too deep'}") from error
     if not isinstance(items, list):
         raise MalformedError(f"the body must be a JSON array of events, this is {type(items).__name__}")
-    return [_parse_one(adapter, item) for item in items]
+    return [_parse_one(kind, item) for item in items]
 
 
 def parse_each(values: Sequence[bytes | None], kind: str) -> list[AnyEvent | Refusal]:
@@ -209,7 +212,7 @@ def _name_part(key: str | int) -> str:
     return name if name.isprintable() and len(name) <= MAX_SHOWN else shorten(name)
 
 
-def _parse_one(adapter: TypeAdapter[Any], item: Any) -> AnyEvent | Refusal:
+def _parse_one(kind: str, item: Any) -> AnyEvent | Refusal:
     try:
         constant = _find_constant(item, "")
     except RecursionError:
@@ -217,15 +220,20 @@ def _parse_one(adapter: TypeAdapter[Any], item: Any) -> AnyEvent | Refusal:
     if constant is not None:
         return constant
     try:
-        return cast("AnyEvent", adapter.validate_json(orjson.dumps([item]), strict=True)[0])
+        return cast("AnyEvent", _ADAPTERS[kind].validate_json(orjson.dumps([item]), strict=True)[0])
     except orjson.JSONEncodeError as error:
         return Refusal("event", str(error), "the JSON nests too deep, or holds a whole number beyond 64 bits or a broken text")
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        field = ".".join(map(_name_part, first["loc"][1:]))
-        if first["type"] == "missing":
-            return Refusal(field, "nothing", "this field is missing: add it")
-        return Refusal(field or "event", shorten(first["input"]), first["msg"])
+        return _refuse(kind, error.errors(include_url=False, include_context=False)[0])
+
+
+def _refuse(kind: str, first: ErrorDetails) -> Refusal:
+    field = ".".join(map(_name_part, first["loc"][1:]))
+    if first["type"] == "missing":
+        return Refusal(field, "nothing", "this field is missing: add it")
+    if first["type"] == "extra_forbidden":
+        return Refusal(field, shorten(first["input"]), f"unknown field: leave it out, or use one of {', '.join(_FIELDS[kind])}")
+    return Refusal(field or "event", shorten(first["input"]), first["msg"])
 
 
 def shorten(value: Any) -> str:

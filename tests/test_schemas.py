@@ -74,6 +74,13 @@ def test_deep_nesting_is_refused_and_not_a_crash() -> None:
     assert isinstance(refusal, schemas.Refusal)
 
 
+def test_an_unknown_field_is_told_which_there_are(now: datetime) -> None:
+    [refused] = schemas.parse(orjson.dumps([make_prediction(1, now, group_key="g1")]), schemas.PREDICTION)
+    assert isinstance(refused, schemas.Refusal)
+    assert refused.field == "data.group_key"
+    assert "leave it out, or use one of prediction_id, agent, claim_id, group, input" in refused.remedy
+
+
 def test_an_unknown_agent_or_answer_is_told_what_there_is(now: datetime) -> None:
     [stranger] = schemas.parse(orjson.dumps([make_prediction(1, now, agent="scribe")]), schemas.PREDICTION)
     [label] = schemas.parse(orjson.dumps([make_label(1, now, answer="MAYBE")]), schemas.LABEL)

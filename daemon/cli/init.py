@@ -39,7 +39,8 @@ def init(folder: Folder) -> None:
     finally:
         engine.dispose()
     partial.rename(target)
-    typer.echo(f"Wrote {target}. Next: edit it, then `cd {folder}` and `ratchet doctor`.")
+    step = "" if folder.resolve() == Path.cwd() else f"`cd {folder}` and "
+    typer.echo(f"Wrote {target}. Next: edit it, then {step}`ratchet doctor`.")
 
 
 def _write_template(path: Path) -> Path:

@@ -84,7 +84,7 @@ def advance(engine: Engine, agents: Mapping[str, Agent], now: datetime) -> None:
 def _advance_agent(engine: Engine, agent: Agent, now: datetime) -> None:
     with _lease(engine, agent, now) as is_ours:
         tried: set[str] = set()
-        while is_ours and (found := _read_next(engine, agent.name)) and found[0]["id"] not in tried:
+        while is_ours and (found := _read_next(engine, agent)) and found[0]["id"] not in tried:
             deployment, target = found
             tried.add(deployment["id"])
             began = time.monotonic()
@@ -95,12 +95,16 @@ def _advance_agent(engine: Engine, agent: Agent, now: datetime) -> None:
                 _settle(engine, agent, deployment, answer, now + took)
 
 
-def _read_next(engine: Engine, agent: str) -> tuple[RowMapping, publisher.Target] | None:
+def _read_next(engine: Engine, agent: Agent) -> tuple[RowMapping, publisher.Target] | None:
     with db.reading(engine) as connection:
-        deployment = next(iter(registry.read_requested(connection, agent)), None)
-        if deployment is None:
-            return None
-        return deployment, publisher.to_target(dict(registry.read(connection, agent, deployment["version"])))
+        deployment = next(iter(registry.read_requested(connection, agent.name)), None)
+        return None if deployment is None else (deployment, _find_target(connection, agent, deployment["version"]))
+
+
+def _find_target(connection: Connection, agent: Agent, version: str) -> publisher.Target:
+    """What the agent's server is to serve, on a base that it holds as exams do."""
+    row = dict(registry.read(connection, agent.name, version))
+    return publisher.to_target(row, in_4bit=agent.training.serve_in_4bit)
 
 
 def _try(
@@ -199,18 +203,18 @@ def reconcile(engine: Engine, agents: Mapping[str, Agent], now: datetime) -> Non
     """See that the champions are still served: a server that reports another version is told again, one that is silent is alarmed."""
     for agent in agents.values():
         with _lease(engine, agent, now) as is_ours:
-            target = _read_settled(engine, agent.name) if is_ours else None
+            target = _read_settled(engine, agent) if is_ours else None
             if target is not None:
                 _reassert(engine, agent.name, publisher.choose(agent), target, now)
 
 
-def _read_settled(engine: Engine, agent: str) -> publisher.Target | None:
+def _read_settled(engine: Engine, agent: Agent) -> publisher.Target | None:
     """The champion, unless its deployment is still on its way."""
     with db.reading(engine) as connection:
-        deployment = registry.in_force(connection, agent)
+        deployment = registry.in_force(connection, agent.name)
         if deployment is None or deployment["state"] in OPEN:
             return None
-        return publisher.to_target(dict(registry.read(connection, agent, deployment["version"])))
+        return _find_target(connection, agent, deployment["version"])
 
 
 def _reassert(engine: Engine, agent: str, server: publisher.Publisher, target: publisher.Target, now: datetime) -> None:

@@ -55,7 +55,7 @@ def _read_options(machinery: Machinery, run: RowMapping) -> spec.Options:
     """The options of a run; of one whose options are refused when it starts, the agent's own."""
     agent = machinery.settings.agents[run["agent"]]
     try:
-        return training.apply_overrides(agent, run["options"].get("overrides", {}))[0]
+        return training.read_options(agent, run["options"].get("overrides", {}))[0]
     except training.OptionsRefusedError:
         return agent.training
 

@@ -49,14 +49,15 @@ def make_method(options: spec.Options, kind: str, model_config: Mapping[str, Any
         "rank": options.lora.rank,
         "row_tokens": min(options.max_row_tokens, plan.read_shape(model_config).context),
         "max_tokens": options.max_tokens,
-        "is_4bit": options.load_in_4bit,
+        "serves_4bit": options.serve_in_4bit,
     }
     if kind == "score":
-        return plan.Method(name="score", trains="nothing", **shared)
+        return plan.Method(name="score", trains="nothing", is_4bit=options.serve_in_4bit, **shared)
     return plan.Method(
         name=options.method,
         trains="all" if options.trains_all_weights else "adapter",
         supervised=1.0 if options.method == "pretrain" else supervised,
+        is_4bit=options.load_in_4bit,
         is_bf16=options.lora.dtype == "bfloat16",
         checkpoint_every=options.recompute_layers,
         optimizer=options.optimizer,

@@ -84,7 +84,10 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """How a run works: what it trains, its longest row, and what is wished for of the rest."""
+    """How a run works: what it trains, its longest row, and what is wished for of the rest.
+
+    With `serves_4bit` the models are scored on a base in 4 bits too, else on the whole one.
+    """
 
     name: Literal["lora", "qlora", "full", "pretrain", "score"]
     trains: Literal["adapter", "all", "nothing"]
@@ -93,6 +96,7 @@ class Method:
     max_tokens: int
     supervised: float = SUPERVISED
     is_4bit: bool = False
+    serves_4bit: bool = False
     is_bf16: bool = False
     checkpoint_every: int = 0
     optimizer: Optimizer = "adamw"
@@ -262,8 +266,12 @@ def _list_budgets(method: Method) -> list[int]:
 
 
 def _weigh(shape: Shape, method: Method, settings: Settings, card: Card) -> MemoryPlan:
-    """What these settings take of the card."""
-    return MemoryPlan(card, shape.parameters, settings, estimate(shape, method, settings, card.kind))
+    """What these settings take of the card, in training or in the scoring after it, whichever takes more."""
+    parts = [estimate(shape, method, settings, card.kind)]
+    if method.is_4bit and not method.serves_4bit:
+        scoring = dataclasses.replace(method, trains="nothing", rank=0)
+        parts.append(estimate(shape, scoring, dataclasses.replace(settings, is_4bit=False), card.kind))
+    return MemoryPlan(card, shape.parameters, settings, max(parts, key=lambda one: one.total))
 
 
 def estimate(shape: Shape, method: Method, settings: Settings, kind: str) -> Parts:
@@ -342,6 +350,8 @@ def _find_remedies(shape: Shape, method: Method, card: Card) -> Iterator[str]:
 def _list_changes(method: Method, card: Card) -> Iterator[dict[str, Any]]:
     """Changes of options that take less memory, each alone and then 4 bits together with shorter rows."""
     quantised = {"method": "qlora"} if method.name == "lora" and card.kind == "cuda" else {}
+    if method.is_4bit and not method.serves_4bit:
+        yield {"serve_in_4bit": "true"}
     shorter = [{"max_row_tokens": rows} for rows in _halve(method.row_tokens)]
     if quantised:
         yield quantised
@@ -355,7 +365,9 @@ def _list_changes(method: Method, card: Card) -> Iterator[dict[str, Any]]:
 def _change(method: Method, changes: Mapping[str, Any]) -> Method:
     changed = dataclasses.replace(method, rank=changes.get("lora.rank", method.rank))
     if "method" in changes:
-        changed = dataclasses.replace(changed, name=changes["method"], is_4bit=True)
+        changed = dataclasses.replace(changed, name=changes["method"], is_4bit=True, serves_4bit=True)
+    if "serve_in_4bit" in changes:
+        changed = dataclasses.replace(changed, serves_4bit=True)
     return dataclasses.replace(changed, row_tokens=changes.get("max_row_tokens", method.row_tokens))
 
 

@@ -24,6 +24,7 @@ from trainers import spec
 ACTOR = "ratchet"
 DRIFT_ALARM = "drift"
 SEED, WARM_START = "seed", "warm_start"
+SERVED = "serve_in_4bit"
 
 log = structlog.get_logger()
 
@@ -45,11 +46,19 @@ def queue_due(machinery: Machinery, agent: Agent, now: datetime) -> None:
 
 def queue(connection: Connection, agent: Agent, trigger: str, reason: str, actor: str, overrides: Mapping[str, Any], now: datetime) -> str:
     """Queue a training run; returns its id. Raises `OptionsRefusedError`, and `storage.runs.RunUnderWayError` while one is under way."""
-    apply_overrides(agent, overrides)
+    read_options(agent, overrides)
     options = {"overrides": dict(overrides), "asks": digest_question(agent)}
     run = runs.queue(connection, agent.name, "train", trigger, reason, actor, options, now)
     log.info("run_queued", run=run, agent=agent.name, kind="train", trigger=trigger)
     return run
+
+
+def read_options(agent: Agent, overrides: Mapping[str, Any]) -> tuple[spec.Options, str]:
+    """What `apply_overrides` says for a run: its exam asks the models as the agent's servers hold them, whatever the method."""
+    if SERVED in overrides:
+        raise OptionsRefusedError(f"{SERVED} is what the agent's servers are told: set agents.{agent.name}.training.{SERVED}")
+    options, warm_start = apply_overrides(agent, overrides)
+    return options.model_copy(update={SERVED: agent.training.serve_in_4bit}), warm_start
 
 
 def apply_overrides(agent: Agent, overrides: Mapping[str, Any]) -> tuple[spec.Options, str]:
@@ -141,7 +150,7 @@ def _last_due(cron: str | None, since: datetime | None, now: datetime) -> dateti
 
 def plan_training(machinery: Machinery, run: RowMapping, agent: Agent, made: Makeup, now: datetime) -> spec.Spec:
     """Build the dataset version, write the score sets, and say where training begins."""
-    options, warm_start = apply_overrides(agent, run["options"]["overrides"])
+    options, warm_start = read_options(agent, run["options"]["overrides"])
     number = run["dataset"]
     if number is None:
         about = {"template": made.prompt.digest, "labels": list(made.labels)}

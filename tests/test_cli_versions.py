@@ -70,19 +70,20 @@ def test_a_rollback_publishes_at_once_and_says_how_long_it_took(site, run, home)
     assert json.loads((home / "served.json").read_text())["version"] == champion(site) == "v1.0"
 
 
-def test_a_version_that_was_examined_in_4_bits_says_so(site, ask, run, home):
+def test_a_version_says_what_it_was_examined_on_and_whether_that_is_served(site, ask, run, home):
     made = {}
     with site.writing() as connection:
         for method in ("lora", "qlora"):
             asked = runs.queue(connection, AGENT, "train", "manual", method, "ops", {}, AT + timedelta(seconds=len(method)))
             runs.lease(connection, runs.read(connection, asked), "cpu", 1, "/nowhere")
             runs.begin(connection, runs.read(connection, asked), AT)
-            runs.finish(connection, runs.read(connection, asked), {"training": {"method": method}}, AT)
+            told = {"method": method, "examined_in_4bit": method == "qlora"}
+            runs.finish(connection, runs.read(connection, asked), {"training": told}, AT)
             made[method] = registry.register(connection, AGENT, dataclasses.replace(make_made(home, len(method)), run=asked), AT)
     told = {method: ask("versions", "show", version) for method, version in made.items()}
     assert {method: one["method"] for method, one in told.items()} == {"lora": "lora", "qlora": "qlora"}
-    assert told["lora"]["examined_on"] == "the base as it is"
-    assert "examined_on: the base in 4 bits" in run("versions", "show", made["qlora"])[1]
+    assert told["lora"]["examined_on"] == "the whole base"
+    assert "examined_on: the base in 4 bits: servers are told to use the whole base now" in run("versions", "show", made["qlora"])[1]
 
 
 def test_a_rollback_goes_where_it_is_told(site, ask):

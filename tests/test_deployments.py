@@ -16,6 +16,7 @@ from daemon import deployments
 from daemon.serving import pointer, publisher
 from storage import alarms, db, leases, ledger, registry
 from tests.version_fixtures import answer, copying, drip, listening, make_agent, make_made, register
+from trainers import spec
 
 AGENT = "adjudication"
 
@@ -397,6 +398,16 @@ def test_reconciling_goes_on_past_a_publisher_that_fails(site, two_agents, monke
     deployments.reconcile(site.engine, two_agents, site.now + timedelta(seconds=60))
     assert list(site.alarms()) == ["champion_not_served"]
     assert site.served() == "v0"
+
+
+def test_a_server_is_told_again_when_the_base_is_to_be_held_otherwise(site):
+    site.promote("v1.0")
+    site.advance()
+    in_4bit = site.agent.model_copy(update={"training": spec.Options(method="qlora")})
+    deployments.reconcile(site.engine, {AGENT: in_4bit}, site.now + timedelta(seconds=60))
+    told = json.loads((site.folder / "served.json").read_text())
+    assert (told["version"], told["in_4bit"]) == ("v1.0", True)
+    assert site.alarms() == {}
 
 
 def test_a_database_that_fails_ends_the_work_on_deployments(site):

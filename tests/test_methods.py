@@ -161,6 +161,24 @@ def test_an_adapter_trained_in_4_bits_answers_on_the_whole_base_too(place, finis
     assert sum(right) / len(right) > 0.8
 
 
+@pytest.mark.parametrize("in_4bit", [True, False])
+def test_what_was_trained_in_4_bits_is_scored_on_the_base_as_servers_hold_it(in_4bit, place, finish, tmp_path):
+    run_dir = finish("qlora")
+    trained = runs.result(run_dir)["adapter"]
+    folder = run_dir / "attempts" / "1" / trained["path"]
+    asked = make(place, "qlora", {"epochs": 1, "serve_in_4bit": in_4bit}, init_adapter=folder, init_adapter_digest=trained["digest"])
+    held = CountingBases()
+    assert runs.perform(tmp_path, asked, held) == spec.EXIT_DONE
+    assert held.loads == (1 if in_4bit else 2)
+    assert runs.result(tmp_path)["training"]["examined_in_4bit"] == in_4bit
+    model, tokenizer = score.load_base(place / "base", "cpu", in_4bit=in_4bit)
+    worn = score.load_adapter(model, "q", tmp_path / "attempts" / "1" / runs.result(tmp_path)["adapter"]["path"])
+    prompts = [TEMPLATE.render(claim(number)) for number in range(100, 120)]
+    by_hand = score.score_prompts(worn, tokenizer, prompts, runs.LABELS, max_tokens=512)
+    answered = [one.logprobs for one in read_scores(tmp_path) if one.model == asked.candidate.name]
+    assert answered == [pytest.approx(row.tolist(), abs=1e-4) for row in by_hand]
+
+
 def test_a_pretraining_without_a_candidate_makes_a_base_and_scores_nothing(place, tmp_path):
     asked = make(place, "pretrain", {"epochs": 1}, candidate=None, dataset=None, others=(), score_sets=(), general_texts=None)
     assert runs.perform(tmp_path, asked) == spec.EXIT_DONE

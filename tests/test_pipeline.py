@@ -690,6 +690,15 @@ def test_overrides_reach_the_trainer_and_wrong_ones_are_refused(served: World) -
             served.ask_for_run(**wrong)
 
 
+def test_an_exam_reads_the_base_as_the_agents_servers_hold_it_whatever_a_runs_method(served: World) -> None:
+    served.ask_for_run(method="qlora")
+    served.settle()
+    asked = served.launcher.started[-1].options
+    assert (asked.load_in_4bit, asked.serve_in_4bit) == (True, False)
+    with pytest.raises(training.OptionsRefusedError, match=r"set agents\.adjudication\.training\.serve_in_4bit"):
+        served.ask_for_run(serve_in_4bit=True)
+
+
 def test_a_failing_stage_is_alarmed_and_holds_up_nothing_else(served: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise OSError("no space left on device")

@@ -34,7 +34,7 @@ GOALS = (("qlora", 10 * plan.GB), ("lora", 20 * plan.GB))
 
 def make_method(name: Any, rank: int = 16, row_tokens: int = 2048, max_tokens: int = 4096, **more: Any) -> plan.Method:
     trains: Any = {"full": "all", "score": "nothing"}.get(name, "adapter")
-    return plan.Method(name, trains, rank, row_tokens, max_tokens, is_4bit=name == "qlora", **more)
+    return plan.Method(name, trains, rank, row_tokens, max_tokens, is_4bit=name == "qlora", **({"serves_4bit": name == "qlora"} | more))
 
 
 METHODS = some.builds(
@@ -183,6 +183,9 @@ def test_what_does_not_fit_is_told_with_what_would() -> None:
     shared = plan.plan_memory(LLAMA_8B, make_method("lora"), plan.Card("", "cuda", 24 * plan.GB, 8 * plan.GB))
     assert "free the 8.0 GB that others hold on this card" in shared.remedies
     large = {**LLAMA_8B, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    apart = plan.plan_memory(LLAMA_8B, make_method("qlora", 64, serves_4bit=False), plan.Card("", "cuda", 12 * plan.GB))
+    assert not apart.fits, "its exam reads the whole base, as its servers do"
+    assert apart.remedies[0] == "set serve_in_4bit = true"
     huge = plan.plan_memory(large, make_method("full"), plan.Card("", "cuda", 141 * plan.GB))
     assert huge.remedies[-1].startswith("FSDP")
 

@@ -95,6 +95,7 @@ def test_it_says_what_it_serves(base, adapters, client):
         "serving_name": "adjudication-v1.0-abc",
         "adapter_digest": artifacts.digest_folder(adapters[0]),
         "base_digest": artifacts.digest_folder(base),
+        "in_4bit": False,
         "prompt_digest": digest_text(PROMPT),
         "labels": list(LABELS),
         "temperature": 2.0,
@@ -135,7 +136,7 @@ def test_a_new_base_comes_with_the_first_version_on_it_and_goes_with_the_last(ba
     assert ask(client, agent="medical").json() == before
     assert len(node.bases) == 2
     client.post("/load", json=order(adapters[0], "v1.0")).raise_for_status()
-    assert list(node.bases) == [artifacts.digest_folder(base)], "a rollback across bases leaves nothing behind"
+    assert list(node.bases) == [(artifacts.digest_folder(base), False)], "a rollback across bases leaves nothing behind"
     assert ask(client).json() != answers[0]
 
 
@@ -164,8 +165,24 @@ def test_a_base_that_cannot_be_served_is_refused_with_what_to_do(adapters, clien
     assert len(node.bases) == 1
 
 
-def out_of_memory(path, device):
-    raise torch.OutOfMemoryError(f"{path} on {device}")
+@pytest.mark.parametrize("starts_in_4bit", [True, False])
+def test_a_version_is_answered_on_the_base_as_it_was_examined(starts_in_4bit, base, adapters, tmp_path):
+    node = serve.Node(base, "cpu", tmp_path / "state.json", in_4bit=starts_in_4bit)
+    answers = {}
+    for in_4bit in (True, False, None):
+        asked = serve.Load(**order(adapters[0], base=str(base), base_digest=artifacts.digest_folder(base), in_4bit=in_4bit))
+        assert node.load(asked)["in_4bit"] == (starts_in_4bit if in_4bit is None else in_4bit)
+        answers[in_4bit] = [one["probabilities"] for one in node.answer(serve.Ask(agent="adjudication", claims=CLAIMS))]
+        by_hand, tokenizer = score.load_base(base, "cpu", in_4bit=starts_in_4bit if in_4bit is None else in_4bit)
+        prompts = [Prompt(text=PROMPT).render(one["input"]) for one in CLAIMS]
+        logprobs = score.score_prompts(score.load_adapter(by_hand, "a", adapters[0]), tokenizer, prompts, LABELS, max_tokens=2048)
+        assert answers[in_4bit] == [pytest.approx(row.tolist(), abs=1e-4) for row in score.probabilities(logprobs, 2.0)]
+    assert answers[True] != answers[False]
+    assert list(node.bases) == [node.own], "the other one has left"
+
+
+def out_of_memory(path, device, **how):
+    raise torch.OutOfMemoryError(f"{path} on {device} {how}")
 
 
 def test_agents_do_not_disturb_each_other(adapters, client):

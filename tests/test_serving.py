@@ -22,7 +22,7 @@ from trainers import serve, spec
 
 def make_target(folder: Path, seed: int | None = 1, **changes) -> publisher.Target:
     row = dataclasses.asdict(make_made(folder, seed, **changes))
-    return publisher.to_target({**row, "agent": "adjudication", "name": "v1.0"})
+    return publisher.to_target({**row, "agent": "adjudication", "name": "v1.0"}, in_4bit=False)
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_the_pointer_file_names_the_version_and_all_that_it_needs(tmp_path, targ
     assert content["serving_name"] == registry.serving_name({"agent": "adjudication", "name": "v1.0", **vars_of(target)})
     assert Path(content["adapter_path"]).is_dir()
     names = {"agent", "version", "serving_name", "adapter_path", "adapter_digest", "base_path", "base_digest", "prompt", "labels"}
-    assert names | {"temperature", "prompt_form", "prompt_digest", "digest"} == content.keys()
+    assert names | {"in_4bit", "temperature", "prompt_form", "prompt_digest", "digest"} == content.keys()
     assert pointer.ask(target).state == "unverified"
 
 
@@ -272,10 +272,11 @@ def test_the_reference_node_serves_what_it_is_told_and_says_so(reference, served
         assert answers == ["confirmed" if each is target else "different" for each in served]
 
 
-def test_the_same_weights_under_another_prompt_or_temperature_are_another_version(reference, served):
+def test_the_same_weights_under_another_prompt_or_temperature_or_on_a_base_held_otherwise_are_another_version(reference, served):
     reference.publish(served[1])
     other = PROMPT + " "
-    changes = [{"prompt": other, "prompt_digest": spec.digest_text(other)}, {"temperature": 2.0}, {"labels": LABELS[:2]}]
+    worded = {"prompt": other, "prompt_digest": spec.digest_text(other)}
+    changes = [worded, {"temperature": 2.0}, {"labels": LABELS[:2]}, {"in_4bit": True}]
     for change in changes:
         changed = dataclasses.replace(served[1], **change)
         assert reference.ask(changed).state == "different"

@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jinja2
 import structlog
@@ -57,6 +57,7 @@ class Load(Frozen):
     """The body of `POST /load`: which version answers for an agent from now on.
 
     `adapter` None is the bare base. Without `base_digest` it is the base that the node was started with, else the one in the folder `base`.
+    `in_4bit` says how the base is held; without it, as the node was told at its start.
     """
 
     agent: str = Field(min_length=1)
@@ -64,6 +65,7 @@ class Load(Frozen):
     serving_name: str
     base: Path | None = None
     base_digest: str | None = None
+    in_4bit: bool | None = None
     adapter: Path | None = None
     adapter_digest: str | None = None
     prompt: str
@@ -106,6 +108,13 @@ class Served(Frozen):
     loaded_at: datetime
 
 
+class Held(NamedTuple):
+    """Which base, and how it lies in memory."""
+
+    digest: str
+    in_4bit: bool
+
+
 @dataclass(slots=True)
 class Loaded:
     """A base in memory, with the adapters of the versions that are served on it."""
@@ -120,10 +129,10 @@ class Node:
     The base that the node was started with stays; another one comes with the first version on it and goes with the last.
     """
 
-    def __init__(self, base: Path, device: str, state: Path | None) -> None:
+    def __init__(self, base: Path, device: str, state: Path | None, *, in_4bit: bool = False) -> None:
         self.device = device
-        self.base_digest = artifacts.digest_folder(base)
-        self.bases = {self.base_digest: Loaded(*score.load_base(base, device))}
+        self.own = Held(artifacts.digest_folder(base), in_4bit)
+        self.bases = {self.own: Loaded(*score.load_base(base, device, in_4bit=in_4bit))}
         self.batch_tokens = BATCH_TOKENS.get(device, BATCH_TOKENS_ON_GPU)
         self.state = state
         self.served: dict[str, Served] = {}
@@ -162,32 +171,34 @@ class Node:
                 self.detach(before)
         return new
 
-    def base_of(self, request: Load) -> str:
-        """The digest of the base that a version sits on."""
-        return request.base_digest or self.base_digest
+    def base_of(self, request: Load) -> Held:
+        """The base that a version sits on."""
+        in_4bit = self.own.in_4bit if request.in_4bit is None else request.in_4bit
+        return Held(request.base_digest or self.own.digest, in_4bit)
 
     def hold_base(self, request: Load) -> None:
         """Read another base than those in memory; the versions that are served go on answering meanwhile."""
-        digest = self.base_of(request)
-        if digest in self.bases:
+        wanted = self.base_of(request)
+        if wanted in self.bases:
             return
         if request.base is None:
-            sentence = f"this node has no base {digest}: give its folder as `base`, or load the version on a node that was started with it"
-            raise RequestRefusedError(HTTPStatus.CONFLICT, sentence)
-        artifacts.check(request.base, digest)
+            way_out = "give its folder as `base`, or load the version on a node that was started with it"
+            raise RequestRefusedError(HTTPStatus.CONFLICT, f"this node has no base {wanted.digest}: {way_out}")
+        artifacts.check(request.base, wanted.digest)
         try:
-            loaded = Loaded(*score.load_base(request.base, self.device))
+            loaded = Loaded(*score.load_base(request.base, self.device, in_4bit=wanted.in_4bit))
         except torch.OutOfMemoryError as error:
-            sentence = f"there is no memory for another base beside {len(self.bases)}: restart the node with --base {request.base}"
+            start = f"--base {request.base}{' --in-4bit' if wanted.in_4bit else ''}"
+            sentence = f"there is no memory for another base beside {len(self.bases)}: restart the node with {start}"
             raise RequestRefusedError(HTTPStatus.INSUFFICIENT_STORAGE, sentence) from error
         with self.lock:
-            self.bases[digest] = loaded
+            self.bases[wanted] = loaded
 
     def release_bases(self) -> None:
         """Let go of bases that no version sits on any more."""
         with self.lock:
-            used = {self.base_digest, *(self.base_of(served.load) for served in self.served.values())}
-            self.bases = {digest: loaded for digest, loaded in self.bases.items() if digest in used}
+            used = {self.own, *(self.base_of(served.load) for served in self.served.values())}
+            self.bases = {held: loaded for held, loaded in self.bases.items() if held in used}
 
     def verify(self, request: Load) -> str | None:
         """The digest of the adapter's files. Refused unless they are the ones asked for and were trained on this base."""
@@ -197,8 +208,8 @@ class Node:
             return None
         score.read_adapter_config(request.adapter)
         pinned = artifacts.pinned_base(request.adapter)
-        if pinned != self.base_of(request):
-            sentence = f"the adapter was trained on base {pinned}, not on {self.base_of(request)}: load it with its own base"
+        if pinned != self.base_of(request).digest:
+            sentence = f"the adapter was trained on base {pinned}, not on {self.base_of(request).digest}: load it with its own base"
             raise RequestRefusedError(HTTPStatus.CONFLICT, sentence)
         if request.adapter_digest is None:
             raise RequestRefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, "adapter without adapter_digest: give both or neither")
@@ -275,7 +286,8 @@ class Node:
             "version": served.load.version,
             "serving_name": served.load.serving_name,
             "adapter_digest": served.adapter_digest,
-            "base_digest": self.base_of(served.load),
+            "base_digest": self.base_of(served.load).digest,
+            "in_4bit": self.base_of(served.load).in_4bit,
             "prompt_digest": served.load.asked.digest,
             "labels": list(served.load.labels),
             "temperature": served.load.temperature,
@@ -286,7 +298,7 @@ class Node:
         """Keep what is served for the next start."""
         if self.state is not None:
             loads = [one.load.model_dump(mode="json") for one in served.values()]
-            artifacts.write_atomically(self.state, json.dumps({"base_digest": self.base_digest, "served": loads}, indent=2).encode())
+            artifacts.write_atomically(self.state, json.dumps({"base_digest": self.own.digest, "served": loads}, indent=2).encode())
 
     def restore(self) -> None:
         """Serve again what the state file names. A version whose files changed is left out and logged; the others serve."""
@@ -295,8 +307,8 @@ class Node:
         try:
             kept = json.loads(self.state.read_text())
             loads = [Load.model_validate(one) for one in kept["served"]]
-            if kept["base_digest"] != self.base_digest:
-                raise SpecRefusedError(f"it was written with base {kept['base_digest']}, this one is {self.base_digest}")
+            if kept["base_digest"] != self.own.digest:
+                raise SpecRefusedError(f"it was written with base {kept['base_digest']}, this one is {self.own.digest}")
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise SpecRefusedError(f"the state file {self.state} doesn't fit: {error}; move it away to start empty") from error
         for load in loads:
@@ -347,7 +359,7 @@ class Handler(BaseHTTPRequestHandler):
         node = self.server.node
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
         if path == "/healthz":
-            return {"status": "ok", "base_digest": node.base_digest, "agents": sorted(node.served)}
+            return {"status": "ok", "base_digest": node.own.digest, "agents": sorted(node.served)}
         if path == "/served":
             return {"served": [node.describe(served) for served in node.served.values()]}
         if path.startswith("/served/"):
@@ -455,6 +467,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--port", type=int, default=0, help="port to listen on (default: a free one)")
     parser.add_argument("--state", type=Path, metavar="FILE", help="remember here what is served, and serve it again after a restart")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
+    parser.add_argument("--in-4bit", action="store_true", help="hold the base in 4 bits, unless a version asks for the whole one")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: torch's choice)")
     return parser.parse_args(arguments)
 
@@ -473,7 +486,7 @@ def main() -> int:
     if options.threads > 0:
         torch.set_num_threads(options.threads)
     try:
-        node = Node(options.base, options.device, options.state)
+        node = Node(options.base, options.device, options.state, in_4bit=options.in_4bit)
         node.restore()
         server = NodeServer((options.host, options.port), node)
     except (SpecRefusedError, OSError, OverflowError) as error:

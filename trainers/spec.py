@@ -126,7 +126,7 @@ ALL_WEIGHTS: Mapping[str, Any] = {
 IN_BACKWARD: Mapping[str, Any] = {"accumulation": 1, "clip": 0.0}
 PRESETS: Mapping[Method, Mapping[str, Any]] = {
     "lora": {},
-    "qlora": {"load_in_4bit": True, "epochs": 3.0, "lora": {"rank": 64, "alpha": 128, "dtype": "bfloat16"}},
+    "qlora": {"load_in_4bit": True, "serve_in_4bit": True, "epochs": 3.0, "lora": {"rank": 64, "alpha": 128, "dtype": "bfloat16"}},
     "full": {**ALL_WEIGHTS, "epochs": 5.0, "batch_rows": 16},
     "pretrain": {"epochs": 1.0},
 }
@@ -167,6 +167,9 @@ class Options(Frozen):
         default=0, ge=0, description="Recompute every n-th layer's activations in the backward pass: 1 is all layers, 0 none."
     )
     load_in_4bit: bool = Field(default=False, description="The base in NF4 with double quantisation; with `qlora`, and only there.")
+    serve_in_4bit: bool = Field(
+        default=False, description="Servers hold the base in 4 bits, and so does an exam. Of the agent, not of a single run."
+    )
     new_weight: float = Field(default=5.0, gt=0, description="Loss weight of a row that was not imported.")
     replay_share: float = Field(default=1.0, ge=0, le=1, description="`replay`: share of the rows learned before that are learned again.")
     replay_rows: int = Field(default=2000, ge=0, description="`replay`: at most so many imported rows are learned again.")

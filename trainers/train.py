@@ -53,10 +53,17 @@ class Work:
         """How many tokens a row may have."""
         return data.row_limit(self.spec.options, bases.read_context(self.spec.base))
 
-    def load_base(self, base: Base | None = None) -> Any:
-        """The weights of a base, the run's own unless named; from here on a run is no longer refused but fails."""
+    def load_to_train(self) -> Any:
+        """The weights of the run's base; from here on a run is no longer refused but fails."""
+        return self._load(self.spec.base, in_4bit=self.spec.options.load_in_4bit)
+
+    def load_to_score(self, base: Base | None) -> Any:
+        """The weights of a base, the run's own unless named, as servers hold them."""
+        return self._load(base or self.spec.base, in_4bit=self.spec.options.serve_in_4bit)
+
+    def _load(self, base: Base, *, in_4bit: bool) -> Any:
         self.progress.write("loading", now=True)
-        return self.held.load(base or self.spec.base, self.spec.device, in_4bit=self.spec.options.load_in_4bit)[0]
+        return self.held.load(base, self.spec.device, in_4bit=in_4bit)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +215,7 @@ class Made:
 def begin_training(work: Work) -> Any:
     """The model with the weights that the method trains."""
     spec, options = work.spec, work.spec.options
-    base = work.load_base()
+    base = work.load_to_train()
     torch.manual_seed(spec.seed)
     return full.begin(base) if options.trains_all_weights else lora.begin(base, options, spec.init_adapter)
 
@@ -284,7 +291,7 @@ def sign(spec: Spec) -> str:
     # A run may go on elsewhere, where its files lie in other places, and what is scored afterwards doesn't change what was learned.
     places = dict.fromkeys(("dataset", "learned", "texts", "general_texts", "init_adapter", "device", "threads"), True)
     later = dict.fromkeys(("others", "score_sets", "plan"), True)
-    asked = spec.model_dump_json(exclude={**places, **later, "base": {"path"}, "options": pace})
+    asked = spec.model_dump_json(exclude={**places, **later, "base": {"path"}, "options": pace | {"serve_in_4bit"}})
     return hashlib.sha256(f"{asked}\n{content}".encode()).hexdigest()
 
 
@@ -303,6 +310,7 @@ def describe_training(work: Work, counters: loop.Counters, examples: Sequence[Ex
     epochs = counters.step / steps_per_epoch
     return {
         "method": work.spec.options.method,
+        "examined_in_4bit": work.spec.options.serve_in_4bit,
         "rows": rows,
         "tokens": counters.tokens,
         "tokens_saved": counters.tokens_saved,
@@ -406,7 +414,7 @@ def measure_text_loss(work: Work, base: Base | None, adapter: Path | None, path:
     place = base or work.spec.base
     tokenizer, limit = work.held.tokenizer(place), min(FORGETTING_TOKENS, bases.read_context(place))
     corpus = texts.tokenize(path, tokenizer, limit, work.attempt.run_dir / "tokens", place.digest)
-    with wearing(work.load_base(base), adapter) as worn:
+    with wearing(work.load_to_score(base), adapter) as worn:
         return measure_dev_loss(work, worn, corpus[:FORGETTING_PIECES])
 
 
@@ -423,7 +431,7 @@ def wearing(base: Any, adapter: Path | None) -> Iterator[Any]:
 
 def answer(work: Work, model: Model, prompts: Sequence[str]) -> np.ndarray:
     """The model's label log-probabilities for each prompt, with signs of life in between."""
-    base = work.load_base(model.base)
+    base = work.load_to_score(model.base)
     tokenizer = work.held.tokenizer(model.base or work.spec.base)
     form = forms.find(tokenizer, model.prompt.form)
     labels = [form.say(label) for label in model.labels]

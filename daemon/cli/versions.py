@@ -58,7 +58,8 @@ def show(
     from storage import exams, registry, runs  # noqa: PLC0415 — `ratchet --help` needs none of it
 
     with context.opened(config) as opened, opened.reading() as connection:
-        name = opened.pick_agent(agent).name
+        chosen = opened.pick_agent(agent)
+        name = chosen.name
         row = registry.read(connection, name, version)
         try:
             made = (runs.read(connection, row["run"] or "")["result"] or {}).get("training") or {}
@@ -69,7 +70,7 @@ def show(
             "serving_name": registry.serving_name(row),
             "is_champion": registry.champion(connection, name) == version,
             "method": made.get("method"),
-            "examined_on": EXAMINED.get(made.get("method", ""), "the base as it is"),
+            "examined_on": name_base(made.get("examined_in_4bit"), chosen.training.serve_in_4bit),
             "exams": [dict(exam) for exam in exams.of_version(connection, name, version)],
             "deployments": [dict(change) for change in registry.history(connection, name) if change["version"] == version],
         }
@@ -149,8 +150,13 @@ def _change_champion(config: Any, agent: str | None, change: Callable[[Connectio
         raise typer.Exit(1)
 
 
-EXAMINED = {"qlora": "the base in 4 bits: a server that holds it whole answers a few claims otherwise"}
-"""What a version's scores were measured on, where that is not what is served."""
+def name_base(examined: bool | None, served: bool) -> str | None:
+    """What a version's scores were measured on, and whether servers are told to hold it otherwise now."""
+    if examined is None:
+        return None
+    names = {True: "the base in 4 bits", False: "the whole base"}
+    change = "" if examined == served else f": servers are told to use {names[served]} now, which answers a few claims otherwise"
+    return names[examined] + change
 
 
 def outline(value: Any, depth: int = 0) -> Iterator[str]:

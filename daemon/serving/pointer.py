@@ -84,6 +84,7 @@ def describe(target: publisher.Target) -> dict[str, Any]:
         "adapter_digest": target.adapter_digest,
         "base_path": str(target.base),
         "base_digest": target.base_digest,
+        "in_4bit": target.in_4bit,
         "digest": target.digest,
         "prompt": target.prompt,
         "prompt_form": target.prompt_form,

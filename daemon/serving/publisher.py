@@ -20,7 +20,7 @@ class PublishFailedError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A version as a server needs to know it. Without an adapter it is the bare base."""
+    """A version as a server needs to know it. Without an adapter it is the bare base; `in_4bit` is how the server is to hold that."""
 
     agent: str
     version: str
@@ -29,6 +29,7 @@ class Target:
     adapter_digest: str | None
     base: Path
     base_digest: str
+    in_4bit: bool
     prompt: str
     prompt_form: str
     prompt_digest: str
@@ -82,8 +83,8 @@ def choose(agent: agents.Agent) -> Publisher:
     return kinds[settings.kind](settings) if settings.kind in kinds else Nobody()
 
 
-def to_target(row: Mapping[str, Any]) -> Target:
-    """The target that a row of the registry describes."""
+def to_target(row: Mapping[str, Any], *, in_4bit: bool) -> Target:
+    """The target that a row of the registry describes, on a base that is held so."""
     return Target(
         agent=row["agent"],
         version=row["name"],
@@ -92,6 +93,7 @@ def to_target(row: Mapping[str, Any]) -> Target:
         adapter_digest=row["adapter_digest"],
         base=Path(row["base_path"]),
         base_digest=row["base_digest"],
+        in_4bit=in_4bit,
         prompt=row["prompt"],
         prompt_form=row["prompt_form"],
         prompt_digest=row["prompt_digest"],
@@ -125,6 +127,8 @@ def compare(target: Target, report: Mapping[str, Any]) -> Answer:
     differing = [name for name, digest in expected.items() if name in report and not _is_same(report[name], digest)]
     if not _is_same(served, target.digest):
         return Answer("different", f"the server reports {_shorten(served)}, expected is {target.digest}")
+    if report.get("in_4bit", target.in_4bit) != target.in_4bit:
+        differing.append("in_4bit")
     if differing:
         return Answer("different", f"the server has the digest of {target.version} but another {', '.join(differing)}")
     return Answer("confirmed", f"the server reports {target.digest}")

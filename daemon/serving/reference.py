@@ -26,6 +26,7 @@ class Reference:
             "serving_name": target.serving_name,
             "base": str(target.base.absolute()),
             "base_digest": target.base_digest,
+            "in_4bit": target.in_4bit,
             "adapter": target.adapter and str(target.adapter.absolute()),
             "adapter_digest": target.adapter_digest,
             "prompt": target.prompt,
@@ -41,7 +42,7 @@ class Reference:
             raise publisher.PublishFailedError(f"{self.url} refuses {target.serving_name}: {_read_error(reply)}")
 
     def ask(self, target: publisher.Target) -> publisher.Answer:
-        """Whether the node serves the version on this base, with this prompt, labels and temperature."""
+        """Whether the node serves the version on this base, held so, with this prompt, labels and temperature."""
         seconds = min(publisher.ASK_SECONDS, self.settings.timeout_seconds)
         try:
             reply = exchange.send_request("GET", f"{self.url}/served/{urllib.parse.quote(target.agent, safe='')}", seconds)
@@ -56,7 +57,7 @@ class Reference:
             return publisher.Answer("unreachable", f"{self.url} answers {reply.status}")
         expected = {"serving_name": target.serving_name, "labels": list(target.labels), "temperature": target.temperature}
         differing = [name for name, value in expected.items() if report.get(name) != value]
-        answer = publisher.compare(target, {"base_digest": None, "prompt_digest": None, **report})
+        answer = publisher.compare(target, {"base_digest": None, "prompt_digest": None, "in_4bit": None, **report})
         if answer.state == "confirmed" and differing:
             return publisher.Answer("different", f"the node has the digest of {target.version} but another {', '.join(differing)}")
         return answer

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
+
 GB = 10**9
 CARDS = (12, 24, 48, 80, 141)
 """Sizes of cards in GB that remedies may name."""
@@ -33,13 +35,12 @@ SOLD_AS = 1.1
 LEAST_ROW = 256
 """Remedies cut rows to so many tokens at the least."""
 EVERY = (4, 2, 1)
+MOMENTS: Mapping[Optimizer, int] = {"adamw": 2 * FP32_BYTES, "adamw_8bit": 2, "paged_adamw_8bit": 0}
+"""Bytes on the card for a weight's two moments: in fp32, in a byte each, or paged to the host."""
 
 
 class ShapeUnknownError(ValueError):
     """The `config.json` is of no decoder that can be counted."""
-
-
-Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,8 +243,13 @@ def _list_dtypes(method: Method, card: Card) -> tuple[Literal["float32", "bfloat
 
 
 def _list_optimizers(method: Method, card: Card) -> Iterator[tuple[Optimizer, bool]]:
-    """The optimizer that is asked for; on a card, for all weights, then with moments on the host, then within the backward pass."""
+    """The optimizer that is asked for; then, on a card, one with less in memory.
+
+    That is 8-bit moments for an adapter; for all weights moments on the host, and then updates within the backward pass.
+    """
     yield method.optimizer, method.in_backward
+    if method.trains == "adapter" and card.kind == "cuda" and method.optimizer == "adamw":
+        yield "adamw_8bit", False
     if method.trains == "all" and card.kind == "cuda":
         yield "paged_adamw_8bit", method.in_backward
         yield "paged_adamw_8bit", True
@@ -291,18 +297,17 @@ def estimate(shape: Shape, method: Method, settings: Settings, kind: str) -> Par
 
 
 def _count_optimizer(shape: Shape, method: Method, settings: Settings, value: int, adapters: int) -> int:
-    """Gradients as wide as what is trained, and AdamW's two moments: in fp32, in a byte each, or paged to the host.
+    """Gradients as wide as what is trained, and AdamW's two moments.
 
     In the backward pass there is no more than the largest gradient. The update of a weight in bf16 is computed beside it, one weight at a
     time: as wide as the weight, or by torch's AdamW in fp32 with its gradient.
     """
     if method.trains != "all":
-        return adapters + 2 * FP32_BYTES * shape.count_adapter(method.rank) if method.trains == "adapter" else 0
+        return adapters + MOMENTS[settings.optimizer] * shape.count_adapter(method.rank) if method.trains == "adapter" else 0
     largest = max(shape.vocabulary * shape.width, *(inputs * outputs for inputs, outputs in shape.linears))
-    moments = {"adamw": 2 * FP32_BYTES, "adamw_8bit": 2, "paged_adamw_8bit": 0}[settings.optimizer]
     beside = {"adamw": 2 * FP32_BYTES}.get(settings.optimizer, value) if settings.rounding == "stochastic" else 0
     gradients = largest if settings.optimizer_in_backward else shape.parameters
-    return value * gradients + moments * shape.parameters + beside * largest
+    return value * gradients + MOMENTS[settings.optimizer] * shape.parameters + beside * largest
 
 
 def _count_saved(shape: Shape, method: Method, settings: Settings, value: int, adapter_value: int) -> int:

@@ -66,8 +66,9 @@ This page is generated from the planner: change it there or in `scripts/write_do
 ## What fits where
 In GB (10^9 bytes) with the default options: rows of up to 2,048 tokens, passes of up to 4,096. A cell names what is taken at the peak, the
 tokens of a pass, and which layers' activations are computed twice (gradient checkpointing, about a quarter slower). *bf16*: the adapter
-too is kept in bf16. *in backward*: the optimizer works in the backward pass, so gradients are neither summed nor clipped. All weights have
-8-bit moments that are paged to the host's memory. *no*: so much would be needed at the least.
+too is kept in bf16. *8-bit moments*: those of the adapter, by bitsandbytes' AdamW. *in backward*: the optimizer works in the backward pass,
+so gradients are neither summed nor clipped. All weights have 8-bit moments that are paged to the host's memory. *no*: so much would be
+needed at the least.
 """
 
 HARDWARE_GUIDE = """
@@ -90,8 +91,8 @@ of width k together; V words; T tokens in a pass, T_s of them graded (5 % unless
 |---|---|
 | weights | 2 P in bf16 (4 P in fp32 on a CPU); in 4 bits with double quantisation 0.516 P_l, and 2 for the rest |
 | adapter | r · Σ(in + out) over all matrices, in 2 or 4 bytes |
-| optimizer | gradients as wide as what is trained, and AdamW's two moments in fp32 |
-| the same for all weights | gradients, and moments of 8 bits unless they are paged; *in backward*: the largest gradient alone |
+| optimizer | gradients as wide as what is trained, and AdamW's two moments: 8 bytes in fp32, 2 in 8 bits, none when paged to the host |
+| the same for all weights | so too; *in backward*: the largest gradient alone |
 | the update of a weight in bf16 | 2 bytes for each weight of the largest matrix; 8 with `adamw` |
 | activations of a layer, a token | 12 d + 4 q + 4 k + 8 f, and 4 for each head |
 | besides | bf16 adapter: 14 r; fp32 adapter: 28 r + 16 d + 4 q + 2 f; all weights: 4 d |
@@ -355,7 +356,8 @@ def _cell(planned: plan.MemoryPlan) -> str:
     if not planned.fits:
         return f"no ({planned.parts.total / plan.GB:.1f})"
     notes = {1: "all twice", 0: ""}.get(settings.checkpoint_every, f"1 in {settings.checkpoint_every} twice")
-    optimizer = "in backward" if settings.optimizer_in_backward else ""
+    is_narrow = settings.optimizer == "adamw_8bit"
+    optimizer = "in backward" if settings.optimizer_in_backward else "8-bit moments" if is_narrow else ""
     precise = "bf16" if settings.adapter_dtype == "bfloat16" and not settings.is_4bit else ""
     return "; ".join(filter(None, [f"**{planned.parts.total / plan.GB:.1f}**", f"{settings.max_tokens:,}", notes, precise, optimizer]))
 

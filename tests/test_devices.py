@@ -196,9 +196,19 @@ def test_a_run_goes_to_the_smallest_card_with_its_plan_in_its_spec(world: World)
 
 
 def test_a_small_enough_run_leaves_the_large_card_to_others(world: World) -> None:
-    run = world.ask_for_run(method="qlora")
+    agent = world.agent.model_copy(update={"training": spec.Options(method="qlora")})
+    world.settings = world.settings.model_copy(update={"agents": {agent.name: agent}})
+    world.restart()
+    plug_in(world, DRIVER)
+    run = world.ask_for_run()
     world.tick()
     assert read_run(world, run)["device"] == "cuda:1"
+
+
+def test_a_run_in_4_bits_whose_exam_reads_the_whole_base_goes_where_that_fits(world: World) -> None:
+    run = world.ask_for_run(method="qlora")
+    world.tick()
+    assert read_run(world, run)["device"] == "cuda:0"
 
 
 def test_a_run_waits_while_others_hold_the_memory_and_says_so(world: World) -> None:
@@ -208,7 +218,7 @@ def test_a_run_waits_while_others_hold_the_memory_and_says_so(world: World) -> N
         world.tick()
     row = read_run(world, run)
     assert row["state"] == "queued"
-    assert row["error"].startswith("waits for memory: it needs 18.5 GB, others leave 12.9 GB of cuda:0")
+    assert row["error"].startswith("waits for memory: it needs 18.3 GB, others leave 12.9 GB of cuda:0")
     plug_in(world, DRIVER)
     world.tick()
     assert (read_run(world, run)["state"], read_run(world, run)["error"]) == ("running", None)
@@ -220,7 +230,7 @@ def test_a_run_that_fits_no_card_is_refused_with_what_would_help(world: World) -
     world.tick()
     row = read_run(world, run)
     assert row["state"] == "failed"
-    assert "needs 18.5 GB at the least, cuda:0 has 12.9 GB: set method = qlora; or use a card of 24 GB" in row["error"]
+    assert "needs 18.3 GB at the least, cuda:0 has 12.9 GB: set method = qlora; or use a card of 24 GB" in row["error"]
     assert world.launcher.started == []
 
 

@@ -179,6 +179,15 @@ def test_what_was_trained_in_4_bits_is_scored_on_the_base_as_servers_hold_it(in_
     assert answered == [pytest.approx(row.tolist(), abs=1e-4) for row in by_hand]
 
 
+def test_an_adapter_in_bf16_learns_with_moments_in_8_bits(place, tmp_path):
+    losses = []
+    for optimizer in ("adamw", "adamw_8bit"):
+        wanted = {"optimizer": optimizer, "lora": {"rank": 64, "alpha": 64}, "learning_rate": 2e-3}
+        assert runs.perform(tmp_path / optimizer, make(place, "qlora", wanted, others=(), score_sets=())) == spec.EXIT_DONE
+        losses.append(runs.result(tmp_path / optimizer)["training"]["final_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+
+
 def test_a_pretraining_without_a_candidate_makes_a_base_and_scores_nothing(place, tmp_path):
     asked = make(place, "pretrain", {"epochs": 1}, candidate=None, dataset=None, others=(), score_sets=(), general_texts=None)
     assert runs.perform(tmp_path, asked) == spec.EXIT_DONE

@@ -138,6 +138,15 @@ def test_qlora_and_lora_of_8b_take_what_was_set_as_goal_for_4096_tokens() -> Non
     assert {one.settings.max_tokens for one in plans} == {4096}
 
 
+def test_the_moments_of_an_adapter_are_in_8_bits_only_where_nothing_else_makes_it_fit() -> None:
+    large = {**LLAMA_8B, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
+    large |= {"num_key_value_heads": 40, "vocab_size": 32000}
+    plans = {size: plan.plan_memory(large, make_method("qlora", 64), plan.Card("", "cuda", size * plan.GB)) for size in (12, 24)}
+    assert {size: (one.fits, one.settings.optimizer) for size, one in plans.items()} == {12: (True, "adamw_8bit"), 24: (True, "adamw")}
+    on_cpu = plan.plan_memory(large, make_method("qlora", 64), plan.Card("", "cpu", 12 * plan.GB))
+    assert on_cpu.settings.optimizer == "adamw"
+
+
 @settings(max_examples=40, deadline=None)
 @given(METHODS, CONFIGS, CARDS)
 def test_what_does_not_fit_is_never_chosen_and_what_helps_helps(method: plan.Method, config: dict[str, Any], card: plan.Card) -> None:

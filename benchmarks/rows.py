@@ -76,7 +76,7 @@ def read(folder: Path) -> dict[str, float]:
     tokenizer = tiny.train_tokenizer(prompt.render(json.loads(row.input)) for row in make_rows(SMALL))
     began = time.perf_counter()
     lessons = data.read_lessons(folder, tokenizer, prompt, ("APPROVED", "DENIED"), Options(), limit=512, warm=False, seed=1)
-    examples = data.Examples(lessons.train)
+    examples = data.list_examples(lessons.train)
     schedule = loop.Schedule(len(examples), 256, 1, 0.05, 1)
     for step in range(schedule.steps):
         packing.pack([examples[row] for row in schedule.batch(step)], 8192, "cpu")

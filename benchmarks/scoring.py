@@ -20,7 +20,7 @@ from rich.console import Console
 from benchmarks.figures import Figure, finish
 from benchmarks.training import LABELS, PROMPT, make_base
 from daemon import imr
-from trainers import data, score
+from trainers import encoding, score
 from trainers.spec import Prompt
 
 BATCH, CHECKED = 32, 100
@@ -76,9 +76,9 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[str], forced: int) ->
 def score_separately(model: Any, tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
     """Log-probabilities [prompts, labels], from a forward pass for each prompt and label without padding or any mask of ours."""
     scores = np.empty((len(prompts), len(LABELS)))
-    for row, read in enumerate(data.encode_prompts(tokenizer, prompts)):
+    for row, read in enumerate(encoding.encode_prompts(tokenizer, prompts)):
         for column, label in enumerate(LABELS):
-            graded = data.label_tokens(tokenizer, label)
+            graded = encoding.label_tokens(tokenizer, label)
             logits = model(input_ids=torch.tensor([read + graded], device=model.device)).logits[0, len(read) - 1 : -1]
             chosen = logits.double().log_softmax(-1).gather(1, torch.tensor(graded, device=model.device)[:, None])
             scores[row, column] = chosen.sum().item()

@@ -31,7 +31,7 @@ from benchmarks.figures import Figure, finish
 from daemon import imr
 from daemon.rehearsal import LABEL_LINES
 from storage import artifacts, snapshots
-from trainers import attention, data, forms, loop, score
+from trainers import attention, encoding, forms, loop, score
 from trainers.data import Example
 from trainers.spec import Base, LoraOptions, Method, Model, Options, Prompt, ScoreSet, Spec, write_spec
 
@@ -254,15 +254,17 @@ def load_tokenizer(base: Path) -> Any:
 
 def render(base: Path, prompt: Prompt, cases: Sequence[dict[str, Any]]) -> list[str]:
     """The prompts as a model reads them."""
-    return data.build_prompts(load_tokenizer(base), prompt, [case["input"] for case in cases], [contenders.OWN_LENGTH] * len(cases))[0]
+    return encoding.build_prompts(load_tokenizer(base), prompt, [case["input"] for case in cases], [contenders.OWN_LENGTH] * len(cases))[0]
 
 
 def read_examples(base: Path, prompt: Prompt, cases: Sequence[dict[str, Any]]) -> list[Example]:
     """The cases as our trainer reads them."""
     tokenizer = load_tokenizer(base)
     form = forms.find(tokenizer, prompt.form)
-    prompts = data.encode_prompts(tokenizer, render(base, prompt, cases))
-    return [Example(read, data.encode_completion(tokenizer, form, case["answer"], None)) for read, case in zip(prompts, cases, strict=True)]
+    prompts = encoding.encode_prompts(tokenizer, render(base, prompt, cases))
+    return [
+        Example(read, encoding.encode_completion(tokenizer, form, case["answer"], None)) for read, case in zip(prompts, cases, strict=True)
+    ]
 
 
 def describe(base: Path, prompt: Prompt, cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -351,7 +353,7 @@ def score_exam(base: Path, adapter: Path, recent: Task) -> float:
 def measure_shared(base: Path, policy: Task) -> Figure:
     """The share of the tokens that the policy is, in the data set with one."""
     examples = read_examples(base, policy.prompt, policy.train)
-    prefix = len(data.encode_prompt(load_tokenizer(base), POLICY))
+    prefix = len(encoding.encode_prompt(load_tokenizer(base), POLICY))
     return Figure(
         "share of the tokens that is the policy", prefix * len(examples) / sum(example.tokens for example in examples), at_least=0.4
     )

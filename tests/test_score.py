@@ -9,7 +9,7 @@ import torch
 
 from storage import artifacts
 from tests.model_fixtures import LABELS, PROMPT, claim, random_adapter, tiny_base
-from trainers import data, score
+from trainers import encoding, score
 from trainers.spec import Prompt, SpecRefusedError
 
 
@@ -38,10 +38,10 @@ def separate_forwards(model, tokenizer, prompts, labels):
     """The definition: one forward pass for each prompt and label, all logits, no padding and no mask of ours."""
     rows = []
     for prompt in prompts:
-        read = data.encode_prompt(tokenizer, prompt)
+        read = encoding.encode_prompt(tokenizer, prompt)
         row = []
         for label in labels:
-            tokens = data.label_tokens(tokenizer, label)
+            tokens = encoding.label_tokens(tokenizer, label)
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([read + tokens])).logits[0].double().log_softmax(-1)
             row.append(sum(float(logits[len(read) - 1 + step, token]) for step, token in enumerate(tokens)))
@@ -84,7 +84,7 @@ def test_a_policy_that_all_prompts_begin_with_is_read_once_and_changes_no_score(
     finally:
         hook.remove()
 
-    alone = sum(len(data.encode_prompt(tokenizer, prompt)) for prompt in asked)
+    alone = sum(len(encoding.encode_prompt(tokenizer, prompt)) for prompt in asked)
     assert sum(read) < alone
     np.testing.assert_allclose(scores, separate_forwards(model, tokenizer, asked, LABELS), atol=1e-4, rtol=0)
 

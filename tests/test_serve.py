@@ -15,7 +15,7 @@ import torch
 
 from storage import artifacts
 from tests.model_fixtures import LABELS, PROMPT, claim, random_adapter, tiny_base
-from trainers import data, forms, score, serve
+from trainers import encoding, forms, score, serve
 from trainers.spec import Options, Prompt, digest_text
 
 CLAIMS = [{"input": claim(number)} for number in range(12)]
@@ -216,8 +216,8 @@ def test_a_long_prompt_is_cut_by_the_rule_of_training(adapters, node):
     node.load(serve.Load(**order(adapters[0], max_row_tokens=64)))
     fields = {"treatment": "surgery " * 500, "age": "41", "plan": "HMO"}
     tokenizer = node.bases[node.base_digest].tokenizer
-    limit = data.prompt_limit(tokenizer, forms.find(tokenizer, "plain"), LABELS, 64)
-    cut, was_cut = data.build_prompts(tokenizer, Prompt(text=PROMPT), [fields], [limit])
+    limit = encoding.prompt_limit(tokenizer, forms.find(tokenizer, "plain"), LABELS, 64)
+    cut, was_cut = encoding.build_prompts(tokenizer, Prompt(text=PROMPT), [fields], [limit])
 
     answer = node.answer(serve.Ask(agent="adjudication", claims=(serve.Claim(input=fields),)))
 

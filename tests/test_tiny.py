@@ -12,7 +12,7 @@ import transformers
 from daemon import cli
 from tests import training_fixtures as runs
 from tests.model_fixtures import PROMPT, claim
-from trainers import attention, data, loop, score, spec, stopping, tiny
+from trainers import attention, encoding, loop, score, spec, stopping, tiny
 from trainers import texts as corpora
 
 TEMPLATE = spec.Prompt(text=PROMPT)
@@ -65,7 +65,7 @@ def test_nothing_but_the_base_is_left_behind(base):
 def test_any_text_can_be_written_in_the_vocabulary(base):
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     for text in ("Überweisung für Hüfte\n", "請求 APPROVED 🦴", "\x00\t "):
-        tokens = data.encode_prompt(tokenizer, text)
+        tokens = encoding.encode_prompt(tokenizer, text)
         assert tokenizer.decode(tokens[1:], clean_up_tokenization_spaces=False) == text
 
 

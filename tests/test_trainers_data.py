@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from storage import snapshots
 from tests.model_fixtures import PROMPT, tiny_tokenizer
 from tests.training_fixtures import LABELS, dataset, row
-from trainers import data, forms
+from trainers import data, encoding, forms
 from trainers.spec import Options, Prompt, SpecRefusedError
 
 EVERY_FIELD = Prompt(text="{% for name, value in input.items() %}{{ name }}: {{ value }}\n{% endfor %}Decision: ")
@@ -22,7 +22,7 @@ def read(folder, options=None, *, warm=False, seed=1, limit=512):
 
 def build_prompt(fields, limit):
     """The prompt of one claim, and how many had to be cut for it."""
-    texts, cut = data.build_prompts(TOKENIZER, EVERY_FIELD, [fields], [limit])
+    texts, cut = encoding.build_prompts(TOKENIZER, EVERY_FIELD, [fields], [limit])
     return texts[0], cut
 
 
@@ -32,22 +32,22 @@ def snapshot(folder, rows):
 
 
 def test_a_completion_is_the_label_a_newline_the_rationale_and_the_end():
-    tokens = data.encode_completion(TOKENIZER, PLAIN, "DENIED", "not covered")
+    tokens = encoding.encode_completion(TOKENIZER, PLAIN, "DENIED", "not covered")
     assert tokens[-1] == TOKENIZER.eos_token_id
     assert TOKENIZER.decode(tokens[:-1]) == "DENIED\nnot covered"
-    assert tokens[: len(data.label_tokens(TOKENIZER, "DENIED"))] == data.label_tokens(TOKENIZER, "DENIED")
+    assert tokens[: len(encoding.label_tokens(TOKENIZER, "DENIED"))] == encoding.label_tokens(TOKENIZER, "DENIED")
 
 
 def test_a_prompt_begins_with_the_start_token_once():
-    plain = data.encode_prompt(TOKENIZER, "Claim")
+    plain = encoding.encode_prompt(TOKENIZER, "Claim")
     assert plain[0] == TOKENIZER.bos_token_id
-    assert data.encode_prompt(TOKENIZER, "<s>Claim") == plain
+    assert encoding.encode_prompt(TOKENIZER, "<s>Claim") == plain
 
 
 @pytest.mark.parametrize("labels", [("A", "A"), ("YES", ""), ("YES", "NO\nYES")])
 def test_labels_that_cannot_be_told_apart_are_refused(labels):
     with pytest.raises(SpecRefusedError):
-        data.check_labels(TOKENIZER, labels)
+        encoding.check_labels(TOKENIZER, labels)
 
 
 def test_a_claim_cannot_bring_special_tokens_into_its_prompt():
@@ -55,7 +55,7 @@ def test_a_claim_cannot_bring_special_tokens_into_its_prompt():
     text, cut = build_prompt(fields, 400)
     assert not cut
     assert "treatment: abc\n" in text
-    assert data.encode_prompt(TOKENIZER, text).count(TOKENIZER.eos_token_id) == 0
+    assert encoding.encode_prompt(TOKENIZER, text).count(TOKENIZER.eos_token_id) == 0
 
 
 def test_a_long_prompt_loses_the_ends_of_its_longest_fields_only():
@@ -63,10 +63,10 @@ def test_a_long_prompt_loses_the_ends_of_its_longest_fields_only():
     text, cut = build_prompt(fields, 200)
     assert cut
     assert "short: knee\n" in text
-    assert text.count(data.CUT_MARK) == 2
+    assert text.count(encoding.CUT_MARK) == 2
     assert text.count("x") == text.count("y")
     assert text.endswith("Decision: ")
-    assert 190 <= len(data.encode_prompt(TOKENIZER, text)) <= 200
+    assert 190 <= len(encoding.encode_prompt(TOKENIZER, text)) <= 200
 
 
 def test_fields_are_left_out_from_the_last_when_cutting_texts_is_not_enough():
@@ -80,7 +80,7 @@ def test_fields_are_left_out_from_the_last_when_cutting_texts_is_not_enough():
 
 def test_a_template_that_is_too_long_by_itself_is_refused():
     with pytest.raises(SpecRefusedError, match="template alone"):
-        data.build_prompts(TOKENIZER, Prompt(text="word " * 200), [{}], [50])
+        encoding.build_prompts(TOKENIZER, Prompt(text="word " * 200), [{}], [50])
 
 
 @settings(max_examples=50, deadline=None)
@@ -91,7 +91,7 @@ def test_a_template_that_is_too_long_by_itself_is_refused():
 )
 def test_no_prompt_is_longer_than_its_limit(fields):
     text, _ = build_prompt(fields, 60)
-    assert len(data.encode_prompt(TOKENIZER, text)) <= 60
+    assert len(encoding.encode_prompt(TOKENIZER, text)) <= 60
 
 
 def test_gold_rows_are_in_no_lesson(tmp_path):
@@ -123,7 +123,7 @@ def test_a_cut_prompt_is_counted_and_its_completion_is_whole(tmp_path):
     long = json.dumps({"treatment": "surgery " * 200, "age": "4", "plan": "HMO"})
     lessons = read(snapshot(tmp_path / "set", [row(0, "train", input=long, rationale="because")]), limit=64)
     assert lessons.prompts_cut == 1
-    assert lessons.train[0].example.completion.tolist() == data.encode_completion(TOKENIZER, PLAIN, "DENIED", "because")
+    assert lessons.train[0].example.completion.tolist() == encoding.encode_completion(TOKENIZER, PLAIN, "DENIED", "because")
     assert lessons.train[0].example.tokens <= 64
 
 
@@ -163,7 +163,7 @@ def test_rows_stay_on_the_disk_until_they_are_asked_for_and_leave_memory_again(t
     size = sum(path.stat().st_size for path in (tmp_path / ".set.tokens").iterdir())
     before = pa.total_allocated_bytes()
     lessons = read(folder)
-    examples = data.Examples(lessons.train)
+    examples = data.list_examples(lessons.train)
     tokens = sum(example.tokens for example in examples[10:]) + sum(examples[place].tokens for place in range(10))
     assert tokens == sum(case.example.tokens for case in lessons.train) > 20_000
     assert pa.total_allocated_bytes() - before < size / 20
@@ -235,7 +235,7 @@ def test_a_row_with_another_answer_than_was_learned_is_new(tmp_path):
 def test_a_rationale_longer_than_half_a_row_is_left_out_and_counted(tmp_path):
     lessons = read(snapshot(tmp_path / "set", [row(0, "train", rationale="so " * 500)]), limit=128)
     assert lessons.rationales_left_out == 1
-    assert lessons.train[0].example.completion.tolist() == data.encode_completion(TOKENIZER, PLAIN, "DENIED", None)
+    assert lessons.train[0].example.completion.tolist() == encoding.encode_completion(TOKENIZER, PLAIN, "DENIED", None)
 
 
 def test_an_answer_outside_the_label_set_is_refused_with_its_row(tmp_path):

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage import artifacts, snapshots
-from trainers import bases, data, forms, score, texts
+from trainers import bases, encoding, forms, score, texts
 from trainers.spec import LoraOptions, Model, ScoreSet, Spec, SpecRefusedError
 
 
@@ -43,7 +43,7 @@ def check_model(model: Model, spec: Spec, held: bases.Bases) -> None:
     held.check(base)
     tokenizer = held.tokenizer(base)
     form = forms.find(tokenizer, model.prompt.form)
-    data.check_labels(tokenizer, [form.say(label) for label in model.labels])
+    encoding.check_labels(tokenizer, [form.say(label) for label in model.labels])
     if model.adapter:
         check_adapter(model.adapter, model.adapter_digest, base.digest)
 

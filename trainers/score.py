@@ -26,7 +26,7 @@ from scipy import optimize, special
 from torch.nn import functional
 
 from storage import artifacts
-from trainers import data, prefixes
+from trainers import encoding, prefixes
 from trainers.spec import SpecRefusedError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -163,10 +163,10 @@ def score_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], labels: Se
     and so is what many of them begin with.
     Raises `SpecRefusedError` for labels that can't be told apart and `LogitsNotFiniteError` when the model's output is no number.
     """
-    data.check_labels(tokenizer, labels)
-    branches = build_branches([data.label_tokens(tokenizer, label) for label in labels], model.device)
+    encoding.check_labels(tokenizer, labels)
+    branches = build_branches([encoding.label_tokens(tokenizer, label) for label in labels], model.device)
     distinct = list(dict.fromkeys(prompts))
-    encoded = data.encode_prompts(tokenizer, distinct)
+    encoded = encoding.encode_prompts(tokenizer, distinct)
     if not all(encoded):
         raise SpecRefusedError("a prompt is empty: the template must render to some text")
     scores = np.empty((len(distinct), len(labels)))

@@ -31,7 +31,7 @@ import torch
 from pydantic import Field, ValidationError, field_validator
 
 from storage import artifacts
-from trainers import data, forms, score
+from trainers import encoding, forms, score
 from trainers.spec import EXIT_REFUSED, FormName, Frozen, Options, Prompt, SpecRefusedError, compile_template
 
 MAX_BODY_BYTES = 32 * 2**20
@@ -258,9 +258,9 @@ class Node:
             load = served.load
             loaded = self.bases[self.base_of(load)]
             context = min(load.max_row_tokens, getattr(loaded.model.config, "max_position_embeddings", load.max_row_tokens))
-            limit = data.prompt_limit(loaded.tokenizer, self.form_of(served), load.labels, context)
+            limit = encoding.prompt_limit(loaded.tokenizer, self.form_of(served), load.labels, context)
             inputs = [claim.input for claim in request.claims]
-            prompts, _ = data.build_prompts(loaded.tokenizer, load.asked, inputs, [limit] * len(inputs))
+            prompts, _ = encoding.build_prompts(loaded.tokenizer, load.asked, inputs, [limit] * len(inputs))
             answers = self.ask(served, prompts)
         return [
             {

@@ -13,15 +13,16 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
 
 from storage import artifacts
-from trainers import data
+from trainers import encoding
 from trainers.data import Example
 from trainers.spec import SpecRefusedError
+from trainers.views import View
 
 BLOCK = 2**16
 """Characters that are read and tokenised at once."""
@@ -30,26 +31,15 @@ TOKEN, PLACE = np.dtype("<u4"), np.dtype("<u8")
 LINES = ".jsonl"
 
 
-class TokenFile(Sequence[Example]):
+class TokenFile(View[Example]):
     """The pieces of a corpus as examples in which every token but the first is graded; read from the disk when they are asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.tokens, self.ends = (np.memmap(folder / name, kind, mode="r") for name, kind in ((TOKENS, TOKEN), (ENDS, PLACE)))
+        super().__init__(self.read_piece, range(len(self.ends)))
 
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        """One piece, or some."""
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
+    def read_piece(self, place: int) -> Example:
+        """One piece."""
         piece = self.tokens[int(self.ends[place - 1]) if place else 0 : int(self.ends[place])].tolist()
         return Example(piece[:1], piece[1:])
 
@@ -58,7 +48,7 @@ class TokenFile(Sequence[Example]):
         return len(self.tokens)
 
 
-class Mixture(Sequence[Example]):
+class Mixture(View[Example]):
     """All of a corpus, and so many pieces of general text, drawn by the seed, that these are `share` of the tokens (or all there are)."""
 
     def __init__(self, corpus: TokenFile, general: TokenFile, share: float, seed: int) -> None:
@@ -70,21 +60,10 @@ class Mixture(Sequence[Example]):
         count = min(len(order), bisect.bisect_left(running, wanted) + 1) if share else 0
         self.drawn = order[:count]
         self.general_tokens = int(running[count - 1]) if count else 0
+        super().__init__(self.read_piece, range(len(corpus) + count))
 
-    def __len__(self) -> int:
-        return len(self.corpus) + len(self.drawn)
-
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        """One piece, or some: those of the corpus come first."""
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
+    def read_piece(self, place: int) -> Example:
+        """One piece: those of the corpus come first."""
         return self.corpus[place] if place < len(self.corpus) else self.general[int(self.drawn[place - len(self.corpus)])]
 
     @property
@@ -152,8 +131,8 @@ def cut_pieces(blocks: Iterable[tuple[str, bool]], tokenizer: Any, limit: int) -
     pending: list[int] = []
     is_new = True
     for some in batch(blocks):
-        for (_, is_last), tokens in zip(some, data.encode_texts(tokenizer, [text for text, _ in some]), strict=True):
-            start = data.start_of(tokenizer) if is_new and tokens[:1] != data.start_of(tokenizer) else []
+        for (_, is_last), tokens in zip(some, encoding.encode_texts(tokenizer, [text for text, _ in some]), strict=True):
+            start = encoding.start_of(tokenizer) if is_new and tokens[:1] != encoding.start_of(tokenizer) else []
             pending += [*start, *tokens, *([tokenizer.eos_token_id] if is_last else [])]
             is_new = is_last
             while len(pending) >= limit or (is_last and pending):

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from storage import artifacts, snapshots
-from trainers import attempts, attention, bases, checkpoints, checks, data, forms, loop, memory, optimizers, ranks, score, texts
+from trainers import attempts, attention, bases, checkpoints, checks, data, encoding, forms, loop, memory, optimizers, ranks, score, texts
 from trainers.attempts import Attempt, Progress
 from trainers.data import Example, LeftOut, Lessons
 from trainers.methods import full, lora
@@ -51,7 +51,7 @@ class Work:
     @property
     def row_limit(self) -> int:
         """How many tokens a row may have."""
-        return data.row_limit(self.spec.options, bases.read_context(self.spec.base))
+        return encoding.row_limit(self.spec.options, bases.read_context(self.spec.base))
 
     def load_to_train(self) -> Any:
         """The weights of the run's base; from here on a run is no longer refused but fails."""
@@ -158,8 +158,8 @@ def train_candidate(work: Work) -> dict[str, Any]:
     """Train by the spec's method, calibrate what came of it on dev, and let it and the others answer the score sets."""
     spec, options = work.spec, work.spec.options
     lessons, sheets = read_lessons(work), read_sheets(work)
-    examples = read_corpus(work) if options.method == "pretrain" else data.Examples(lessons.train)
-    dev = data.Examples(lessons.dev)
+    examples = read_corpus(work) if options.method == "pretrain" else data.list_examples(lessons.train)
+    dev = data.list_examples(lessons.dev)
     model = begin_training(work)
     rounding = optimizers.name_rounding(checkpoints.trained_parameters(model).values())
     try:
@@ -351,7 +351,7 @@ def read_sheets(work: Work) -> list[list[Sheet]]:
     left_out = [one for sheet in sheets for one in sheet.left_out]
     note_left_out(work, left_out)
     if work.spec.kind == "score" and left_out and not any(sheet.prompts for sheet in sheets):
-        data.check_left_out(left_out[0], len(left_out[0].row_ids), 0)
+        encoding.check_left_out(left_out[0], len(left_out[0].row_ids), 0)
     return asked
 
 
@@ -360,14 +360,14 @@ def read_sheet(work: Work, model: Model, name: str, row_ids: Sequence[str], inpu
     base = model.base or work.spec.base
     tokenizer = work.held.tokenizer(base)
     form = forms.find(tokenizer, model.prompt.form)
-    limit = data.prompt_limit(tokenizer, form, model.labels, data.row_limit(work.spec.options, bases.read_context(base)))
-    rendered = data.render_prompts(tokenizer, model.prompt, inputs, [limit] * len(inputs))
+    limit = encoding.prompt_limit(tokenizer, form, model.labels, encoding.row_limit(work.spec.options, bases.read_context(base)))
+    rendered = encoding.render_prompts(tokenizer, model.prompt, inputs, [limit] * len(inputs))
     return Sheet(
         name=name,
         row_ids=[row_ids[index] for index in rendered.texts],
         prompts=list(rendered.texts.values()),
         cut=len(rendered.cut),
-        left_out=data.list_left_out(name, row_ids, rendered),
+        left_out=encoding.list_left_out(name, row_ids, rendered),
     )
 
 

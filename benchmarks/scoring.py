@@ -20,7 +20,7 @@ from rich.console import Console
 from benchmarks.figures import Figure, finish
 from benchmarks.training import LABELS, PROMPT, make_base
 from daemon import imr
-from trainers import encoding, score
+from trainers import bases, encoding, score
 from trainers.spec import Prompt
 
 BATCH, CHECKED = 32, 100
@@ -35,7 +35,7 @@ def main() -> None:
     cases = list(imr.read_decisions(2001, 2005))[: asked.claims]
     prompts = [Prompt(text=PROMPT).render(case["input"]) for case in cases]
     with tempfile.TemporaryDirectory() as folder:
-        model, tokenizer = score.load_base(make_base(Path(folder), cases), "cpu")
+        model, tokenizer = bases.load_base(make_base(Path(folder), cases), "cpu")
         tokens = max(len(ids) for ids in tokenizer(prompts)["input_ids"]) * BATCH
         ours: list[float] = []
         theirs: dict[int, list[float]] = {64: [], 32: []}

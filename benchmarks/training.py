@@ -31,7 +31,7 @@ from benchmarks.figures import Figure, finish
 from daemon import imr
 from daemon.rehearsal import LABEL_LINES
 from storage import artifacts, snapshots
-from trainers import attention, encoding, forms, loop, score
+from trainers import adapters, attention, bases, encoding, forms, loop, score
 from trainers.data import Example
 from trainers.spec import Base, LoraOptions, Method, Model, Options, Prompt, ScoreSet, Spec, write_spec
 
@@ -243,7 +243,7 @@ def write_run(run_dir: Path, base: Path, task: Task, *, share_prefixes: bool, de
 @functools.cache
 def load(base: Path) -> tuple[Any, Any]:
     """The base, to measure losses and to score."""
-    return score.load_base(base, "cpu")
+    return bases.load_base(base, "cpu")
 
 
 @functools.cache
@@ -339,14 +339,14 @@ def score_exam(base: Path, adapter: Path, recent: Task) -> float:
     """Seconds to let two models answer the recent claims; best of three. One adapter stands for both: the work is the same."""
     model, tokenizer = load(base)
     prompts = render(base, recent.prompt, recent.held_out)
-    worn = score.load_adapter(model, "scored", adapter)
+    worn = adapters.load_adapter(model, "scored", adapter)
     times = []
     for _ in range(3):
         began = time.perf_counter()
         for _model in ("champion", "candidate"):
             score.score_prompts(worn, tokenizer, prompts, LABELS, max_tokens=Options().max_tokens)
         times.append(time.perf_counter() - began)
-    score.drop_adapter(worn, "scored")
+    adapters.drop_adapter(worn, "scored")
     return min(times)
 
 

@@ -9,7 +9,7 @@ from daemon import makeup
 from daemon.agents import Agent, PromptFile
 from tests import training_fixtures as runs
 from tests.model_fixtures import LLAMA_3, LLAMA_3_MARKS, PROMPT, chat_tokenizer, claim, tiny_base, tiny_tokenizer
-from trainers import encoding, forms, score, serve, spec
+from trainers import encoding, forms, nodes, score, spec
 from trainers.bases import Bases
 
 CHAT = spec.Prompt(text=PROMPT, form="chat")
@@ -127,7 +127,7 @@ def test_training_scoring_and_serving_use_the_same_form_and_each_model_its_own(t
     for one in score.read_scores(tmp_path / "run" / "attempts" / "1" / "scores.parquet"):
         answers.setdefault(one.model, []).append(one.probabilities)
     assert answers["plain"] != answers["chat"], "the same base, asked otherwise"
-    node = serve.Node(base, "cpu", None)
+    node = nodes.Node(base, "cpu", None)
     folder = tmp_path / "run" / "attempts" / "1" / result["adapter"]["path"]
     load = {
         "adapter": folder,
@@ -136,9 +136,9 @@ def test_training_scoring_and_serving_use_the_same_form_and_each_model_its_own(t
         "prompt_form": "chat",
         "labels": runs.LABELS,
     }
-    described = node.load(serve.Load(agent="toy", version="v1.0", serving_name="toy-v1.0", temperature=result["temperature"], **load))
+    described = node.load(nodes.Load(agent="toy", version="v1.0", serving_name="toy-v1.0", temperature=result["temperature"], **load))
     assert described["prompt_digest"] == CHAT.digest != spec.Prompt(text=PROMPT).digest
-    served = node.answer(serve.Ask(agent="toy", claims=tuple(serve.Claim(input=claim(number)) for number in range(100, 110))))
+    served = node.answer(nodes.Ask(agent="toy", claims=tuple(nodes.Claim(input=claim(number)) for number in range(100, 110))))
     for one, expected in zip(served, answers["toy-v1.0"], strict=True):
         assert one["probabilities"] == pytest.approx(expected, rel=1e-4)
 

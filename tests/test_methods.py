@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from storage import artifacts
 from tests import training_fixtures as runs
 from tests.model_fixtures import PROMPT, claim, tiny_base
-from trainers import bases, loop, score, spec
+from trainers import adapters, bases, loop, score, spec
 
 TEMPLATE = spec.Prompt(text=PROMPT)
 METHODS = {
@@ -97,7 +97,7 @@ def test_a_method_learns_and_ships_what_its_result_names(method, finish, place):
 @pytest.mark.parametrize("method", ["full", "pretrain"])
 def test_the_scores_of_a_new_base_are_those_of_the_files_that_ship(method, finish):
     run_dir = finish(method)
-    model, tokenizer = score.load_base(run_dir / "attempts" / "1" / "model", "cpu")
+    model, tokenizer = bases.load_base(run_dir / "attempts" / "1" / "model", "cpu")
     logprobs = score.score_prompts(
         model, tokenizer, [TEMPLATE.render(claim(number)) for number in range(100, 120)], runs.LABELS, max_tokens=999
     )
@@ -152,8 +152,8 @@ def loss_from_scratch(place, method, run_dir):
 def test_an_adapter_trained_in_4_bits_answers_on_the_whole_base_too(place, finish):
     run_dir = finish("qlora")
     folder = run_dir / "attempts" / "1" / runs.result(run_dir)["adapter"]["path"]
-    model, tokenizer = score.load_base(place / "base", "cpu")
-    worn = score.load_adapter(model, "q", folder)
+    model, tokenizer = bases.load_base(place / "base", "cpu")
+    worn = adapters.load_adapter(model, "q", folder)
     logprobs = score.score_prompts(
         worn, tokenizer, [TEMPLATE.render(claim(number)) for number in range(100, 120)], runs.LABELS, max_tokens=999
     )
@@ -171,8 +171,8 @@ def test_what_was_trained_in_4_bits_is_scored_on_the_base_as_servers_hold_it(in_
     assert runs.perform(tmp_path, asked, held) == spec.EXIT_DONE
     assert held.loads == (1 if in_4bit else 2)
     assert runs.result(tmp_path)["training"]["examined_in_4bit"] == in_4bit
-    model, tokenizer = score.load_base(place / "base", "cpu", in_4bit=in_4bit)
-    worn = score.load_adapter(model, "q", tmp_path / "attempts" / "1" / runs.result(tmp_path)["adapter"]["path"])
+    model, tokenizer = bases.load_base(place / "base", "cpu", in_4bit=in_4bit)
+    worn = adapters.load_adapter(model, "q", tmp_path / "attempts" / "1" / runs.result(tmp_path)["adapter"]["path"])
     prompts = [TEMPLATE.render(claim(number)) for number in range(100, 120)]
     by_hand = score.score_prompts(worn, tokenizer, prompts, runs.LABELS, max_tokens=512)
     answered = [one.logprobs for one in read_scores(tmp_path) if one.model == asked.candidate.name]
@@ -197,7 +197,7 @@ def test_a_pretraining_without_a_candidate_makes_a_base_and_scores_nothing(place
 
 @pytest.mark.parametrize("method", ["full", "backward", "pretrain"])
 def test_what_was_trained_has_left_the_memory_before_a_base_is_read_to_score(method, place, tmp_path, monkeypatch):
-    begun, score_base = [], score.load_base
+    begun, score_base = [], bases.load_base
 
     def load_base(*arguments, **options):
         assert all(model() is None for model in begun)
@@ -205,7 +205,7 @@ def test_what_was_trained_has_left_the_memory_before_a_base_is_read_to_score(met
         begun.append(weakref.ref(loaded[0]))
         return loaded
 
-    monkeypatch.setattr(score, "load_base", load_base)
+    monkeypatch.setattr(bases, "load_base", load_base)
     assert runs.perform(tmp_path, make(place, method, {"epochs": 1})) == spec.EXIT_DONE
     assert len(begun) >= 3, "the base to train, what came of it, and the bare base beside it"
 
@@ -292,7 +292,7 @@ class CountingBases(bases.Bases):
 
 
 def test_a_gradient_that_is_no_number_is_not_applied(place):
-    model, _ = score.load_base(place / "base", "cpu")
+    model, _ = bases.load_base(place / "base", "cpu")
     parameters = [next(model.parameters())]
     before = parameters[0].detach().clone()
     updates = loop.optimizers.choose(parameters, spec.Options(method="full", optimizer_in_backward=True, optimizer="adamw"))

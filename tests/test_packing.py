@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from tests.model_fixtures import tiny_base
-from trainers import attention, packing, prefixes, score
+from trainers import attention, bases, packing, prefixes
 from trainers.data import Example
 
 LENGTHS = [(5, 3), (30, 2), (6, 3), (90, 1), (1, 4), (31, 6), (29, 2)]
@@ -23,7 +23,7 @@ def one_thread():
 def model(request, tmp_path_factory):
     """A Llama type, and a Mistral type whose sliding window is shorter than some sequences."""
     window = {"sliding_window": 16} if request.param == "mistral" else {}
-    base, _ = score.load_base(tiny_base(tmp_path_factory.mktemp(request.param) / "tiny", request.param, **window), "cpu")
+    base, _ = bases.load_base(tiny_base(tmp_path_factory.mktemp(request.param) / "tiny", request.param, **window), "cpu")
     torch.manual_seed(0)
     adapted = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     return adapted.eval()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from tests import training_fixtures as fixtures
 from tests.model_fixtures import tiny_base
-from trainers import attempts, attention, bases, data, encoding, loop, memory, ranks, score, spec, stopping, torchrun, train
+from trainers import attempts, attention, bases, data, encoding, loop, memory, ranks, spec, stopping, torchrun, train
 
 HOME = Path(spec.__file__).parents[1]
 
@@ -110,7 +110,7 @@ class Together(ranks.Ranks):
 
 
 def test_processes_end_an_epoch_with_the_same_dev_loss(base: Path, tmp_path: Path) -> None:
-    model, tokenizer = score.load_base(base, "cpu")
+    model, tokenizer = bases.load_base(base, "cpu")
     rows = [data.Example(encoding.encode_prompt(tokenizer, "a claim"), [5, 6])]
     attempt = attempts.open_attempt(tmp_path)
     ours = loop.Loop(

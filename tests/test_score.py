@@ -9,7 +9,7 @@ import torch
 
 from storage import artifacts
 from tests.model_fixtures import LABELS, PROMPT, claim, random_adapter, tiny_base
-from trainers import encoding, score
+from trainers import adapters, bases, encoding, score
 from trainers.spec import Prompt, SpecRefusedError
 
 
@@ -25,7 +25,7 @@ def base_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(base_folder):
-    return score.load_base(base_folder, "cpu")
+    return bases.load_base(base_folder, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def separate_forwards(model, tokenizer, prompts, labels):
 @pytest.mark.parametrize("labels", [LABELS, ("DENIED", "APPROVED"), ("A", "AB", "ABC and more")])
 @pytest.mark.parametrize("max_tokens", [1, 200, 4096])
 def test_one_pass_equals_a_separate_pass_for_each_label(tmp_path, prompts, architecture, labels, max_tokens):
-    model, tokenizer = score.load_base(tiny_base(tmp_path / "base", architecture), "cpu")
+    model, tokenizer = bases.load_base(tiny_base(tmp_path / "base", architecture), "cpu")
 
     scores = score.score_prompts(model, tokenizer, prompts[:9], labels, max_tokens=max_tokens)
 
@@ -62,7 +62,7 @@ def test_one_pass_equals_a_separate_pass_for_each_label(tmp_path, prompts, archi
 
 
 def test_a_sliding_window_shorter_than_the_prompt_is_kept(tmp_path, prompts):
-    model, tokenizer = score.load_base(tiny_base(tmp_path / "base", "mistral", sliding_window=6), "cpu")
+    model, tokenizer = bases.load_base(tiny_base(tmp_path / "base", "mistral", sliding_window=6), "cpu")
 
     scores = score.score_prompts(model, tokenizer, prompts[:9], LABELS, max_tokens=4096)
 
@@ -75,7 +75,7 @@ POLICY = "Coverage follows the plan. Surgery needs a referral, imaging a diagnos
 @pytest.mark.parametrize("window", [None, 6, 80])
 @pytest.mark.parametrize("max_tokens", [1, 200, 4096])
 def test_a_policy_that_all_prompts_begin_with_is_read_once_and_changes_no_score(tmp_path, prompts, window, max_tokens):
-    model, tokenizer = score.load_base(tiny_base(tmp_path / "base", "mistral", sliding_window=window), "cpu")
+    model, tokenizer = bases.load_base(tiny_base(tmp_path / "base", "mistral", sliding_window=window), "cpu")
     asked = [POLICY + prompt for prompt in prompts[:12]]
     read = []
     hook = model.get_input_embeddings().register_forward_hook(lambda _module, inputs, _output: read.append(inputs[0].numel()))
@@ -119,7 +119,7 @@ def test_labels_with_the_same_tokens_are_refused(base):
 
 
 def test_damaged_weights_are_reported_and_not_scored(tmp_path):
-    model, tokenizer = score.load_base(tiny_base(tmp_path / "base"), "cpu")
+    model, tokenizer = bases.load_base(tiny_base(tmp_path / "base"), "cpu")
     with torch.no_grad():
         model.model.norm.weight[0] = torch.nan
 
@@ -137,53 +137,53 @@ def test_scoring_leaves_a_model_in_training_mode_as_it_was(base):
 
 def test_a_base_is_loaded_from_safetensors_in_a_local_folder_only(tmp_path, base_folder):
     with pytest.raises(SpecRefusedError, match="holds no config"):
-        score.load_base(Path("gpt2"), "cpu")
+        bases.load_base(Path("gpt2"), "cpu")
     pickled = tiny_base(tmp_path / "pickled")
     torch.save({}, pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
     with pytest.raises(SpecRefusedError, match="safetensors"):
-        score.load_base(pickled, "cpu")
+        bases.load_base(pickled, "cpu")
     damaged = tiny_base(tmp_path / "damaged")
     (damaged / "model.safetensors").write_bytes(b"half a file")
     with pytest.raises(SpecRefusedError, match="damaged"):
-        score.load_base(damaged, "cpu")
+        bases.load_base(damaged, "cpu")
 
 
 def test_adapters_are_switched_without_touching_the_base(tmp_path, prompts):
-    model, tokenizer = score.load_base(tiny_base(tmp_path / "base"), "cpu")
+    model, tokenizer = bases.load_base(tiny_base(tmp_path / "base"), "cpu")
     first, second = (random_adapter(tmp_path / "base", tmp_path / name, seed) for seed, name in enumerate(("first", "second")))
 
     def ask(model, name):
-        with score.answering_with(model, name) as answering:
+        with adapters.answering_with(model, name) as answering:
             return score.score_prompts(answering, tokenizer, prompts[:5], LABELS, max_tokens=1000)
 
     bare = ask(model, None)
-    model = score.load_adapter(model, "first", first)
-    model = score.load_adapter(model, "second", second)
+    model = adapters.load_adapter(model, "first", first)
+    model = adapters.load_adapter(model, "second", second)
     by_first, by_second = ask(model, "first"), ask(model, "second")
 
     assert abs(by_first - bare).max() > 0.01
     assert abs(by_first - by_second).max() > 0.01
     assert (ask(model, None) == bare).all()
     assert (ask(model, "first") == by_first).all()
-    model = score.drop_adapter(model, "first")
+    model = adapters.drop_adapter(model, "first")
     assert (ask(model, "second") == by_second).all()
-    model = score.drop_adapter(model, "second")
+    model = adapters.drop_adapter(model, "second")
     assert not isinstance(model, peft.PeftModel)
     assert (ask(model, None) == bare).all()
-    fresh = peft.PeftModel.from_pretrained(score.load_base(tmp_path / "base", "cpu")[0], first)
+    fresh = peft.PeftModel.from_pretrained(bases.load_base(tmp_path / "base", "cpu")[0], first)
     np.testing.assert_allclose(separate_forwards(fresh, tokenizer, prompts[:5], LABELS), by_first, atol=1e-4)
 
 
 def test_what_was_in_force_is_so_again_afterwards(tmp_path):
-    model, _ = score.load_base(tiny_base(tmp_path / "base"), "cpu")
+    model, _ = bases.load_base(tiny_base(tmp_path / "base"), "cpu")
     tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"), "candidate")
-    score.load_adapter(tuned, "champion", random_adapter(tmp_path / "base", tmp_path / "champion", 1))
+    adapters.load_adapter(tuned, "champion", random_adapter(tmp_path / "base", tmp_path / "champion", 1))
     trainable = {name for name, weight in tuned.named_parameters() if weight.requires_grad}
 
-    with score.answering_with(tuned, "champion"):
+    with adapters.answering_with(tuned, "champion"):
         assert tuned.active_adapter == "champion"
-    with score.answering_with(tuned, None):
+    with adapters.answering_with(tuned, None):
         pass
 
     assert tuned.active_adapter == "candidate"
@@ -192,14 +192,14 @@ def test_what_was_in_force_is_so_again_afterwards(tmp_path):
 
 
 def test_many_swaps_leave_nothing_behind(tmp_path):
-    model, _ = score.load_base(tiny_base(tmp_path / "base"), "cpu")
+    model, _ = bases.load_base(tiny_base(tmp_path / "base"), "cpu")
     folder = random_adapter(tmp_path / "base", tmp_path / "adapter", 0)
-    model = score.load_adapter(model, "kept", folder)
+    model = adapters.load_adapter(model, "kept", folder)
     before = sum(weight.numel() for weight in model.parameters()), sum(1 for _ in model.modules())
 
     for number in range(20):
-        score.load_adapter(model, f"swap_{number}", folder)
-        score.drop_adapter(model, f"swap_{number}")
+        adapters.load_adapter(model, f"swap_{number}", folder)
+        adapters.drop_adapter(model, f"swap_{number}")
 
     assert before == (sum(weight.numel() for weight in model.parameters()), sum(1 for _ in model.modules()))
     assert list(model.peft_config) == ["kept"]
@@ -221,23 +221,23 @@ def refused_adapters(folder: Path):
         "arget modules": lambda: edit(target_modules=["nothing_like_it"]),
         "missing or unknown": lambda: edit(target_modules=["q_proj"]),
         "can't be read": lambda: (folder / artifacts.ADAPTER_CONFIG).write_text("[1, 2"),
-        "doesn't fit": lambda: (folder / score.ADAPTER_WEIGHTS).write_bytes(b"half a file"),
-        "holds no": lambda: (folder / score.ADAPTER_WEIGHTS).rename(folder / "adapter_model.bin"),
+        "doesn't fit": lambda: (folder / adapters.ADAPTER_WEIGHTS).write_bytes(b"half a file"),
+        "holds no": lambda: (folder / adapters.ADAPTER_WEIGHTS).rename(folder / "adapter_model.bin"),
     }
 
 
 @pytest.mark.parametrize("reason", refused_adapters(Path()))
 @pytest.mark.parametrize("occupied", [True, False])
 def test_an_adapter_that_does_not_fit_is_refused_and_leaves_the_model_as_it_was(tmp_path, base_folder, prompts, reason, occupied):
-    model, tokenizer = score.load_base(base_folder, "cpu")
+    model, tokenizer = bases.load_base(base_folder, "cpu")
     if occupied:
-        model = score.load_adapter(model, "good", random_adapter(base_folder, tmp_path / "good", 1))
+        model = adapters.load_adapter(model, "good", random_adapter(base_folder, tmp_path / "good", 1))
     before = score.score_prompts(model, tokenizer, prompts[:2], LABELS, max_tokens=1000)
     folder = random_adapter(base_folder, tmp_path / "bad", 2)
     refused_adapters(folder)[reason]()
 
     with pytest.raises(SpecRefusedError, match=reason):
-        score.load_adapter(model, "bad", folder)
+        adapters.load_adapter(model, "bad", folder)
 
     assert (score.score_prompts(model, tokenizer, prompts[:2], LABELS, max_tokens=1000) == before).all()
     assert not any("bad" in name for name, _ in model.named_modules())

@@ -15,7 +15,8 @@ import torch
 
 from storage import artifacts
 from tests.model_fixtures import LABELS, PROMPT, claim, random_adapter, tiny_base
-from trainers import encoding, forms, score, serve
+from trainers import bases, encoding, forms, nodes, score, serve
+from trainers.adapters import ADAPTER_WEIGHTS, load_adapter
 from trainers.spec import Options, Prompt, digest_text
 
 CLAIMS = [{"input": claim(number)} for number in range(12)]
@@ -35,7 +36,7 @@ def adapters(base, tmp_path_factory):
 
 @pytest.fixture
 def node(base, tmp_path):
-    return serve.Node(base, "cpu", tmp_path / "state.json")
+    return nodes.Node(base, "cpu", tmp_path / "state.json")
 
 
 @pytest.fixture
@@ -73,9 +74,9 @@ def test_it_answers_as_scoring_by_hand_does(base, adapters, client):
 
     answers = ask(client).json()
 
-    model, tokenizer = score.load_base(base, "cpu")
+    model, tokenizer = bases.load_base(base, "cpu")
     prompts = [Prompt(text=PROMPT).render(one["input"]) for one in CLAIMS]
-    logprobs = score.score_prompts(score.load_adapter(model, "a", adapters[0]), tokenizer, prompts, LABELS, max_tokens=4096)
+    logprobs = score.score_prompts(load_adapter(model, "a", adapters[0]), tokenizer, prompts, LABELS, max_tokens=4096)
     expected = score.probabilities(logprobs, 2.0)
     assert [answer["probabilities"] for answer in answers] == [pytest.approx(row.tolist(), abs=1e-4) for row in expected]
     assert [answer["decision"] for answer in answers] == [LABELS[i] for i in expected.argmax(axis=1)]
@@ -128,8 +129,8 @@ def test_a_new_base_comes_with_the_first_version_on_it_and_goes_with_the_last(ba
         loaded = client.post("/load", json=order(worn, version, **on_new)).raise_for_status().json()
         assert loaded["base_digest"] == on_new["base_digest"] == client.get("/served/adjudication").json()["base_digest"]
         answers.append(ask(client).json())
-        by_hand, tokenizer = score.load_base(new_base, "cpu")
-        worn_by_hand = score.load_adapter(by_hand, "a", worn) if worn else by_hand
+        by_hand, tokenizer = bases.load_base(new_base, "cpu")
+        worn_by_hand = load_adapter(by_hand, "a", worn) if worn else by_hand
         prompts = [Prompt(text=PROMPT).render(one["input"]) for one in CLAIMS]
         expected = score.probabilities(score.score_prompts(worn_by_hand, tokenizer, prompts, LABELS, max_tokens=4096), 2.0)
         assert [one["probabilities"] for one in answers[-1]] == [pytest.approx(row.tolist(), abs=1e-4) for row in expected]
@@ -149,7 +150,7 @@ def test_a_base_that_cannot_be_served_is_refused_with_what_to_do(adapters, clien
         "other files": client.post("/load", json=order(None, "v2.0", base=str(new_base), base_digest="sha256:0")),
         "other adapter": client.post("/load", json=order(adapters[0], "v2.0", base=str(new_base), base_digest=digest)),
     }
-    monkeypatch.setattr(score, "load_base", out_of_memory)
+    monkeypatch.setattr(bases, "load_base", out_of_memory)
     refused["memory"] = client.post("/load", json=order(None, "v2.0", base=str(new_base), base_digest=digest))
     said = {name: (answer.status_code, answer.json()["error"]) for name, answer in refused.items()}
     assert {name: status for name, (status, _) in said.items()} == {
@@ -167,15 +168,15 @@ def test_a_base_that_cannot_be_served_is_refused_with_what_to_do(adapters, clien
 
 @pytest.mark.parametrize("starts_in_4bit", [True, False])
 def test_a_version_is_answered_on_the_base_as_it_was_examined(starts_in_4bit, base, adapters, tmp_path):
-    node = serve.Node(base, "cpu", tmp_path / "state.json", in_4bit=starts_in_4bit)
+    node = nodes.Node(base, "cpu", tmp_path / "state.json", in_4bit=starts_in_4bit)
     answers = {}
     for in_4bit in (True, False, None):
-        asked = serve.Load(**order(adapters[0], base=str(base), base_digest=artifacts.digest_folder(base), in_4bit=in_4bit))
+        asked = nodes.Load(**order(adapters[0], base=str(base), base_digest=artifacts.digest_folder(base), in_4bit=in_4bit))
         assert node.load(asked)["in_4bit"] == (starts_in_4bit if in_4bit is None else in_4bit)
-        answers[in_4bit] = [one["probabilities"] for one in node.answer(serve.Ask(agent="adjudication", claims=CLAIMS))]
-        by_hand, tokenizer = score.load_base(base, "cpu", in_4bit=starts_in_4bit if in_4bit is None else in_4bit)
+        answers[in_4bit] = [one["probabilities"] for one in node.answer(nodes.Ask(agent="adjudication", claims=CLAIMS))]
+        by_hand, tokenizer = bases.load_base(base, "cpu", in_4bit=starts_in_4bit if in_4bit is None else in_4bit)
         prompts = [Prompt(text=PROMPT).render(one["input"]) for one in CLAIMS]
-        logprobs = score.score_prompts(score.load_adapter(by_hand, "a", adapters[0]), tokenizer, prompts, LABELS, max_tokens=2048)
+        logprobs = score.score_prompts(load_adapter(by_hand, "a", adapters[0]), tokenizer, prompts, LABELS, max_tokens=2048)
         assert answers[in_4bit] == [pytest.approx(row.tolist(), abs=1e-4) for row in score.probabilities(logprobs, 2.0)]
     assert answers[True] != answers[False]
     assert list(node.bases) == [node.own], "the other one has left"
@@ -213,17 +214,17 @@ def test_a_request_during_swaps_is_answered_wholly_by_one_version(adapters, clie
 
 
 def test_a_long_prompt_is_cut_by_the_rule_of_training(adapters, node):
-    node.load(serve.Load(**order(adapters[0], max_row_tokens=64)))
+    node.load(nodes.Load(**order(adapters[0], max_row_tokens=64)))
     fields = {"treatment": "surgery " * 500, "age": "41", "plan": "HMO"}
-    tokenizer = node.bases[node.base_digest].tokenizer
+    tokenizer = node.bases[node.own].tokenizer
     limit = encoding.prompt_limit(tokenizer, forms.find(tokenizer, "plain"), LABELS, 64)
     cut, was_cut = encoding.build_prompts(tokenizer, Prompt(text=PROMPT), [fields], [limit])
 
-    answer = node.answer(serve.Ask(agent="adjudication", claims=(serve.Claim(input=fields),)))
+    answer = node.answer(nodes.Ask(agent="adjudication", claims=(nodes.Claim(input=fields),)))
 
     assert was_cut
     assert answer[0]["probabilities"] == node.ask(node.served["adjudication"], cut)[0].probabilities
-    assert Options().max_row_tokens == serve.Load(**order(None)).max_row_tokens
+    assert Options().max_row_tokens == nodes.Load(**order(None)).max_row_tokens
 
 
 def wrong_orders(adapter: Path, base: Path, folder: Path):
@@ -234,7 +235,7 @@ def wrong_orders(adapter: Path, base: Path, folder: Path):
     config = odd / artifacts.ADAPTER_CONFIG
     config.write_text(json.dumps({**json.loads(config.read_text()), "use_dora": True}))
     poisoned = random_adapter(base, folder / "poisoned", 5)
-    weights = score.ADAPTER_WEIGHTS
+    weights = ADAPTER_WEIGHTS
     tensors = {name: tensor * float("nan") for name, tensor in score_tensors(poisoned / weights).items()}
     save_tensors(tensors, poisoned / weights)
     return [
@@ -279,7 +280,7 @@ def test_a_wrong_order_is_refused_in_a_sentence_and_changes_nothing(adapters, ba
     assert ask(client).json() == before
     assert client.get("/served").json() == served
     assert node.state.read_text() == kept
-    assert list(node.bases[node.base_digest].model.peft_config) == [node.served["adjudication"].adapter_name]
+    assert list(node.bases[node.own].model.peft_config) == [node.served["adjudication"].adapter_name]
 
 
 @pytest.mark.parametrize(
@@ -339,13 +340,13 @@ def test_a_claim_that_the_template_cannot_render_is_refused(client):
 
 def test_a_changed_adapter_is_left_out_after_a_restart_and_the_others_serve(adapters, base, tmp_path):
     state = tmp_path / "state.json"
-    node = serve.Node(base, "cpu", state)
+    node = nodes.Node(base, "cpu", state)
     changed = random_adapter(base, tmp_path / "changed", 7)
-    node.load(serve.Load(**order(changed)))
-    kept = node.load(serve.Load(**order(adapters[0], agent="medical")))
+    node.load(nodes.Load(**order(changed)))
+    kept = node.load(nodes.Load(**order(adapters[0], agent="medical")))
     (changed / "README.md").write_text("more than was registered")
 
-    again = serve.Node(base, "cpu", state)
+    again = nodes.Node(base, "cpu", state)
     again.restore()
 
     assert list(again.served) == ["medical"]
@@ -353,15 +354,15 @@ def test_a_changed_adapter_is_left_out_after_a_restart_and_the_others_serve(adap
 
 
 def test_a_state_file_of_another_base_is_refused(adapters, node, tmp_path):
-    node.load(serve.Load(**order(adapters[0])))
-    other = serve.Node(tiny_base(tmp_path / "other", hidden_size=16), "cpu", node.state)
+    node.load(nodes.Load(**order(adapters[0])))
+    other = nodes.Node(tiny_base(tmp_path / "other", hidden_size=16), "cpu", node.state)
 
     with pytest.raises(serve.SpecRefusedError, match="written with base"):
         other.restore()
 
 
 def test_the_program_serves_again_what_it_served_and_stops_within_a_second(adapters, base, tmp_path):
-    serve.Node(base, "cpu", tmp_path / "state.json").load(serve.Load(**order(adapters[1], "v1.1")))
+    nodes.Node(base, "cpu", tmp_path / "state.json").load(nodes.Load(**order(adapters[1], "v1.1")))
     command = [sys.executable, "-m", "trainers.serve", "--base", str(base), "--state", str(tmp_path / "state.json"), "--threads", "1"]
     root = Path(serve.__file__).parents[1]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root, env={**os.environ, "HF_HUB_OFFLINE": "1"}) as process:

@@ -17,7 +17,7 @@ from storage import artifacts, registry
 from tests import version_fixtures
 from tests.model_fixtures import LABELS, PROMPT, random_adapter, tiny_base
 from tests.version_fixtures import copying, make_agent, make_made
-from trainers import serve, spec
+from trainers import nodes, serve, spec
 
 
 def make_target(folder: Path, seed: int | None = 1, **changes) -> publisher.Target:
@@ -238,7 +238,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def node(base):
     """The reference node in this process, on a free port."""
-    server = serve.NodeServer(("127.0.0.1", 0), serve.Node(base, "cpu", None))
+    server = serve.NodeServer(("127.0.0.1", 0), nodes.Node(base, "cpu", None))
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     yield server
     server.shutdown()

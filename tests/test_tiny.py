@@ -12,7 +12,7 @@ import transformers
 from daemon import cli
 from tests import training_fixtures as runs
 from tests.model_fixtures import PROMPT, claim
-from trainers import attention, encoding, loop, score, spec, stopping, tiny
+from trainers import attention, bases, encoding, loop, spec, stopping, tiny
 from trainers import texts as corpora
 
 TEMPLATE = spec.Prompt(text=PROMPT)
@@ -30,7 +30,7 @@ def make(texts, out, epochs=3):
 
 
 def mean_loss(folder, texts):
-    model, tokenizer = score.load_base(folder, "cpu")
+    model, tokenizer = bases.load_base(folder, "cpu")
     with attention.packed(model):
         corpus = corpora.tokenize(texts, tokenizer, 512, folder.parent / ".cache", str(folder))
         found = loop.mean_loss(model, list(corpus), 4096)

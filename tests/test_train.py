@@ -85,7 +85,7 @@ def test_the_adapter_is_peft_format_and_names_its_base_by_digest(done, base):
     assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     assert artifacts.digest_folder(folder) == result["adapter"]["digest"]
     assert artifacts.pinned_base(folder) == artifacts.digest_folder(base)
-    model, _ = score.load_base(base, "cpu")
+    model, _ = bases.load_base(base, "cpu")
     loaded = peft.PeftModel.from_pretrained(model, str(folder))
     assert loaded.peft_config["default"].r == 16
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from storage import artifacts
-from trainers import score
 from trainers.spec import Base, SpecRefusedError
 
 Fingerprint = tuple[tuple[str, int, int], ...]
@@ -52,7 +52,7 @@ class Bases:
         """The model and the tokenizer, from memory when the last run used the same ones."""
         if self._loaded != (base.digest, device, in_4bit):
             self.release()  # The old one leaves before the new one comes: both may not fit.
-            self._model, self._tokenizers[base.digest] = score.load_base(base.path, device, in_4bit=in_4bit)
+            self._model, self._tokenizers[base.digest] = load_base(base.path, device, in_4bit=in_4bit)
             self._loaded = (base.digest, device, in_4bit)
         return self._model, self._tokenizers[base.digest]
 
@@ -60,6 +60,46 @@ class Bases:
         """Let the base go, for it is needed no more or was changed by training."""
         self._loaded = self._model = None
         gc.collect()  # What was trained may hang in a cycle with its optimizer.
+
+
+def load_base(path: Path, device: str, *, in_4bit: bool = False) -> tuple[Any, Any]:
+    """The model and tokenizer of a local checkpoint, ready to score: safetensors only, no code from the folder, nothing downloaded.
+
+    fp32 on CPU, bf16 elsewhere; `in_4bit` NF4 with double quantisation, computed in bf16 everywhere.
+    Raises `SpecRefusedError` when the folder is no such checkpoint.
+    """
+    if not (path / "config.json").is_file():
+        raise SpecRefusedError(f"{path} holds no config.json: name the folder of a Hugging Face checkpoint")
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **local)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.float32 if device == "cpu" and not in_4bit else torch.bfloat16,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            **(quantize(device) if in_4bit else {}),
+            **local,
+        )
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise SpecRefusedError(f"{path} can't be loaded as a causal language model in safetensors: {error}") from error
+    if len(set(getattr(model.config, "layer_types", None) or ["full_attention"])) > 1:
+        raise SpecRefusedError(f"{path} mixes kinds of attention ({model.config.model_type}): take a Llama- or Mistral-type base")
+    if not in_4bit:
+        return model.to(device).eval(), tokenizer
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Else some CPUs lay the weights out anew, a little rounded, at the first answer: what is learned would depend on it.
+            module.support_avx512bf16_for_cpu = False
+    return model.eval(), tokenizer
+
+
+def quantize(device: str) -> dict[str, Any]:
+    """How a base is loaded in 4 bits: Dettmers et al. 2023, "QLoRA: efficient finetuning of quantized LLMs"."""
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def take_fingerprint(folder: Path) -> Fingerprint:

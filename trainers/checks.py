@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage import artifacts, snapshots
-from trainers import bases, encoding, forms, score, texts
+from trainers import adapters, bases, encoding, forms, texts
 from trainers.spec import LoraOptions, Model, ScoreSet, Spec, SpecRefusedError
 
 
@@ -97,7 +97,7 @@ def check_candidate(candidate: Model) -> None:
 
 def check_shape(adapter: Path, options: LoraOptions) -> None:
     """Check that the adapter to begin from has the shape that is asked for: training on can't change it."""
-    config = score.read_adapter_config(adapter)
+    config = adapters.read_adapter_config(adapter)
     if (config.r, config.lora_alpha) != (options.rank, options.alpha):
         raise SpecRefusedError(
             f"adapter {adapter} has rank {config.r} and alpha {config.lora_alpha}, asked are {options.rank} and {options.alpha}: "
@@ -120,7 +120,7 @@ def check_dataset(dataset: Path, digest: str | None) -> None:
 
 def check_adapter(adapter: Path, digest: str | None, base_digest: str) -> None:
     """Check an adapter's form, its files and that it was trained on this base."""
-    score.read_adapter_config(adapter)
+    adapters.read_adapter_config(adapter)
     try:
         if digest:
             artifacts.check(adapter, digest)

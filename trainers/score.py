@@ -8,9 +8,7 @@ What many prompts begin with is read once for all of them.
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import transformers
-from peft import LoraConfig, PeftModel
-from safetensors import SafetensorError
 from scipy import optimize, special
 from torch.nn import functional
 
@@ -29,18 +25,6 @@ from storage import artifacts
 from trainers import encoding, prefixes
 from trainers.spec import SpecRefusedError
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# What a plain LoRA adapter may choose; anything else would change the base's own weights or get lost in an export.
-ADAPTER_CHOICES = {
-    "base_model_name_or_path",
-    "inference_mode",
-    "lora_alpha",
-    "lora_dropout",
-    "peft_version",
-    "r",
-    "target_modules",
-    "task_type",
-}
 TEMPERATURES = (0.05, 100.0)
 # What it costs to score a family of prompts by themselves, in tokens: batches that are less full, and a forward pass for their prefix.
 FAMILY_COST = 512
@@ -112,46 +96,6 @@ class Prefix(transformers.DynamicCache):  # type: ignore[misc]  # transformers i
 def join(prefix: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     """A prefix [1, heads, tokens, width] before what each row has of its own."""
     return torch.cat([prefix.expand(len(own), -1, -1, -1), own], dim=2)
-
-
-def load_base(path: Path, device: str, *, in_4bit: bool = False) -> tuple[Any, Any]:
-    """The model and tokenizer of a local checkpoint, ready to score: safetensors only, no code from the folder, nothing downloaded.
-
-    fp32 on CPU, bf16 elsewhere; `in_4bit` NF4 with double quantisation, computed in bf16 everywhere.
-    Raises `SpecRefusedError` when the folder is no such checkpoint.
-    """
-    if not (path / "config.json").is_file():
-        raise SpecRefusedError(f"{path} holds no config.json: name the folder of a Hugging Face checkpoint")
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **local)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=torch.float32 if device == "cpu" and not in_4bit else torch.bfloat16,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            **(quantize(device) if in_4bit else {}),
-            **local,
-        )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise SpecRefusedError(f"{path} can't be loaded as a causal language model in safetensors: {error}") from error
-    if len(set(getattr(model.config, "layer_types", None) or ["full_attention"])) > 1:
-        raise SpecRefusedError(f"{path} mixes kinds of attention ({model.config.model_type}): take a Llama- or Mistral-type base")
-    if not in_4bit:
-        return model.to(device).eval(), tokenizer
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # Else some CPUs lay the weights out anew, a little rounded, at the first answer: what is learned would depend on it.
-            module.support_avx512bf16_for_cpu = False
-    return model.eval(), tokenizer
-
-
-def quantize(device: str) -> dict[str, Any]:
-    """How a base is loaded in 4 bits: Dettmers et al. 2023, "QLoRA: efficient finetuning of quantized LLMs"."""
-    config = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
-    )
-    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def score_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], labels: Sequence[str], *, max_tokens: int) -> np.ndarray:
@@ -271,82 +215,6 @@ def attention(
         seen = torch.cat([torch.arange(shared, device=padding.device).expand(len(positions), -1), positions], dim=1)
         mask &= positions[:, :, None] - seen[:, None, :] < window
     return mask[:, None]
-
-
-def load_adapter(model: Any, name: str, folder: Path) -> PeftModel:
-    """Put a plain LoRA adapter onto the base under `name` (no dots), beside those that are there; returns the model to use from now on.
-
-    The adapter that was active stays so. Raises `SpecRefusedError`, with the model as it was, when the folder doesn't fit.
-    """
-    config = read_adapter_config(folder)
-    try:
-        if isinstance(model, PeftModel):
-            model.add_adapter(name, config, low_cpu_mem_usage=True)
-        else:
-            model = PeftModel(model, config, name, low_cpu_mem_usage=True)
-    except (TypeError, ValueError) as error:
-        raise SpecRefusedError(f"adapter {folder} doesn't fit the base: {error}") from error
-    problem = fill_adapter(model, name, folder)
-    if problem:
-        drop_adapter(model, name)
-        raise SpecRefusedError(f"adapter {folder} doesn't fit the base: {problem}")
-    return model
-
-
-def fill_adapter(model: PeftModel, name: str, folder: Path) -> str | None:
-    """Read the folder's weights into the adapter's empty matrices; returns what is wrong with them."""
-    try:
-        result = model.load_adapter(str(folder), name, torch_device=str(model.device), low_cpu_mem_usage=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        return str(error)
-    strays = [*result.missing_keys, *result.unexpected_keys]
-    return f"{len(strays)} tensors are missing or unknown, e.g. {strays[0]}" if strays else None
-
-
-def read_adapter_config(folder: Path) -> LoraConfig:
-    """The configuration of a plain LoRA adapter in safetensors. Raises `SpecRefusedError` for any other."""
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise SpecRefusedError(f"{folder} holds no {ADAPTER_WEIGHTS}: name the folder that PEFT's save_pretrained wrote")
-    try:
-        config = json.loads((folder / artifacts.ADAPTER_CONFIG).read_text())
-        plain = LoraConfig().to_dict()
-        odd = {key: value for key, value in config.items() if key not in ADAPTER_CHOICES and value != plain.get(key)}
-        chosen = LoraConfig(**{key: config[key] for key in ADAPTER_CHOICES & config.keys()})
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise SpecRefusedError(f"{folder / artifacts.ADAPTER_CONFIG} can't be read: {error}") from error
-    if odd:
-        raise SpecRefusedError(f"{folder} is no plain LoRA adapter, it sets {odd}: train it without these options")
-    chosen.inference_mode = True
-    return chosen
-
-
-def drop_adapter(model: PeftModel, name: str) -> Any:
-    """Take the adapter off again; returns the model to use from now on, which is the bare base after the last one."""
-    others = [other for other in model.peft_config if other != name]
-    if not others:
-        return model.unload()
-    if model.active_adapter == name:
-        model.set_adapter(others[0], inference_mode=True)
-    model.delete_adapter(name)
-    return model
-
-
-@contextmanager
-def answering_with(model: Any, name: str | None) -> Iterator[Any]:
-    """The model with the named adapter in force, or with none; what was in force before is so again afterwards."""
-    if name is None:
-        if not isinstance(model, PeftModel):
-            yield model
-            return
-        with model.disable_adapter():
-            yield model
-        return
-    before = model.active_adapter
-    model.set_adapter(name, inference_mode=True)
-    try:
-        yield model
-    finally:
-        model.set_adapter(before, inference_mode=model.peft_config[before].inference_mode)
 
 
 def probabilities(logprobs: np.ndarray, temperature: float) -> np.ndarray:

@@ -20,7 +20,23 @@ import numpy as np
 import torch
 
 from storage import artifacts, snapshots
-from trainers import attempts, attention, bases, checkpoints, checks, data, encoding, forms, loop, memory, optimizers, ranks, score, texts
+from trainers import (
+    adapters,
+    attempts,
+    attention,
+    bases,
+    checkpoints,
+    checks,
+    data,
+    encoding,
+    forms,
+    loop,
+    memory,
+    optimizers,
+    ranks,
+    score,
+    texts,
+)
 from trainers.attempts import Attempt, Progress
 from trainers.data import Example, LeftOut, Lessons
 from trainers.methods import full, lora
@@ -421,12 +437,12 @@ def measure_text_loss(work: Work, base: Base | None, adapter: Path | None, path:
 @contextlib.contextmanager
 def wearing(base: Any, adapter: Path | None) -> Iterator[Any]:
     """The base with an adapter on it for a while, or the bare base."""
-    worn = score.load_adapter(base, "scored", adapter) if adapter else base
+    worn = adapters.load_adapter(base, "scored", adapter) if adapter else base
     try:
         yield worn
     finally:
         if adapter:
-            score.drop_adapter(worn, "scored")
+            adapters.drop_adapter(worn, "scored")
 
 
 def answer(work: Work, model: Model, prompts: Sequence[str]) -> np.ndarray:

@@ -108,7 +108,7 @@ class Devices(Section):
     slots: tuple[Annotated[str, Field(pattern=SLOT)], ...] = Field(
         default=("auto",),
         min_length=1,
-        description="`auto` (each card that the driver knows, else the CPU), `cuda:N`, `cpu`, `cpu:1`, or several as `cuda:0+cuda:1`.",
+        description="`auto` (each other card that there is, else the CPU), `cuda:N`, `cpu`, `cpu:1`, or several as `cuda:0+cuda:1`.",
     )
     memory: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default={}, description='GB that runs may take, where that is less than there is or the driver can\'t tell: `{ "cuda:0" = 20 }`.'

@@ -51,8 +51,10 @@ def find(settings: Devices, read: Read = nvml.read_cards) -> tuple[Device, ...]:
 
 
 def _expand(slots: Sequence[str], cards: Mapping[str, plan.Card]) -> Iterator[str]:
+    """The slots by name; `auto` leaves cards alone that another slot names."""
+    named = {part for slot in slots for part in slot.split("+")}
     for slot in slots:
-        yield from (cards or ["cpu"]) if slot == "auto" else [slot]
+        yield from ((card for card in cards if card not in named) if cards else ["cpu"]) if slot == "auto" else [slot]
 
 
 def _find_card(name: str, known: Mapping[str, plan.Card], limits: Mapping[str, float]) -> plan.Card | None:

@@ -9,7 +9,8 @@ import contextlib
 import fcntl
 import os
 import signal
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +24,10 @@ HOME = Path(spec.__file__).parents[1]
 PASSED_ON = ("PATH", "HOME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "USER", "LOGNAME", "VIRTUAL_ENV", "PYTHONPATH", "LD_LIBRARY_PATH")
 PASSED_ON_PREFIXES = ("LC_", "CUDA_", "NVIDIA_", "OMP_", "MKL_", "OPENBLAS_", "TORCH_", "PYTORCH_", "NCCL_", "COVERAGE_", "TRITON_")
 SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "KEY", "CREDENTIAL")
+
+
+# The shell writes its process id, which the trainer takes over with the lock, so that no trainer is ever without one.
+SHELL = ("/bin/sh", "-c", 'echo $$ >"$0"; exec "$@"')
 
 
 class Launcher(Protocol):
@@ -64,6 +69,33 @@ def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
     ours = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     # Otherwise torch numbers the fastest card first, and the driver the one in the first slot.
     return {**kept, **ours, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+
+def start(
+    command: Sequence[str], folder: Path, lock: int, *, stdin: int = subprocess.DEVNULL, stdout: int | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a trainer in a group of its own, with the attempt's lock until it ends; what it prints goes into the attempt's log."""
+    with (folder / spec.LOG).open("ab") as output:
+        return subprocess.Popen(  # noqa: S603  our own interpreter and module
+            [*SHELL, str(folder / spec.LOCK), *command],
+            stdin=stdin,
+            stdout=output if stdout is None else stdout,
+            stderr=output,
+            bufsize=0,
+            cwd=HOME,
+            env=clean_environment(os.environ),
+            pass_fds=(lock,),
+            start_new_session=True,
+        )
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """The lock of an attempt that nobody works on, as a file descriptor to hand to who will. Raises `BlockingIOError`."""
+    with (folder / spec.LOCK).open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.truncate(0)
+        yield lock.fileno()
 
 
 def is_locked(path: Path) -> bool:

@@ -122,6 +122,13 @@ def test_auto_is_every_card_and_without_one_the_cpu() -> None:
     assert [one.name for one in devices.find(Devices(slots=("auto", "cuda:3")), dict)] == ["cpu", "cuda:3"]
 
 
+def test_auto_leaves_cards_alone_that_another_slot_names() -> None:
+    cards = {f"cuda:{number}": plan.Card("RTX", "cuda", 24 * GIB) for number in range(3)}
+    found = devices.find(Devices(slots=("cuda:0+cuda:1", "auto")), lambda: cards)
+    assert [one.name for one in found] == ["cuda:0+cuda:1", "cuda:2"]
+    assert [one.name for one in devices.find(Devices(slots=("auto", "cuda:1")), lambda: cards)] == ["cuda:0", "cuda:2", "cuda:1"]
+
+
 def test_places_on_the_cpu_share_its_memory_and_settings_may_give_less() -> None:
     [whole] = devices.find(Devices(slots=("cpu",)), dict)
     halves = devices.find(Devices(slots=("cpu", "cpu:1"), memory={"cpu:1": 0.5}), dict)

@@ -145,6 +145,20 @@ def test_a_resident_worker_does_one_run_after_the_other_and_is_replaced_when_it_
     assert seen[0] == seen[1] == seen[2] != seen[3]
 
 
+def test_a_new_worker_holds_its_first_attempt_while_it_starts(tmp_path: Path) -> None:
+    with contextlib.closing(workers.Workers(make_python(tmp_path, "time.sleep(60)"))) as trainers:
+        run_dir = make_run(tmp_path / "first")
+        trainers.submit(run_dir, 1)
+        [worker] = trainers._workers
+        lock = run_dir / "attempts/1/process.lock"
+        wait_for(lambda: lock.read_text().strip() == str(worker.process.pid))
+        next_daemon = workers.Workers(sys.executable)
+        assert next_daemon.status(run_dir, 1) is None
+        next_daemon.cancel(run_dir, 1, at_once=True)
+        wait_for(lambda: next_daemon.status(run_dir, 1) == launch.UNSEEN)
+        assert trainers.status(run_dir, 1) == -signal.SIGKILL
+
+
 def test_two_devices_have_two_workers_and_a_busy_one_is_not_waited_for(tmp_path: Path) -> None:
     with contextlib.closing(workers.Workers(make_python(tmp_path, BODY))) as trainers:
         busy, other, card = make_run(tmp_path / "hangs"), make_run(tmp_path / "other"), make_run(tmp_path / "card", "cuda:0")

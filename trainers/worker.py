@@ -44,6 +44,7 @@ class IdleStop(Stop):
 def main() -> int:
     """Work until the input ends, a signal comes, or nothing has come for too long."""
     parser = argparse.ArgumentParser(prog="python -m trainers.worker", description=__doc__)
+    parser.add_argument("--lock", type=int, help="the first attempt's lock, held already, as a file descriptor")
     parser.add_argument("--idle-seconds", type=float, default=0, help="end after waiting so long; 0 waits for ever")
     arguments = parser.parse_args()
     stop = IdleStop()
@@ -51,11 +52,11 @@ def main() -> int:
     signal.signal(signal.SIGALRM, stop)
     answers = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # A library that prints must not write between the answers.
-        work(sys.stdin, answers, stop, arguments.idle_seconds)
+        work(sys.stdin, answers, stop, arguments.idle_seconds, arguments.lock)
     return EXIT_DONE
 
 
-def work(lines: Iterable[str], answers: IO[str], stop: IdleStop, idle_seconds: float = 0) -> None:
+def work(lines: Iterable[str], answers: IO[str], stop: IdleStop, idle_seconds: float = 0, held_lock: int | None = None) -> None:
     """Perform the attempt of each line and answer it, until the input ends or a run was stopped."""
     held = bases.Bases()
     signal.setitimer(signal.ITIMER_REAL, idle_seconds)
@@ -64,7 +65,8 @@ def work(lines: Iterable[str], answers: IO[str], stop: IdleStop, idle_seconds: f
         signal.setitimer(signal.ITIMER_REAL, 0)
         started, asked = time.monotonic(), json.loads(line)
         try:
-            with hold(open_attempt(Path(asked["run_dir"]), asked.get("attempt"))) as attempt:
+            first_lock, held_lock = held_lock, None
+            with hold(open_attempt(Path(asked["run_dir"]), asked.get("attempt")), first_lock) as attempt:
                 status, sentence = train.run(attempt.run_dir, attempt.number, held, stop)
         except Exception as error:  # A run that breaks is that run's failure; the next one starts from a fresh base.
             log.exception("run_broke")
@@ -80,9 +82,10 @@ def work(lines: Iterable[str], answers: IO[str], stop: IdleStop, idle_seconds: f
 
 
 @contextlib.contextmanager
-def hold(attempt: Attempt) -> Iterator[Attempt]:
+def hold(attempt: Attempt, held_lock: int | None = None) -> Iterator[Attempt]:
     """Lock the attempt for as long as it is worked on, so that a later daemon finds who does, and speak into its log."""
-    with (attempt.folder / LOCK).open("a") as lock, (attempt.folder / LOG).open("ab") as output:
+    locked = (attempt.folder / LOCK).open("a") if held_lock is None else os.fdopen(held_lock, "a")
+    with locked as lock, (attempt.folder / LOG).open("ab") as output:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         lock.truncate(0)
         lock.write(str(os.getpid()))

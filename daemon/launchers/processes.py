@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import subprocess
 from pathlib import Path
 
 from daemon import launch
-from trainers.spec import LOCK, LOG
-
-# The shell writes its process id, which the trainer takes over with the lock, so that no trainer is ever without one.
-SHELL = ("/bin/sh", "-c", 'echo $$ >"$0"; exec "$@"')
+from trainers.spec import LOCK
 
 
 class Processes:
@@ -25,19 +20,8 @@ class Processes:
         """Start the trainer, its output in the attempt's `log.txt`."""
         folder = launch.find_attempt(run_dir, attempt)
         command = launch.make_command(self._python, run_dir, attempt)
-        with (folder / LOCK).open("ab") as lock, (folder / LOG).open("ab") as output:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            lock.truncate(0)
-            self._children[folder] = subprocess.Popen(  # noqa: S603  our own interpreter and module
-                [*SHELL, str(folder / LOCK), *command],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=launch.HOME,
-                env=launch.clean_environment(os.environ),
-                pass_fds=(lock.fileno(),),
-                start_new_session=True,
-            )
+        with launch.locked(folder) as lock:
+            self._children[folder] = launch.start(command, folder, lock)
 
     def status(self, run_dir: Path, attempt: int) -> int | None:
         """See `Launcher.status`; a process that another daemon started is known by its lock."""

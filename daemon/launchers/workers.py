@@ -114,17 +114,10 @@ class Workers:
         return next((one for one in self._workers if one.busy is None and one.device == device), None)
 
     def _start(self, device: str, folder: Path) -> Worker:
-        """A new worker; until its first run begins, it speaks into that one's log."""
-        with (folder / spec.LOG).open("ab") as output:
-            process = subprocess.Popen(  # noqa: S603  our own interpreter and module
-                [self._python, "-m", "trainers.worker", "--idle-seconds", str(self._keep_seconds)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                bufsize=0,
-                cwd=launch.HOME,
-                env=launch.clean_environment(os.environ),
-                start_new_session=True,
-            )
+        """A new worker, which holds its first attempt's lock while it imports, and speaks into that one's log until its run begins."""
+        command = [self._python, "-m", "trainers.worker"]
+        with launch.locked(folder) as lock:
+            command += ["--lock", str(lock), "--idle-seconds", str(self._keep_seconds)]
+            process = launch.start(command, folder, lock, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._workers.append(Worker(device, process))
         return self._workers[-1]

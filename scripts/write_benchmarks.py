@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,18 @@ This page is generated from `benchmarks/results/`: run a benchmark again to chan
 
 
 def write_page() -> str:
-    """`docs/benchmarks.md`: a table for each benchmark that has a result."""
+    """`docs/benchmarks.md`: a table for each benchmark that has a result, and the names of the others."""
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    return "\n".join([INTRODUCTION, *(line for result in results for line in _tabulate(result))]).rstrip() + "\n"
+    lines = [INTRODUCTION, *(line for result in results for line in _tabulate(result))]
+    missing = sorted(find_names() - {result["benchmark"] for result in results})
+    lines += [line for name in missing for line in (f"## {name}", "", "Not measured: no result is kept.", "")]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def find_names() -> set[str]:
+    """The benchmarks that there are, by the name that each ends with."""
+    ends = re.compile(r'finish\(\s*"(\w+)"|"benchmark": "(\w+)"')
+    return {name for path in RESULTS.parent.glob("*.py") for pair in ends.findall(path.read_text()) for name in pair if name}
 
 
 def _tabulate(result: dict[str, Any]) -> list[str]:

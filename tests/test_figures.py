@@ -1,6 +1,7 @@
 """benchmarks.figures and the page made of them: a goal is judged by the ratio where there is a baseline, else by the value."""
 
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -44,6 +45,13 @@ def test_the_closing_line_is_one_line_of_json(capsys):
 
 def test_the_page_shows_what_the_kept_results_say():
     assert (ROOT / "docs" / "benchmarks.md").read_text() == WRITE_PAGE(), "run scripts/write_benchmarks.py"
+
+
+def test_the_page_says_what_was_not_measured():
+    told = dict(re.findall(r"^## (\w+)\n\n(.+)$", (ROOT / "docs" / "benchmarks.md").read_text(), re.MULTILINE))
+    kept = {path.stem for path in (ROOT / "benchmarks" / "results").glob("*.json")}
+    assert {"gpu", "rows", "training"} <= told.keys()
+    assert {name for name, line in told.items() if line.startswith("Not measured")} == told.keys() - kept
 
 
 def test_every_kept_result_has_a_benchmark():

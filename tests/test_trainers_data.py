@@ -144,6 +144,9 @@ def test_rows_are_tokenised_once_for_a_dataset_a_tokenizer_and_a_prompt(tmp_path
     data.read_lessons(folder, TOKENIZER, EVERY_FIELD, LABELS, Options(), limit=512, warm=False, seed=1)
     read(folder, limit=100)
     assert blocks == [8, 8, 8]
+    monkeypatch.setattr(data.token_tables, "VERSION", 0)
+    read(folder)
+    assert blocks == [8, 8, 8, 8], "rows that became tokens by another rule are made anew"
 
 
 def test_tokenising_that_was_cut_short_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -98,7 +98,8 @@ def read_lessons(
 
 def tokenize_rows(dataset: Path, tokenizer: Tokenizer, prompt: Prompt, labels: Sequence[str], limit: int) -> token_tables.TokenTable:
     """The rows of a snapshot as tokens, from the file beside it that an earlier run with the same tokenizer, prompt and labels made."""
-    asked = [snapshots.read_manifest(dataset)["root"], digest_tokenizer(tokenizer), prompt.model_dump(), list(labels), limit]
+    root = snapshots.read_manifest(dataset)["root"]
+    asked = [token_tables.VERSION, root, digest_tokenizer(tokenizer), prompt.model_dump(), list(labels), limit]
     key = hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()
     path = dataset.with_name(f".{dataset.name}.tokens") / f"{key}.arrow"
     if not path.is_file():

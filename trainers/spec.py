@@ -266,7 +266,9 @@ class Spec(Frozen):
     options: Options = Options()
     plan: Mapping[str, Any] | None = Field(default=None, description="What `daemon.plan` expects it to take of the device.")
     seed: int = 1
-    device: str = "cpu"
+    device: str = Field(
+        default="cpu", description="`cuda:0+cuda:1` runs a process on each, with the whole model (DDP); FSDP is not in this version."
+    )
     threads: int = Field(default=0, ge=0, description="CPU threads; 0 leaves torch's default.")
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), populate_by_name=True)

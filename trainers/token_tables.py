@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import compute
 
+VERSION = 1
+"""Of how rows become tokens: raised with every change of that, so that a table made before is not read any more."""
 ROWS_AT_ONCE = 1024
 """Rows that are tokenised and written together; every block of a file but the last has so many."""
 

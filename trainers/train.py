@@ -38,7 +38,8 @@ from trainers import (
     texts,
 )
 from trainers.attempts import Attempt, Progress
-from trainers.data import Example, LeftOut, Lessons
+from trainers.data import Example, Lessons
+from trainers.encoding import LeftOut
 from trainers.methods import full, lora
 from trainers.spec import EXIT_DONE, EXIT_REFUSED, EXIT_RESUMABLE, Base, Model, Spec, SpecRefusedError, read_device, read_spec
 from trainers.stopping import Stop, StoppedError

@@ -38,6 +38,9 @@ def test_the_parts_the_settings_and_the_remedy_are_told(ask: Any, run: Any, base
         "optimizer_in_backward": False,
         "rounding": "stochastic",
     }
+    lines = dict(line.split(maxsplit=1) for line in run("plan", "--base", base, "--gpu", "24GB", "--method", "full")[1].splitlines())
+    assert [lines[name][-2:] for name in told["parts"]] == ["GB"] * 6
+    assert lines["moments"] == "in 8 bits, on the host, in the backward pass"
     status, out, _ = run("plan", "--base", base, "--gpu", "12 gb")
     assert status == 1
     assert "set method = qlora; use a card of 24 GB" in out

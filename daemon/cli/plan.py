@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from daemon import plan as planning
     from daemon.config import Settings
 
+MOMENTS = {"adamw": "in 32 bits", "adamw_8bit": "in 8 bits", "paged_adamw_8bit": "in 8 bits, on the host"}
 SIZE = re.compile(r"(\d+(?:\.\d+)?) ?GB?", re.IGNORECASE)
 
 
@@ -97,7 +98,7 @@ def describe(planned: planning.MemoryPlan, expected: estimates.Duration) -> dict
         "checkpointing": name_checkpointing(settings.checkpoint_every),
         "tokens": settings.max_tokens,
         "adapter": settings.adapter_dtype,
-        "optimizer": settings.optimizer,
+        "moments": MOMENTS[settings.optimizer] + (", in the backward pass" if settings.optimizer_in_backward else ""),
         "rounding": settings.rounding,
         "time": name_time(expected),
         "would fit": "; ".join(planned.remedies) or None,

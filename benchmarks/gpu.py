@@ -1,6 +1,7 @@
 """One CUDA card, 1B- and 8B-shaped models with random weights: speed and memory beside the guide's script and TRL.
 
-`benchmarks/gpu.sh` runs it. A row that was not run, or that failed, says so in place of a figure.
+`benchmarks/gpu.sh` runs it. A row that was not run, or that failed, says so in place of a figure. Two more runs take the settings that the
+planner chooses for cards of 12 and 24 GB, with passes of 4,096 tokens, and hold the planner against the peak.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,11 @@ import transformers
 from rich.console import Console
 
 from benchmarks import training
+from benchmarks.figures import Figure
 from benchmarks.training import POLICY, PROMPT, Task
-from daemon import imr
+from daemon import estimates, imr, plan
 from trainers import tiny
-from trainers.spec import Prompt
+from trainers.spec import LoraOptions, Method, Options, Prompt
 
 SHAPES = {
     "tiny": {**tiny.SHAPE, "num_hidden_layers": 2},
@@ -31,6 +34,24 @@ SHAPES = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
 }
 VOCABULARY = 128_256
+ROW_TOKENS, ROWS = 4096, 64
+"""Of the planned runs: the longest row and so the pass, and the rows of a step, which fill a pass."""
+PLANNED: tuple[tuple[Method, int, float], ...] = (("qlora", 12, 10.0), ("lora", 24, 20.0))
+"""Method, the card in GB that it is planned for, and the GB that it may take with passes of 4,096 tokens."""
+DEFAULTS, TUNED = ("trl-packing-checkpointed",), ("trl-packing", "trl-padding-free")
+GOALS = (
+    ("claims/s against the guide's script", "claims_per_second", "ours-unshared", ("guide",), {"at_least": 3.0}),
+    (
+        "claims/s against TRL packing at its defaults",
+        "claims_per_second",
+        "ours-unshared",
+        ("trl-packing-checkpointed",),
+        {"at_least": 1.3},
+    ),
+    ("peak GB against the same", "peak_gb", "ours-unshared", DEFAULTS, {"at_most": 1.0}),
+    ("claims/s against TRL tuned", "claims_per_second", "ours-unshared", TUNED, {"at_least": 1.0}),
+    ("claims/s against TRL tuned, with a shared prefix", "claims_per_second", "ours", TUNED, {"at_least": 1.5}),
+)
 NAMES = ("guide", "trl-packing-checkpointed", "trl-packing", "trl-padding-free", "ours-unshared", "ours")
 GB = 1e9
 console = Console(stderr=True)
@@ -52,7 +73,11 @@ def main() -> None:
             task = Task(shape, Prompt(text=POLICY + PROMPT), cases, cases[:16])
             methods = [(name, "lora") for name in NAMES] + ([("ours", "qlora")] if shape != "1B" else [])
             rows += [measure(Path(folder), base, task, name, method, asked.device, ends) for name, method in methods]
-    print(json.dumps({"benchmark": "gpu", "machine": describe_card(asked.device), "rows": rows}))
+            if shape != "1B":
+                rows += [measure_planned(Path(folder), base, task, method, size, asked.device, ends) for method, size, _ in PLANNED]
+    largest = rows[-1]["shape"]
+    figures = list(judge({(row["name"], row["method"]): row for row in rows if row["shape"] == largest}))
+    print(json.dumps({"benchmark": "gpu", "machine": describe_card(asked.device), "rows": rows, "figures": figures}))
 
 
 def make_base(folder: Path, shape: str, device: str, cases: list[dict[str, Any]]) -> Path:
@@ -96,6 +121,54 @@ def measure(work: Path, base: Path, task: Task, name: str, method: str, device: 
     figures = {"claims_per_second": len(task.train) * training.EPOCHS / told["seconds"], "peak_gb": told["peak_bytes"] / GB}
     console.print(f"{task.name}, {name}, {method}: {figures}")
     return row | figures
+
+
+def measure_planned(work: Path, base: Path, task: Task, method: Method, size: int, device: str, ends: float) -> dict[str, Any]:
+    """Peak memory of a run as it is planned for a card of so many GB, and what the plan says of it."""
+    row: dict[str, Any] = {"shape": task.name, "name": "planned", "method": method}
+    if ends - time.monotonic() < 5:
+        return row | {"result": "not measured: no time left"}
+    card = plan.Card(plan.name_size(size * plan.GB), "cpu" if device == "cpu" else "cuda", size * plan.GB)
+    options = Options(method=method, lora=LoraOptions(rank=16, alpha=32), max_row_tokens=ROW_TOKENS, max_tokens=ROW_TOKENS)
+    chosen = estimates.choose_options(options, estimates.plan_run(options, "train", base, [card])[0].settings)
+    out = work / f"planned-{method}"
+    training.write_run(out, base, task, share_prefixes=False, device=device, method=method, **chosen, batch_rows=ROWS, epochs=1.0)
+    try:
+        training.run_contender("ours", out / "spec.json", timeout=ends - time.monotonic())
+    except (subprocess.TimeoutExpired, training.ContenderFailedError) as error:
+        return row | {"result": f"not measured: {str(error)[-300:]}"}
+    told = json.loads((out / "attempts" / "1" / "result.json").read_text())
+    graded = told["training"]["supervised_tokens"] / told["training"]["tokens"]
+    planned = estimates.plan_run(options, "train", base, [card], graded)[0]
+    figures = {"peak_gb": told["memory"]["peak_bytes"] / GB, "planned_gb": planned.parts.allocated / GB, "halved": told["memory"]["halved"]}
+    console.print(f"{task.name}, planned for {size} GB, {method}: {figures}")
+    return row | figures
+
+
+def judge(rows: dict[tuple[str, str], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The figures with their goals; what was not measured has none."""
+
+    def read(name: str, key: str, method: str = "lora") -> float | None:
+        return rows.get((name, method), {}).get(key)
+
+    for name, key, ours, others, goal in GOALS:
+        known = [value for other in others if (value := read(other, key)) is not None]
+        yield describe(name, read(ours, key), max(known, default=None), goal)
+    for method, _, most in PLANNED:
+        peak = read("planned", "peak_gb", method)
+        yield describe(f"{method}, passes of 4,096 tokens: peak GB", peak, None, {"at_most": most}, needs_baseline=False)
+        yield describe(
+            f"{method}: planned GB against the peak", read("planned", "planned_gb", method), peak, {"at_least": 0.9, "at_most": 1.1}
+        )
+
+
+def describe(
+    name: str, value: float | None, baseline: float | None, goal: dict[str, float], *, needs_baseline: bool = True
+) -> dict[str, Any]:
+    """One figure; without a value where it, or what it is held against, was not measured."""
+    if value is None or (needs_baseline and baseline is None):
+        return Figure(name, 1.0, 1.0 if needs_baseline else None, **goal).to_json() | dict.fromkeys(("value", "baseline", "ratio", "holds"))
+    return Figure(name, value, baseline, **goal).to_json()
 
 
 def describe_card(device: str) -> str:

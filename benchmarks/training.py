@@ -206,8 +206,10 @@ def run_resident(out: Path, base: Path, task: Task, run_dir: Path) -> tuple[floa
     return seconds, 0
 
 
-def write_run(run_dir: Path, base: Path, task: Task, *, share_prefixes: bool, device: str = "cpu", method: Method = "lora") -> None:
-    """A run folder for our trainer, whose candidate answers the held-out claims."""
+def write_run(
+    run_dir: Path, base: Path, task: Task, *, share_prefixes: bool, device: str = "cpu", method: Method = "lora", **changes: Any
+) -> None:
+    """A run folder for our trainer, whose candidate answers the held-out claims; `changes` are options."""
     rows = [
         snapshots.Row(case["claim_id"], hashlib.sha256(case["group"].encode()).hexdigest(), "train", "import", case["claim_id"],
                       json.dumps(case["input"]), "{}", case["answer"], None, case["occurred_at"])
@@ -224,7 +226,7 @@ def write_run(run_dir: Path, base: Path, task: Task, *, share_prefixes: bool, de
         warmup=contenders.WARMUP,
         lora=LoraOptions(rank=16, alpha=32),
         share_prefixes=share_prefixes,
-    )
+    ).model_copy(update=changes)
     spec = Spec(
         run_id=run_dir.name,
         kind="train",

@@ -44,7 +44,7 @@ def _tabulate(result: dict[str, Any]) -> list[str]:
 def _to_row(figure: dict[str, Any]) -> str:
     ratio = None if figure["ratio"] is None else f"{figure['ratio']:.2f} ×"  # noqa: RUF001
     holds = {True: "yes", False: "**no**", None: None}[figure["holds"]]
-    cells = (figure["name"], _show(figure["value"]), _show(figure["baseline"]), ratio, figure["goal"], holds)
+    cells = (figure["name"], _show(figure["value"]) or "not measured", _show(figure["baseline"]), ratio, figure["goal"], holds)
     return f"| {' | '.join(cell or '–' for cell in cells)} |"  # noqa: RUF001
 
 

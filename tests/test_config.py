@@ -79,7 +79,7 @@ def test_settings_are_frozen(write):
         (
             '[devices]\nslots = ["gpu"]\n',
             {},
-            ['devices.slots.0 = "gpu": should be `auto` (each card'],
+            ['devices.slots.0 = "gpu": should be `auto` (each other card'],
         ),
         ("", {"RATCHET_SERVER__PORT": "x"}, ['RATCHET_SERVER__PORT: server.port = "x": should be a valid integer']),
         ("", {"RATCHET_SERVER__HOSTS": "x"}, ['RATCHET_SERVER__HOSTS: unknown key server.hosts = "x": did you mean server.host?']),

@@ -28,6 +28,8 @@ ops_port = {ops_port}
 
 [devices]
 slots = ["cpu"]
+# The next training finds the base in memory and pays neither for imports nor for loading.
+keep_warm_minutes = 10
 
 [training]
 seed = {seed}

@@ -278,7 +278,8 @@ def _to_row(event: events.Stored, data: Any, agent: Agent, decision: routing.Dec
 def _to_review(row: predictions.New, agent: Agent, now: datetime) -> dict[str, Any]:
     expires_at = None if NEVER_EXPIRE.intersection(row.reasons) else now + timedelta(days=agent.review_days)
     shared = {"agent": row.agent, "claim_id": row.claim_id, "reasons": row.reasons, "priority": row.priority}
-    return {**shared, "prediction": row.id, "expires_at": expires_at}
+    case_key = reviews.make_case_key(row.agent, row.claim_id, row.input_digest)
+    return {**shared, "prediction": row.id, "expires_at": expires_at, "case_key": case_key}
 
 
 def _apply_waiting(connection: Connection, rows: Sequence[predictions.New], agents: Mapping[str, Agent], now: datetime) -> Counter[str]:

@@ -1,6 +1,7 @@
 """Sends what Ratchet has to tell: rows are found because they are unsent, and marked once the broker has acknowledged them.
 
 One relay works at a time, by a lease; what it marks it marks under its fence. A message may be sent twice, and then has the same id.
+While one batch is on its way the next one is read, written down and handed over.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import Any, NamedTuple
 import orjson
 import structlog
 from kafka import KafkaProducer
-from kafka.errors import KafkaError
-from sqlalchemy import Connection, RowMapping
+from kafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
+from kafka.future import Future
+from sqlalchemy import Connection
 
 from consumers import broker
 from consumers.stream import Stream
@@ -25,7 +27,7 @@ from storage import db, dead_letters, events, leases, reviews
 
 LEASE = "relay"
 TERM = timedelta(seconds=30)
-BATCH = 500
+FIRST_BATCH, BATCH = 250, 2000
 IDLE_SECONDS, FLUSH_SECONDS, WAIT_SECONDS, RENEW_SECONDS = 0.25, 5.0, 5.0, 8.0
 DELIVERY_SECONDS = 15
 """What a producer holds for longer it gives up: else one that lost its lease in an outage would go on sending beside the next. It gets
@@ -33,6 +35,8 @@ nothing later than `RENEW_SECONDS` into a `TERM`. A producer that gave up never 
 BOOTSTRAP_SECONDS = 5.0
 MOST_BYTES = 900_000
 """Below what a broker takes of one record by default."""
+MOST_BYTES_AT_ONCE = 8_000_000
+TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
 
 log = structlog.get_logger()
 
@@ -55,6 +59,14 @@ class Message(NamedTuple):
     step: int | None = None
 
 
+class Flight(NamedTuple):
+    """Messages on their way, with what the producer promises of each that it took; `failure` says why it took no more."""
+
+    messages: Sequence[Message] = ()
+    promises: Sequence[Future] = ()
+    failure: str = "no answer"
+
+
 class Relay:
     """Sends from one database to one broker, while its lease is ours."""
 
@@ -62,6 +74,7 @@ class Relay:
         self._engine, self._clock = stream.inlet.engine, stream.inlet.clock
         self._access, self._outlets, self._lease, self._progress = stream.access, stream.outlets, stream.lease, stream.sent
         self._renewed_at = 0.0
+        self._limit = FIRST_BATCH
 
     def run(self, stopping: threading.Event) -> None:
         """Send until `stopping`, whenever the lease is ours. A database that fails is tried again.
@@ -70,6 +83,7 @@ class Relay:
         """
         while not stopping.is_set():
             try:
+                self._renewed_at = time.monotonic()
                 with db.writing(self._engine, alone=False) as connection:
                     fence = self._lease.acquire(connection, LEASE, self._lease.holder, self._clock(), TERM)
                 if fence is not None:
@@ -84,64 +98,145 @@ class Relay:
 
     def _lead(self, fence: int, stopping: threading.Event) -> None:
         log.info("relay_leads", fence=fence)
-        self._progress.is_leading, self._renewed_at = True, time.monotonic()
-        with _producing(self._access) as producer:
-            while not stopping.is_set():
-                with db.reading(self._engine) as connection:
-                    messages = read_unsent(connection, self._outlets, BATCH)
-                if time.monotonic() - self._renewed_at > RENEW_SECONDS:
-                    self._mark([], fence)  # before anything is sent: whoever was held up may have lost the lease
-                if not messages:
-                    stopping.wait(IDLE_SECONDS)
-                    continue
-                acknowledged, problem = self._send(producer, messages, fence, stopping)
-                self._mark(acknowledged, fence)
-                if problem is not None and not stopping.is_set():
-                    raise UnacknowledgedError(problem)  # this producer may never recover
+        self._progress.is_leading = True
+        while not stopping.is_set():
+            with _producing(self._access) as producer:
+                refused = self._send_all(producer, fence, stopping)
+            for message in refused:
+                self._send_alone(message, fence)
         with db.writing(self._engine, alone=False) as connection:
             leases.release(connection, LEASE, self._lease.holder)
 
-    def _send(
-        self, producer: KafkaProducer, messages: Sequence[Message], fence: int, stopping: threading.Event
-    ) -> tuple[list[Message], str | None]:
-        """Send, and wait for the broker, holding the lease; returns what may be marked, and why it is not everything if it is not."""
-        promises, failure = [], "no answer"
+    def _send_all(self, producer: KafkaProducer, fence: int, stopping: threading.Event) -> list[Message]:
+        """Send what is unsent, batch after batch, until `stopping`, or until the broker refuses messages for their size: returns those."""
+        flight = Flight()
+        while flight.messages or not stopping.is_set():
+            messages = [] if stopping.is_set() else self._read(flight.messages)
+            following = self._send(producer, messages, fence)
+            refused = self._land(flight, fence, stopping)
+            if refused:
+                return refused
+            if not messages and not flight.messages:
+                stopping.wait(IDLE_SECONDS)
+            flight = following
+        return []
+
+    def _read(self, underway: Sequence[Message]) -> list[Message]:
+        """What is to be sent next: fewer rows at once where they are large."""
+        with db.reading(self._engine) as connection:
+            messages = read_unsent(connection, self._outlets, self._limit, underway)
+        if sum(len(message.value) for message in messages) > MOST_BYTES_AT_ONCE:
+            self._limit = max(1, self._limit // 2)
+        elif len(messages) >= self._limit:
+            self._limit = min(2 * self._limit, BATCH)
+        return messages
+
+    def _send(self, producer: KafkaProducer, messages: Sequence[Message], fence: int) -> Flight:
+        """Hand messages to the producer. Whoever was held up may have lost the lease, and looks after it before."""
+        if time.monotonic() - self._renewed_at > RENEW_SECONDS:
+            self._mark([], fence)
+        promises: list[Future] = []
         for message in messages:
+            if time.monotonic() - self._renewed_at > TERM.total_seconds():
+                raise LeaseLostError("it ran out between two messages: the process was stopped meanwhile")
             try:
                 promises.append(producer.send(message.topic, key=message.key, value=message.value))
+            except TOO_LARGE as error:
+                promises.append(Future().failure(error))
             except KafkaError as error:
-                failure = f"{type(error).__name__} for {message.topic}"
-                break
+                return Flight(messages, promises, f"{type(error).__name__} for {message.topic}")
+        return Flight(messages, promises)
+
+    def _land(self, flight: Flight, fence: int, stopping: threading.Event) -> list[Message]:
+        """Wait for the broker, holding the lease, and mark what it acknowledged; returns what it refuses for its size.
+
+        Raises `UnacknowledgedError` when something else was not acknowledged: this producer may never recover.
+        """
+        if not flight.messages:
+            return []
         deadline = time.monotonic() + DELIVERY_SECONDS + FLUSH_SECONDS
-        while promises:
+        for promise in flight.promises:
+            while not promise.is_done:
+                with contextlib.suppress(KafkaError):
+                    promise.get(timeout=FLUSH_SECONDS)
+                if not promise.is_done:
+                    if stopping.is_set() or time.monotonic() > deadline:
+                        break
+                    self._mark([], fence)
+        done = [promise.is_done and promise.succeeded() for promise in flight.promises]
+        self._mark(select_markable(flight.messages, done), fence)
+        if sum(done) == len(flight.messages) or stopping.is_set():
+            return []
+        failed = [
+            (one, promise.exception)
+            for one, promise in zip(flight.messages, flight.promises, strict=False)
+            if promise.is_done and promise.failed()
+        ]
+        refused = [message for message, error in failed if isinstance(error, TOO_LARGE)]
+        if refused:
+            return refused
+        failure = next((f"{type(error).__name__} for {one.topic}" for one, error in failed), flight.failure)
+        missing = len(flight.messages) - sum(done)
+        raise UnacknowledgedError(f"{missing} messages were not acknowledged ({failure}): they are sent again, look at the broker")
+
+    def _send_alone(self, message: Message, fence: int) -> None:
+        """Send a message that was refused for its size once more, without a claim's input; refused again it is set aside.
+
+        What comes after it of its key goes on without it: else nothing would be sent any more.
+        """
+        self._mark([], fence)
+        short = shorten(message)
+        with _producing(self._access) as producer:
             try:
-                producer.flush(timeout=FLUSH_SECONDS)
-                break
-            except KafkaError:
-                if stopping.is_set() or time.monotonic() > deadline:
-                    break
-                self._mark([], fence)
-        done = [promise.is_done and promise.succeeded() for promise in promises]
-        if sum(done) == len(messages):
-            return list(messages), None
-        refused = ((message.topic, promise) for message, promise in zip(messages, promises, strict=False) if promise.is_done)
-        failure = next((f"{type(one.exception).__name__} for {topic}" for topic, one in refused if one.failed()), failure)
-        problem = f"{len(messages) - sum(done)} messages were not acknowledged ({failure}): they are sent again, look at the broker"
-        return _select_markable(messages, done), problem
+                producer.send(short.topic, key=short.key, value=short.value).get(timeout=DELIVERY_SECONDS + FLUSH_SECONDS)
+            except TOO_LARGE:
+                self._set_aside(short, fence)
+            else:
+                self._mark([short], fence)
+
+    def _set_aside(self, message: Message, fence: int) -> None:
+        reason = (
+            f"the broker takes no message of {len(message.value)} bytes on {message.topic}: raise max.message.bytes there, and replay it"
+        )
+        with self._holding(fence) as (connection, now):
+            park(connection, message, reason, now, is_told=message.topic != self._outlets.dead_letters)
+        log.error("message_refused", topic=message.topic, bytes=len(message.value), ulid=message.event, step=message.step)
 
     def _mark(self, messages: Sequence[Message], fence: int) -> None:
-        now = self._clock()
-        with db.writing(self._engine, alone=False) as connection:
-            if not leases.renew(connection, LEASE, self._lease.holder, fence, now, TERM):
-                raise LeaseLostError(f"the lease {LEASE} with the fence {fence} is another one's now")
+        with self._holding(fence) as (connection, now):
             events.mark(connection, [one.event for one in messages if one.event is not None], "sent", now)
             reviews.mark_sent(connection, [one.step for one in messages if one.step is not None])
         self._progress.messages += len(messages)
-        self._renewed_at = time.monotonic()
+
+    @contextlib.contextmanager
+    def _holding(self, fence: int) -> Iterator[tuple[Connection, datetime]]:
+        """A transaction in which the lease is ours, and for longer. Raises `LeaseLostError`."""
+        now, began = self._clock(), time.monotonic()
+        with db.writing(self._engine, alone=False) as connection:
+            if not leases.renew(connection, LEASE, self._lease.holder, fence, now, TERM):
+                raise LeaseLostError(f"the lease {LEASE} with the fence {fence} is another one's now")
+            yield connection, now
+        self._renewed_at = began
 
 
-def _select_markable(messages: Sequence[Message], are_acknowledged: Sequence[bool]) -> list[Message]:
+def park(connection: Connection, message: Message, reason: str, now: datetime, *, is_told: bool) -> None:
+    """Make a dead letter of a message, and send it no more; where nobody could be told of that one, its event alone says so."""
+    if message.event is None:
+        letter = {"key": f"step/{message.step}", "payload": message.value.decode()}
+        dead_letters.park(connection, message.key.decode(), reason, now, **letter)
+        reviews.mark_sent(connection, [message.step] if message.step is not None else [])
+        return
+    event = events.read(connection, message.event)
+    if event is not None and is_told:
+        dead_letters.park_event(connection, event, reason, now)
+    else:
+        events.mark(connection, [message.event], "dead", now, reason)
+
+
+def select_markable(messages: Sequence[Message], are_acknowledged: Sequence[bool]) -> Sequence[Message]:
     """What was acknowledged; of a key whose earlier message was not, nothing: sent again it must come after that."""
+    if sum(are_acknowledged) == len(messages):
+        return messages
     behind: set[tuple[str, bytes]] = set()
     markable = []
     for message, is_acknowledged in zip(messages, [*are_acknowledged, *[False] * (len(messages) - len(are_acknowledged))], strict=True):
@@ -177,10 +272,11 @@ def _producing(access: broker.Access) -> Iterator[KafkaProducer]:
             producer.close(timeout=0)
 
 
-def read_unsent(connection: Connection, outlets: Outlets, limit: int) -> list[Message]:
-    """What is to be sent next, in order."""
-    own = [_from_event(one, outlets) for one in events.read_unsent(connection, limit)]
-    return own + [_from_step(row, outlets) for row in reviews.read_unsent(connection, limit)]
+def read_unsent(connection: Connection, outlets: Outlets, limit: int, underway: Sequence[Message] = ()) -> list[Message]:
+    """What is to be sent next, in order; what is `underway` is not marked yet, and left out."""
+    own = events.read_unsent(connection, limit, [one.event for one in underway if one.event is not None])
+    steps = reviews.read_unsent(connection, limit, [one.step for one in underway if one.step is not None])
+    return [_from_event(one, outlets) for one in own] + [_from_step(step, outlets) for step in steps]
 
 
 def _from_event(one: events.Stored, outlets: Outlets) -> Message:
@@ -192,18 +288,34 @@ def _from_event(one: events.Stored, outlets: Outlets) -> Message:
 STEPS = {"opened": "ratchet.review.opened.v1", "answered": "ratchet.review.closed.v1", "expired": "ratchet.review.expired.v1"}
 
 
-def _from_step(row: RowMapping, outlets: Outlets) -> Message:
+def _from_step(one: reviews.Told, outlets: Outlets) -> Message:
     """A review that was opened, with what an expert may see before answering, or that was closed or expired."""
-    subject, kind = f"{row['agent']}/{row['claim_id']}", STEPS[row["action"]]
-    data: dict[str, Any] = {name: row[name] for name in ("review", "agent", "claim_id", "prediction_id")}
-    if row["action"] == "opened":
-        data |= {name: row[name] for name in ("is_blind", "expires_at", "input", "attributes")}
-    value = _wrap(kind, f"{kind}/{row['review']}", subject, row["at"], data)
-    if len(value) > MOST_BYTES:
-        value = _wrap(kind, f"{kind}/{row['review']}", subject, row["at"], {**data, "input": None, "attributes": None})
-    return Message(outlets.queue, subject.encode(), value, step=row["step"])
+    subject, kind = f"{one.agent}/{one.claim_id}", STEPS[one.action]
+    data: dict[str, Any] = {"review": one.review, "agent": one.agent, "claim_id": one.claim_id, "prediction_id": one.prediction_id}
+    if one.action == "opened":
+        data |= {"is_blind": one.is_blind, "expires_at": one.expires_at}
+        data |= {"input": orjson.Fragment(one.input or "null"), "attributes": orjson.Fragment(one.attributes or "null")}
+    message = Message(outlets.queue, subject.encode(), _wrap(kind, f"{kind}/{one.review}", subject, one.at, data), step=one.step)
+    return message if len(message.value) <= MOST_BYTES else shorten(message)
+
+
+def shorten(message: Message) -> Message:
+    """A message without what a claim held; others stay as they are."""
+    told = orjson.loads(message.value)
+    if "input" not in told["data"]:
+        return message
+    return message._replace(value=orjson.dumps({**told, "data": {**told["data"], "input": None, "attributes": None}}))
 
 
 def _wrap(kind: str, event_id: str, subject: str, at: datetime, data: Mapping[str, Any] | orjson.Fragment) -> bytes:
-    envelope = {"specversion": "1.0", "id": event_id, "source": "ratchet", "type": kind, "subject": subject, "time": at}
-    return orjson.dumps({**envelope, "datacontenttype": "application/json", "data": data}, option=orjson.OPT_UTC_Z)
+    envelope = {
+        "specversion": "1.0",
+        "id": event_id,
+        "source": "ratchet",
+        "type": kind,
+        "subject": subject,
+        "time": at,
+        "datacontenttype": "application/json",
+        "data": data,
+    }
+    return orjson.dumps(envelope, option=orjson.OPT_UTC_Z)

@@ -25,11 +25,14 @@ from sqlalchemy import (
     ARRAY,
     JSON,
     URL,
+    BigInteger,
     ColumnElement,
     Connection,
     Dialect,
     Engine,
     ExceptionContext,
+    Integer,
+    Select,
     String,
     any_,
     create_engine,
@@ -218,6 +221,11 @@ def reading(engine: Engine) -> Iterator[Connection]:
         yield connection
 
 
+def read_clock(connection: Connection) -> datetime:
+    """What time the PostgreSQL server has, in UTC."""
+    return cast("datetime", connection.execute(select(func.clock_timestamp())).scalar_one()).astimezone(UTC)
+
+
 def is_passing(error: BaseException) -> bool:
     """Whether the database may be there again soon, so that the same transaction is worth another try.
 
@@ -277,16 +285,29 @@ def insert_columns(connection: Connection, table: type[Table], values: Mapping[s
     return stored
 
 
-def is_one_of(connection: Connection, column: Any, values: Iterable[str]) -> ColumnElement[bool]:
+def is_one_of(connection: Connection, column: Any, values: Iterable[str] | Iterable[int]) -> ColumnElement[bool]:
     """A condition that holds where `column` is one of many values.
 
     They are one parameter, a JSON text or an array: hundreds cost more time to write down and to parse than to look up.
     """
-    wanted = list(values)
     if connection.dialect.name != "sqlite":
-        return cast("ColumnElement[bool]", column == any_(literal(wanted, ARRAY(String))))
-    listed = func.json_each(orjson.dumps(wanted).decode()).table_valued("value")
-    return cast("ColumnElement[bool]", column.in_(select(listed.c.value)))
+        return cast("ColumnElement[bool]", column == any_(_to_array(column, values)))
+    return cast("ColumnElement[bool]", column.in_(_list(connection, column, values)))
+
+
+def is_none_of(connection: Connection, column: Any, values: Iterable[str] | Iterable[int]) -> ColumnElement[bool]:
+    """A condition that holds where `column` is none of many values."""
+    return cast("ColumnElement[bool]", column.not_in(_list(connection, column, values)))
+
+
+def _list(connection: Connection, column: Any, values: Iterable[str] | Iterable[int]) -> Select[Any]:
+    if connection.dialect.name != "sqlite":
+        return select(func.unnest(_to_array(column, values)))
+    return select(func.json_each(orjson.dumps(list(values)).decode()).table_valued("value").c.value)
+
+
+def _to_array(column: Any, values: Iterable[str] | Iterable[int]) -> ColumnElement[Any]:
+    return literal(list(values), ARRAY(BigInteger if isinstance(column.type, Integer) else String))
 
 
 def _convert(values: Sequence[Any], convert: Callable[[Any], Any] | None) -> Sequence[Any]:

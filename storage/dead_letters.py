@@ -6,7 +6,7 @@ import hashlib
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, RowMapping, func, select, update
+from sqlalchemy import Connection, RowMapping, case, func, select, update
 
 from storage import db, events, ids
 from storage.tables import DeadLetter, Event
@@ -79,13 +79,12 @@ def show(connection: Connection, letter: str) -> dict[str, Any]:
 
 
 def replay(connection: Connection, letter: str, actor: str, now: datetime) -> None:
-    """Put the event of a parked dead letter through the handlers again."""
+    """Put the event of a parked dead letter through the handlers again; one of our own is sent again."""
     event = _close(connection, letter, "replayed", actor, None, now)
     if event is None:
         raise UnknownDeadLetterError(f"dead letter {letter} holds no event that could be replayed: discard it, and send it anew")
-    connection.execute(
-        update(Event).where(Event.ulid == event, Event.state == "dead").values(state="received", reason=None, handled_at=None)
-    )
+    state = case((Event.number.is_(None), "received"), else_="unsent")
+    connection.execute(update(Event).where(Event.ulid == event, Event.state == "dead").values(state=state, reason=None, handled_at=None))
 
 
 def find_record(connection: Connection, letter: str) -> Record | None:

@@ -11,13 +11,13 @@ from datetime import datetime, timedelta
 from typing import Any, Literal, NamedTuple
 
 import orjson
-from sqlalchemy import Connection, func, select, tuple_, update
+from sqlalchemy import Connection, func, literal, select, tuple_, update
 
 from storage import db, ids
 from storage.tables import Event
 
 Outcome = Literal["stored", "duplicate", "conflict"]
-State = Literal["received", "handled", "unsent"]
+State = Literal["received", "handled"]
 
 
 class Incoming(NamedTuple):
@@ -58,6 +58,8 @@ class Stored(NamedTuple):
 
 
 _ONE_WAITING = select(Event.__table__.c.ulid).where(Event.__table__.c.state == "waiting").limit(1)
+IS_UNSENT = Event.state == literal("unsent", literal_execute=True)
+"""Written out in the SQL, so that the index over the unsent ones serves it."""
 COLUMNS = tuple(getattr(Event, name) for name in Stored._fields)
 
 
@@ -105,10 +107,12 @@ def read_received(connection: Connection, limit: int) -> list[Stored]:
     return [Stored._make(row) for row in connection.execute(query)]
 
 
-def read_unsent(connection: Connection, limit: int) -> list[Stored]:
-    """The oldest events of our own that nobody has sent yet, in order."""
-    query = select(*COLUMNS).where(Event.state == "unsent").order_by(Event.ulid).limit(limit)
-    return [Stored._make(row) for row in connection.execute(query)]
+def read_unsent(connection: Connection, limit: int, but: Sequence[str] = ()) -> list[Stored]:
+    """The oldest events of our own that nobody has sent yet, in the order in which they were emitted and but for some."""
+    query = select(*COLUMNS).where(IS_UNSENT)
+    if but:
+        query = query.where(db.is_none_of(connection, Event.ulid, but))
+    return [Stored._make(row) for row in connection.execute(query.order_by(Event.number, Event.ulid).limit(limit))]
 
 
 def has_waiting(connection: Connection) -> bool:
@@ -165,7 +169,25 @@ def oldest_received_at(connection: Connection) -> datetime | None:
 
 
 def emit(connection: Connection, type_: str, subject: str, key: str, data: Mapping[str, Any], now: datetime) -> None:
-    """Put an event of our own into the outbox, in the transaction of what it tells about. `key` makes it one event."""
+    """Put an event of our own into the outbox, in the transaction of what it tells about. `key` makes it one event.
+
+    Those that are unsent have ascending numbers: several are emitted in a millisecond, and a clock may jump back. Who emits at the very
+    same moment in another transaction may get the same number; neither of the two is then the earlier one.
+    """
     content = orjson.dumps(dict(data), option=orjson.OPT_SORT_KEYS | orjson.OPT_UTC_Z)
-    one = Incoming("ratchet", f"{type_}/{key}", type_, subject, now, content.decode(), hashlib.sha256(content).hexdigest())
-    append(connection, [one], now, "unsent")
+    last = connection.execute(select(func.max(Event.number)).where(IS_UNSENT)).scalar()
+    event_id = f"{type_}/{key}"
+    row = {
+        "ulid": ids.make_ulid(now, "ratchet", event_id),
+        "source": "ratchet",
+        "event_id": event_id,
+        "type": type_,
+        "subject": subject,
+        "time": now,
+        "received_at": now,
+        "data": content.decode(),
+        "digest": hashlib.sha256(content).hexdigest(),
+        "state": "unsent",
+        "number": (last or 0) + 1,
+    }
+    db.insert_new(connection, Event, row)

@@ -5,11 +5,12 @@ open → leased → answered | expired ;  leased → open (the lease ran out, or
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, RowMapping, bindparam, case, func, insert, literal, select, text, update
+from sqlalchemy import Connection, RowMapping, Text, bindparam, case, cast, func, insert, literal, select, text, update
 
 from storage import db, ids
 from storage.tables import Prediction, Review, ReviewStep
@@ -21,7 +22,7 @@ IS_OPEN, IS_LEASED = (Review.state == literal(state, literal_execute=True) for s
 IS_SKIP = ReviewStep.action == literal("skipped", literal_execute=True)
 EXAM_PRIORITY = 2.0
 GIVEN = ("prediction", "agent", "claim_id", "reasons", "priority")
-USUAL: Mapping[str, Any] = {"is_blind": False, "exam": None, "expires_at": None}
+USUAL: Mapping[str, Any] = {"is_blind": False, "exam": None, "expires_at": None, "case_key": None}
 """What a new review must say of itself, and what it may."""
 TOLD = frozenset({"opened", "answered", "expired"})
 """The steps that others are told of."""
@@ -29,17 +30,35 @@ IS_UNSENT = text("review_steps.is_unsent")
 """As the index says it: SQLite takes `is_unsent = 1` for another condition."""
 
 
+class Told(NamedTuple):
+    """A step that others are told of, with its case; `input` and `attributes` are JSON text."""
+
+    step: int
+    review: str
+    action: str
+    at: datetime
+    agent: str
+    claim_id: str
+    is_blind: bool
+    expires_at: datetime | None
+    prediction_id: str
+    input: str | None
+    attributes: str | None
+
+
 class ReviewClosedError(RuntimeError):
     """The review can't be acted on: it is closed, unknown, or another expert has it."""
 
 
 def open_new(connection: Connection, rows: Sequence[Mapping[str, Any]], now: datetime, actor: str) -> None:
-    """Open reviews; a row has prediction, agent, claim_id, reasons, priority and may have is_blind, exam and expires_at.
+    """Open reviews; a row has prediction, agent, claim_id, reasons, priority and may have is_blind, exam, expires_at and case_key.
 
-    A claim that is under review already is not opened twice.
+    A case that is under review already is not opened twice, also when two predictions of it are handled at the same moment.
     """
     if not rows:
         return
+    if connection.dialect.name == "postgresql":  # two who open the same cases in different orders would wait for each other
+        rows = sorted(rows, key=lambda row: row.get("case_key") or 0)
     count = len(rows)
     columns: dict[str, Sequence[Any]] = {name: [row[name] for row in rows] for name in GIVEN}
     columns |= {name: [row.get(name, usual) for row in rows] for name, usual in USUAL.items()}
@@ -52,6 +71,12 @@ def open_new(connection: Connection, rows: Sequence[Mapping[str, Any]], now: dat
         opened = [one for one in opened if one[0] in present]
     same = {"at": now, "actor": actor, "action": "opened", "is_unsent": True}
     db.insert_many(connection, ReviewStep, [{"review": key, **same, "note": ", ".join(reasons)} for key, reasons in opened])
+
+
+def make_case_key(agent: str, claim_id: str, input_digest: str) -> int:
+    """What two predictions have in common that are one case for an expert: 63 bits of a hash."""
+    case_ = f"{agent}\0{claim_id}\0{input_digest}".encode()
+    return int.from_bytes(hashlib.sha256(case_).digest()[:8], "big") >> 1
 
 
 def find_live_cases(connection: Connection, claims: Iterable[str], but: Collection[str]) -> set[tuple[str, str, str]]:
@@ -249,13 +274,16 @@ def of_exam(connection: Connection, exam: str) -> list[RowMapping]:
     return list(connection.execute(query).mappings())
 
 
-def read_unsent(connection: Connection, limit: int) -> list[RowMapping]:
-    """The oldest openings and endings that nobody has sent yet, in order, with the case's input and without what a model answered."""
-    step = select(ReviewStep.id.label("step"), ReviewStep.review, ReviewStep.action, ReviewStep.at)
+def read_unsent(connection: Connection, limit: int, but: Sequence[int] = ()) -> list[Told]:
+    """The oldest openings and endings that nobody has sent yet, in order and but for some, without what a model answered."""
+    step = select(ReviewStep.id, ReviewStep.review, ReviewStep.action, ReviewStep.at)
     case_ = step.add_columns(Review.agent, Review.claim_id, Review.is_blind, Review.expires_at)
-    whole = case_.add_columns(Prediction.prediction_id, Prediction.input, Prediction.attributes)
-    joined = whole.join(Review, Review.id == ReviewStep.review).join(Prediction, Prediction.id == Review.prediction)
-    return list(connection.execute(joined.where(IS_UNSENT).order_by(ReviewStep.id).limit(limit)).mappings())
+    # As text: nobody needs to read what goes out as it lies there.
+    whole = case_.add_columns(Prediction.prediction_id, cast(Prediction.input, Text), cast(Prediction.attributes, Text))
+    joined = whole.join(Review, Review.id == ReviewStep.review).join(Prediction, Prediction.id == Review.prediction).where(IS_UNSENT)
+    if but:
+        joined = joined.where(db.is_none_of(connection, ReviewStep.id, but))
+    return list(map(Told._make, connection.execute(joined.order_by(ReviewStep.id).limit(limit))))
 
 
 def count_unsent(connection: Connection) -> int:
@@ -266,7 +294,7 @@ def count_unsent(connection: Connection) -> int:
 def mark_sent(connection: Connection, steps: Sequence[int]) -> None:
     """Say that these steps were sent."""
     if steps:
-        connection.execute(update(ReviewStep).where(ReviewStep.id.in_(steps)).values(is_unsent=False))
+        connection.execute(update(ReviewStep).where(db.is_one_of(connection, ReviewStep.id, steps)).values(is_unsent=False))
 
 
 def _step(connection: Connection, review: str, at: datetime, actor: str, action: str, note: str | None) -> None:

@@ -88,7 +88,7 @@ class Installation(Table):
 
 
 class Event(Table):
-    """Everything that came in or goes out, once each; the payload may be erased, its digest stays."""
+    """Everything that came in or goes out, once each; the payload may be erased, its digest stays. Our own have a number: their order."""
 
     __tablename__ = "events"
     ulid: Mapped[str] = mapped_column(String(26), primary_key=True)
@@ -104,12 +104,13 @@ class Event(Table):
     state: Mapped[str]
     reason: Mapped[str | None]
     handled_at: Mapped[datetime | None]
+    number: Mapped[int | None] = mapped_column(BigInteger)
     __table_args__ = (
         UniqueConstraint("source", "event_id"),
         states("state", "received", "handled", "waiting", "dead", "unsent", "sent"),
         partial("events_received", "ulid", where="state = 'received'"),
         partial("events_waiting", "subject", where="state = 'waiting'"),
-        partial("events_unsent", "ulid", where="state = 'unsent'"),
+        partial("events_unsent", "number", "ulid", where="state = 'unsent'"),
     )
 
 
@@ -171,7 +172,7 @@ class Score(Table):
 
 
 class Review(Table):
-    """A case waiting for an expert; `exam` names the exam or watch that asked."""
+    """A case waiting for an expert; `exam` names the exam or watch that asked, `case_key` is the same for the same claim and input."""
 
     __tablename__ = "reviews"
     id: Mapped[str] = mapped_column(String(26), primary_key=True)
@@ -188,11 +189,13 @@ class Review(Table):
     leased_by: Mapped[str | None]
     lease_until: Mapped[datetime | None]
     closed_at: Mapped[datetime | None]
+    case_key: Mapped[int | None] = mapped_column(BigInteger)
     __table_args__ = (
         states("state", "open", "leased", "answered", "expired"),
         CheckConstraint("(state = 'leased') = (leased_by IS NOT NULL)", name="a_lease_has_a_holder"),
         partial("reviews_live", "agent", "priority", "opened_at", where="state IN ('open', 'leased')"),
         partial("one_live_review", "prediction", where="state IN ('open', 'leased')", unique=True),
+        partial("one_live_review_of_a_case", "case_key", where="state IN ('open', 'leased') AND exam IS NULL", unique=True),
         partial("reviews_leased", "lease_until", where="state = 'leased'"),
         partial("reviews_expiring", "expires_at", where="state = 'open' AND expires_at IS NOT NULL"),
         Index("reviews_opened", "agent", "opened_at"),

@@ -80,3 +80,25 @@ def test_an_emitted_event_waits_in_the_outbox_once(engine: Engine, now: datetime
             events.emit(connection, "ratchet.version.judged.v1", "adjudication/v1.1", "v1.1", {"verdict": "promote"}, now)
         assert events.count_by_state(connection)["unsent"] == 1
         assert events.read_received(connection, 10) == []
+
+
+def test_what_is_emitted_at_one_moment_or_after_the_clock_jumped_back_goes_out_in_order(engine: Engine, now: datetime) -> None:
+    numbers = list(range(30))
+    for number in numbers:
+        with db.writing(engine) as connection:
+            at = now - timedelta(hours=number // 20)
+            events.emit(connection, "ratchet.version.judged.v1", "adjudication/v1.1", str(number), {}, at)
+    with db.writing(engine) as connection:
+        told = [int(one.event_id.rpartition("/")[2]) for one in events.read_unsent(connection, 100)]
+        assert told == numbers
+        events.mark(connection, [one.ulid for one in events.read_unsent(connection, 10)], "sent", now)
+        events.emit(connection, "ratchet.version.judged.v1", "adjudication/v1.1", "30", {}, now)
+        assert [int(one.event_id.rpartition("/")[2]) for one in events.read_unsent(connection, 100)] == [*numbers[10:], 30]
+
+
+def test_what_is_underway_is_left_out_of_what_is_read(engine: Engine, now: datetime) -> None:
+    with db.writing(engine) as connection:
+        for number in range(3):
+            events.emit(connection, "ratchet.version.judged.v1", "adjudication/v1.1", str(number), {}, now)
+        first, second, third = events.read_unsent(connection, 10)
+        assert events.read_unsent(connection, 10, [first.ulid, third.ulid]) == [second]

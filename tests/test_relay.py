@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import signal
 import threading
 import time
@@ -12,10 +13,12 @@ from datetime import UTC, datetime
 
 import orjson
 import pytest
+from kafka.admin import ConfigResource, ConfigResourceType
 from pydantic import TypeAdapter
 from sqlalchemy import insert
 
 from consumers import announcements, records, relay, stream
+from consumers import broker as brokers
 from daemon import holders
 from storage import alarms, db, dead_letters, events, reviews
 from storage.tables import Lease
@@ -91,6 +94,7 @@ def test_a_review_is_told_when_it_opens_and_closes_without_the_models_answer(sou
         TypeAdapter(announcements.ANNOUNCEMENTS[one["type"]]).validate_json(orjson.dumps(one["data"]), strict=True)
 
 
+@pytest.mark.databases("sqlite", "postgresql")
 def test_everything_unsent_is_sent_once_in_order_for_each_key_and_marked(source, kafka, broker):
     emit(source.inlet.engine, 0, 1200)
     with db.writing(source.inlet.engine) as connection:
@@ -127,6 +131,7 @@ def test_what_was_sent_and_not_marked_is_sent_again_under_the_same_id(source, ka
     assert sorted(ids) == sorted(f"ratchet.alarm.raised.v1/{n}" for n in (0, 1, 2, 0, 1, 2))
 
 
+@pytest.mark.databases("sqlite", "postgresql")
 def test_one_relay_sends_and_another_takes_over_when_it_ends(source, monkeypatch):
     monkeypatch.setattr(relay, "WAIT_SECONDS", 0.05)
     other = dataclasses.replace(source, lease=stream.Lease(holders.make_name(), holders.acquire), sent=type(source.sent)())
@@ -157,7 +162,7 @@ def test_a_relay_that_lost_its_lease_marks_nothing(source):
 
 def test_behind_a_message_that_failed_nothing_of_its_key_is_marked():
     messages = [relay.Message("t", key, b"", event=str(n)) for n, key in enumerate((b"a", b"b", b"a", b"b", b"c"))]
-    markable = relay._select_markable(messages, [True, False, True, True])
+    markable = relay.select_markable(messages, [True, False, True, True])
     assert [one.event for one in markable] == ["0", "2"]
 
 
@@ -169,6 +174,112 @@ def test_a_claim_that_no_broker_would_take_is_told_without_its_input(source):
     with db.reading(source.inlet.engine) as connection:
         (message,) = relay.read_unsent(connection, source.outlets, 10)
     assert orjson.loads(message.value)["data"]["input"] is None
+
+
+def limit_bytes(source, topic, limit):
+    with brokers.connect(source.access) as admin:
+        admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, topic, {"max.message.bytes": str(limit)})])
+
+
+@pytest.mark.databases("sqlite", "postgresql")
+def test_a_message_that_the_broker_refuses_for_its_size_is_set_aside_and_the_others_go_on(source, kafka, broker):
+    """Of its key too: the one behind it would wait for ever. Replayed when the broker takes it, it is sent."""
+    engine = source.inlet.engine
+    emit(engine, 0, 3, key="k")
+    with db.writing(engine) as connection:
+        told = {"agent": "adjudication", "kind": "drift", "message": "x" * 5000, "ledger": ""}
+        events.emit(connection, "ratchet.alarm.raised.v1", "k0", "huge", told, datetime.now(UTC))
+    emit(engine, 3, 6, key="k")
+    limit_bytes(source, kafka.topics.events, 2000)
+    with relaying(source):
+        wait_until_sent(engine)
+    assert {orjson.loads(one.value)["id"].rpartition("/")[2] for one in broker_fixtures.consume(broker, kafka.topics.events, 6)} == set(
+        "012345"
+    )
+    with db.reading(engine) as connection:
+        (letter,) = dead_letters.list_parked(connection)
+    assert re.match(
+        r"the broker takes no message of 5\d\d\d bytes on .*-events: raise max.message.bytes there, and replay it", letter.reason
+    )
+    (announced,) = broker_fixtures.consume(broker, kafka.topics.dead_letters, 1)
+    assert orjson.loads(announced.value)["data"]["letter"] == letter.id
+    limit_bytes(source, kafka.topics.events, 10_000)
+    with db.writing(engine) as connection:
+        dead_letters.replay(connection, letter.id, "ops", datetime.now(UTC))
+    with relaying(source):
+        wait_until_sent(engine)
+    assert b"huge" in b"".join(one.value for one in broker_fixtures.consume(broker, kafka.topics.events, 7))
+
+
+def test_a_claim_that_its_topic_does_not_take_is_told_without_its_input(source, kafka, broker):
+    engine, at = source.inlet.engine, datetime.now(UTC)
+    huge = [event_fixtures.make_prediction(n, at, confidence=0.5, input={"text": "x" * 5000}) for n in (1, 2)]
+    event_fixtures.send(engine, huge, at)
+    event_fixtures.handle(engine, source.inlet.agents["adjudication"], at)
+    limit_bytes(source, kafka.topics.queue, 2000)
+    with relaying(source):
+        wait_until_sent(engine)
+    assert [orjson.loads(one.value)["data"]["input"] for one in broker_fixtures.consume(broker, kafka.topics.queue, 2)] == [None, None]
+    with db.reading(engine) as connection:
+        assert dead_letters.count_parked(connection) == 0
+
+
+def test_an_announcement_of_a_dead_letter_that_is_refused_makes_no_other_one(source, kafka):
+    with db.writing(source.inlet.engine) as connection:
+        dead_letters.park(connection, "claims-7", "x" * 5000, datetime.now(UTC), key="a")
+    limit_bytes(source, kafka.topics.dead_letters, 2000)
+    with relaying(source):
+        wait_until_sent(source.inlet.engine)
+    with db.reading(source.inlet.engine) as connection:
+        assert dead_letters.count_parked(connection) == 1
+
+
+def test_a_relay_that_was_stopped_between_two_messages_sends_no_more_of_them(source, kafka, broker):
+    relay_, sent = relay.Relay(source), []
+
+    class Producer:
+        """One that takes longer for a message than the lease lasts."""
+
+        def send(self, *_, **__):
+            sent.append(1)
+            relay_._renewed_at -= relay.TERM.total_seconds() + 1
+
+    relay_._renewed_at = time.monotonic()
+    with pytest.raises(relay.LeaseLostError):
+        relay_._send(Producer(), [relay.Message("t", b"k", b"v")] * 3, 1)
+    assert len(sent) == 1
+
+
+@pytest.mark.databases("sqlite", "postgresql")
+def test_the_next_batch_is_read_and_sent_while_the_last_one_is_underway(source, kafka, broker, monkeypatch):
+    """And nothing of it twice, though it is not marked yet."""
+    monkeypatch.setattr(relay, "FIRST_BATCH", 4)
+    monkeypatch.setattr(relay, "BATCH", 4)
+    emit(source.inlet.engine, 0, 20)
+    open_reviews(source, range(10))
+    underway = []
+    genuine = relay.read_unsent
+
+    def read(connection, outlets, limit, flying=()):
+        underway.append(len(flying))
+        return genuine(connection, outlets, limit, flying)
+
+    monkeypatch.setattr(relay, "read_unsent", read)
+    with relaying(source):
+        wait_until_sent(source.inlet.engine)
+    assert underway[:3] == [0, 8, 8]
+    numbers = [int(orjson.loads(one.value)["data"]["message"]) for one in broker_fixtures.consume(broker, kafka.topics.events, 20)]
+    assert sorted(numbers) == list(range(20))
+    assert source.sent.messages == 30
+
+
+def test_where_messages_are_large_fewer_are_sent_at_once(source, monkeypatch):
+    monkeypatch.setattr(relay, "MOST_BYTES_AT_ONCE", 1000)
+    emit(source.inlet.engine, 0, 40)
+    one = relay.Relay(source)
+    sizes = [len(one._read(())) for _ in range(8)]
+    assert sizes[0] == 40
+    assert max(sizes[-2:]) < 7
 
 
 def test_an_alarm_is_announced_once_with_the_ledgers_head(source):
@@ -218,7 +329,7 @@ def test_a_relay_that_was_held_up_looks_after_its_lease_before_it_sends(source, 
     monkeypatch.setattr(relay, "RENEW_SECONDS", 0)
     emit(source.inlet.engine, 0, 1)
     one, sent = relay.Relay(source), []
-    monkeypatch.setattr(relay.Relay, "_send", lambda *_: sent.append(1))
+    monkeypatch.setattr(relay.KafkaProducer, "send", lambda *_, **__: sent.append(1))
     with db.writing(source.inlet.engine) as connection:
         connection.execute(insert(Lease).values(name=relay.LEASE, holder="another", fence=7, expires_at=datetime.now(UTC)))
     with pytest.raises(relay.LeaseLostError):

@@ -270,3 +270,54 @@ def test_a_view_stays_as_it_was_and_can_not_be_written_through(engine: Engine, n
         assert events.count_by_state(view)["received"] == 0
         with pytest.raises(db.UNAVAILABLE, match="read-only transaction"):
             leases.acquire(view, "scheduler", "a", now, TERM)
+
+
+def test_a_case_that_is_predicted_twice_at_one_moment_is_asked_once(engine: Engine, now: datetime) -> None:
+    """Once by HTTP and once by Kafka, say: neither sees the other's review, and the second one gives way."""
+    agent = make_agent(threshold=0.99)
+
+    def take(number: int) -> None:
+        event = make_prediction(number, now, claim_id="c1", confidence=0.5)
+        items = schemas.parse(orjson.dumps([event]), schemas.PREDICTION)
+        _, new = delivery.deliver_as(connection_of[number], items, {"adjudication": LABELS}, PRODUCER, now, "handled")
+        handlers.handle_new(connection_of[number], new, {"adjudication": agent}, now)
+
+    connection_of: dict[int, Any] = {}
+    second: list[Any] = []
+
+    def take_second() -> None:
+        with db.writing(engine, alone=False) as connection_of[2]:
+            take(2)
+        second.append("done")
+
+    thread = threading.Thread(target=take_second)
+    with db.writing(engine, alone=False) as connection_of[1]:
+        take(1)
+        thread.start()
+        while not is_waiting(engine):
+            assert thread.is_alive(), "it did not mind the first one"
+    thread.join()
+    assert second == ["done"]
+    assert (count(engine, Prediction), count(engine, Review)) == (2, 1)
+
+
+def is_waiting(engine: Engine) -> bool:
+    """Whether a session of this database waits for a lock."""
+    with db.reading(engine) as connection:
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        return connection.exec_driver_sql(waiting).scalar_one() > 0
+
+
+def test_those_who_open_the_same_cases_in_different_orders_do_not_wait_for_each_other(engine: Engine, now: datetime) -> None:
+    agent = make_agent(threshold=0.99)
+
+    def handle_all(first: int, claims: list[int]) -> None:
+        sent = [make_prediction(first + claim, now, claim_id=f"c{claim}", confidence=0.5) for claim in claims]
+        items = schemas.parse(orjson.dumps(sent), schemas.PREDICTION)
+        with db.writing(engine, alone=False) as connection:
+            _, new = delivery.deliver_as(connection, items, {"adjudication": LABELS}, PRODUCER, now, "handled")
+            handlers.handle_new(connection, new, {"adjudication": agent}, now)
+
+    claims = list(range(200))
+    assert at_once(lambda: handle_all(0, claims), lambda: handle_all(1000, claims[::-1])) == [None, None]
+    assert (count(engine, Prediction), count(engine, Review)) == (400, 200)

@@ -136,6 +136,7 @@ def upgrade() -> None:
         sa.Column("state", sa.String(), nullable=False),
         sa.Column("reason", sa.String(), nullable=True),
         sa.Column("handled_at", UtcTime(), nullable=True),
+        sa.Column("number", sa.BigInteger(), nullable=True),
         sa.CheckConstraint(
             "state = 'received' OR state = 'handled' OR state = 'waiting' OR state = 'dead' OR state = 'unsent' OR state = 'sent'",
             name="state_is_known",
@@ -154,7 +155,7 @@ def upgrade() -> None:
     op.create_index(
         "events_unsent",
         "events",
-        ["ulid"],
+        ["number", "ulid"],
         unique=False,
         sqlite_where=sa.text("state = 'unsent'"),
         postgresql_where=sa.text("state = 'unsent'"),
@@ -391,6 +392,7 @@ def upgrade() -> None:
         sa.Column("leased_by", sa.String(), nullable=True),
         sa.Column("lease_until", UtcTime(), nullable=True),
         sa.Column("closed_at", UtcTime(), nullable=True),
+        sa.Column("case_key", sa.BigInteger(), nullable=True),
         sa.CheckConstraint("(state = 'leased') = (leased_by IS NOT NULL)", name="a_lease_has_a_holder"),
         sa.CheckConstraint("state = 'open' OR state = 'leased' OR state = 'answered' OR state = 'expired'", name="state_is_known"),
         sa.ForeignKeyConstraint(
@@ -410,6 +412,14 @@ def upgrade() -> None:
         unique=True,
         sqlite_where=sa.text("state IN ('open', 'leased')"),
         postgresql_where=sa.text("state IN ('open', 'leased')"),
+    )
+    op.create_index(
+        "one_live_review_of_a_case",
+        "reviews",
+        ["case_key"],
+        unique=True,
+        sqlite_where=sa.text("state IN ('open', 'leased') AND exam IS NULL"),
+        postgresql_where=sa.text("state IN ('open', 'leased') AND exam IS NULL"),
     )
     op.create_index(
         "reviews_live",

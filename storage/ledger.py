@@ -28,8 +28,8 @@ def append(connection: Connection, kind: str, agent: str, body: Mapping[str, Any
     seq, previous = (last.seq + 1, last.hash) if last else (1, GENESIS)
     content = orjson.dumps(dict(body), option=orjson.OPT_SORT_KEYS).decode()
     digest = _hash(seq, now, kind, agent, content, previous)
-    row = {"seq": seq, "at": now, "kind": kind, "agent": agent, "body": content, "previous": previous, "hash": digest}
-    connection.execute(insert(LedgerEntry), [row])
+    row = {"seq": seq, "at": now, "kind": kind, "agent": agent, "claim": body.get("claim"), "body": content, "previous": previous}
+    connection.execute(insert(LedgerEntry), [{**row, "hash": digest}])
     return digest
 
 
@@ -42,7 +42,8 @@ def verify(connection: Connection) -> list[str]:
             problems.append(f"entry {expected} is missing")
         if row.previous != previous:
             problems.append(f"entry {row.seq} does not follow on the one before it")
-        if row.hash != _hash(row.seq, row.at, row.kind, row.agent, row.body, row.previous):
+        digest = _hash(row.seq, row.at, row.kind, row.agent, row.body, row.previous)
+        if row.hash != digest or row.claim != orjson.loads(row.body).get("claim"):
             problems.append(f"entry {row.seq} ({row.kind} of {row.at:%Y-%m-%d %H:%M}) was changed")
         previous, expected = row.hash, row.seq + 1
     return problems
@@ -75,8 +76,7 @@ def hide(connection: Connection, agent: str, claim_id: str) -> str:
 
 def of_claim(connection: Connection, agent: str, claim_id: str) -> list[RowMapping]:
     """The entries about a claim, oldest first."""
-    named = LedgerEntry.body.contains(f'"claim":"{hide(connection, agent, claim_id)}"')
-    query = select(LedgerEntry.__table__).where(LedgerEntry.agent == agent, named).order_by(LedgerEntry.seq)
+    query = select(LedgerEntry.__table__).where(LedgerEntry.claim == hide(connection, agent, claim_id)).order_by(LedgerEntry.seq)
     return list(connection.execute(query).mappings())
 
 

@@ -414,16 +414,18 @@ class Stream(Table):
 
 
 class LedgerEntry(Table):
-    """One link of the hash chain; no claim text, and claim ids only as HMAC."""
+    """One link of the hash chain; no claim text, and claim ids only as HMAC. `claim` is the body's, where an index finds it."""
 
     __tablename__ = "ledger"
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     at: Mapped[datetime]
     kind: Mapped[str]
     agent: Mapped[str]
+    claim: Mapped[str | None]
     body: Mapped[str] = mapped_column(Text)
     previous: Mapped[str]
     hash: Mapped[str]
+    __table_args__ = (partial("ledger_of_claim", "claim", where="claim IS NOT NULL"),)
 
 
 class DeadLetter(Table):

@@ -52,6 +52,7 @@ def test_an_empty_ledger_is_whole(engine):
         ("UPDATE ledger SET at = (SELECT at FROM ledger WHERE seq = 1) WHERE seq = 4", "entry 4"),
         ("UPDATE ledger SET kind = 'promote' WHERE seq = 4", "entry 4"),
         ("UPDATE ledger SET agent = 'scribe' WHERE seq = 4", "entry 4"),
+        ("UPDATE ledger SET claim = 'of another' WHERE seq = 4", "entry 4"),
         ("UPDATE ledger SET hash = 'x' WHERE seq = 4", "entry 5 does not follow on the one before it"),
         ("DELETE FROM ledger WHERE seq = 4", "entry 4 is missing"),
         ("UPDATE ledger SET seq = 40 WHERE seq = 10", "entry 10 is missing"),

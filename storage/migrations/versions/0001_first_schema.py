@@ -189,10 +189,19 @@ def upgrade() -> None:
         sa.Column("at", UtcTime(), nullable=False),
         sa.Column("kind", sa.String(), nullable=False),
         sa.Column("agent", sa.String(), nullable=False),
+        sa.Column("claim", sa.String(), nullable=True),
         sa.Column("body", sa.Text(), nullable=False),
         sa.Column("previous", sa.String(), nullable=False),
         sa.Column("hash", sa.String(), nullable=False),
         sa.PrimaryKeyConstraint("seq"),
+    )
+    op.create_index(
+        "ledger_of_claim",
+        "ledger",
+        ["claim"],
+        unique=False,
+        sqlite_where=sa.text("claim IS NOT NULL"),
+        postgresql_where=sa.text("claim IS NOT NULL"),
     )
     op.create_table(
         "policies",

@@ -13,7 +13,7 @@ import signal
 import socket
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 import structlog
@@ -22,7 +22,7 @@ from fastapi import FastAPI
 from sqlalchemy import Engine
 
 from consumers import broker, embedded, handlers, records, stream
-from daemon import holders, pipeline, policies, scheduler
+from daemon import clocks, holders, pipeline, policies, scheduler
 from daemon.config import Settings
 from daemon.launchers import choice
 from daemon.web import app
@@ -56,6 +56,7 @@ class Service:
     agents: Mapping[str, handlers.Agent]
     listeners: Mapping[str, socket.socket]
     roles: Sequence[str]
+    clock: Callable[[], datetime]
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     counters: embedded.Counters = field(default_factory=embedded.Counters)
@@ -63,15 +64,10 @@ class Service:
     @functools.cached_property
     def metrics(self) -> Metrics:
         """What this process has counted."""
-        return Metrics(self.engine, self.settings.agents, utc_now, self.counters.by_state)
+        return Metrics(self.engine, self.settings.agents, self.clock, self.counters.by_state)
 
 
 Role = Callable[[Service], Coroutine[Any, Any, None]]
-
-
-def utc_now() -> datetime:
-    """The clock of everything that runs for real."""
-    return datetime.now(UTC)
 
 
 def check_bind(settings: Settings, engine: Engine) -> None:
@@ -115,11 +111,12 @@ def start(settings: Settings, roles: Sequence[str]) -> int:
         listeners = {"operate": listen(server.host, "ops_port", server.ops_port)}
         if "web" in roles:
             listeners["web"] = listen(server.host, "port", server.port)
+        clock = clocks.choose(engine)
         with db.writing(engine) as connection:
-            agents = policies.record(connection, settings.agents, utc_now())
+            agents = policies.record(connection, settings.agents, clock())
         log.info("starting", roles=list(roles), pid=os.getpid(), agents=list(agents))
         calm_collector()
-        return asyncio.run(_run(Service(settings, engine, agents, listeners, roles)))
+        return asyncio.run(_run(Service(settings, engine, agents, listeners, roles, clock)))
     finally:
         engine.dispose()
 
@@ -139,7 +136,7 @@ async def _run(service: Service) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _begin_stop, service, number.name)
-    works = {**{name: ROLES[name] for name in service.roles}, "operate": operate, "keep_alive": keep_alive}
+    works = {**{name: ROLES[name] for name in service.roles}, "operate": operate, "keep_alive": keep_alive, "keep_time": keep_time}
     if "consume" in service.roles and service.settings.kafka.bootstrap is not None:
         works["stream"] = follow_stream
     tasks = {asyncio.create_task(work(service), name=name) for name, work in works.items()}
@@ -171,13 +168,13 @@ def _begin_stop(service: Service, name: str) -> None:
 
 async def consume(service: Service) -> None:
     """Handle the events in the table."""
-    await embedded.run(service.engine, service.agents, utc_now, service.stop, service.wake, service.counters)
+    await embedded.run(service.engine, service.agents, service.clock, service.stop, service.wake, service.counters)
 
 
 async def follow_stream(service: Service) -> None:
     """Handle what comes by Kafka, beside what lies in the table, and send there what is to be told."""
     told = service.settings.kafka
-    inlet = records.Inlet(service.engine, service.agents, told.topics.kinds(), utc_now, service.counters)
+    inlet = records.Inlet(service.engine, service.agents, told.topics.kinds(), service.clock, service.counters)
     lease = stream.Lease(holders.make_name(), holders.acquire)
     await stream.run(stream.Stream(told.to_access(), told.group, told.consumer, inlet, told.topics.outlets(), lease), service.stop)
 
@@ -185,13 +182,15 @@ async def follow_stream(service: Service) -> None:
 async def web(service: Service) -> None:
     """Serve the API and the pages; where this process consumes too, events are handled in the transaction that stores them."""
     counters = service.counters if "consume" in service.roles else None
-    site = app.create_app(service.engine, service.settings, service.agents, utc_now, service.wake.set, service.metrics, counters)
+    site = app.create_app(service.engine, service.settings, service.agents, service.clock, service.wake.set, service.metrics, counters)
     await serve(site, service.listeners["web"], "web", service.stop)
 
 
 async def schedule(service: Service) -> None:
     """Advance the loop, when this process leads."""
-    await scheduler.run(pipeline.Pipeline(service.engine, service.settings, choice.make_launcher(service.settings)), utc_now, service.stop)
+    await scheduler.run(
+        pipeline.Pipeline(service.engine, service.settings, choice.make_launcher(service.settings)), service.clock, service.stop
+    )
 
 
 async def operate(service: Service) -> None:
@@ -227,6 +226,11 @@ async def keep_alive(service: Service) -> None:
         notify("WATCHDOG=1")
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(service.stop.wait(), period or 3600)
+
+
+async def keep_time(service: Service) -> None:
+    """Go on knowing what time the database has."""
+    await clocks.keep(service.clock, service.stop)
 
 
 def notify(state: str) -> None:

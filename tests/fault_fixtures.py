@@ -59,9 +59,9 @@ LONG = Pace()
 CLOCK = """
 from datetime import timedelta
 from pathlib import Path
-from daemon import service
-genuine = service.utc_now
-service.utc_now = lambda: genuine() - timedelta(hours=Path("clock-is-back").exists())
+from daemon import clocks
+genuine = clocks.read_local
+clocks.read_local = lambda: genuine() - timedelta(hours=Path("clock-is-back").exists())
 """
 """The daemon's clock is an hour back while a file is there."""
 SHORT_PATCH = """

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from daemon import cli, config, service
+from daemon import cli, clocks, config, service
 from daemon.web import app
 from daemon.web.metrics import Metrics
 
@@ -50,7 +50,7 @@ def test_the_addresses_are_those_of_the_other_services(settings):
 
 
 def test_health_checks_and_prometheus_ask_routes_that_there_are(settings, engine):
-    ops = httpx.ASGITransport(app.create_ops_app(engine, Metrics(engine, {}, service.utc_now, {})))
+    ops = httpx.ASGITransport(app.create_ops_app(engine, Metrics(engine, {}, clocks.read_local, {})))
 
     async def answers(path):
         async with httpx.AsyncClient(transport=ops, base_url="http://ratchet") as client:

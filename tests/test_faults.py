@@ -6,11 +6,7 @@ import pytest
 
 from tests import broker_fixtures, fault_fixtures
 
-pytestmark = [
-    pytest.mark.timeout(600),
-    # kafka-python does not close the socket of a connection that was refused.
-    pytest.mark.filterwarnings("ignore:Exception ignored in. <socket.socket:pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.timeout(600)
 ALL = ("consume", "web", "schedule")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 from datetime import UTC, datetime
 
 import orjson
@@ -12,7 +13,9 @@ from sqlalchemy import func, select
 from sqlalchemy.exc import OperationalError
 from structlog.testing import capture_logs
 
-from consumers import records, stream, topics
+from consumers import broker as brokers
+from consumers import kafka as faust_consumer
+from consumers import records, schemas, stream, topics
 from storage import db, dead_letters, events, leases, tokens
 from storage.tables import DeadLetter, Event, Label, Prediction
 from tests import broker_fixtures, event_fixtures
@@ -60,6 +63,17 @@ def read_until(source, holds):
 def predictions(first, last):
     at = datetime.now(UTC)
     return [orjson.dumps(event_fixtures.make_prediction(number, at)) for number in range(first, last)]
+
+
+def test_a_faust_worker_that_finds_no_broker_leaves_nothing_at_work(engine):
+    inlet = records.Inlet(engine, {}, {"predictions": schemas.PREDICTION}, lambda: datetime.now(UTC))
+
+    async def start():
+        with pytest.raises(brokers.BrokerAbsentError):
+            await faust_consumer.run(brokers.Access("127.0.0.1:1"), "group", inlet, asyncio.Event(), threading.Event())
+        return asyncio.all_tasks() - {asyncio.current_task()}
+
+    assert asyncio.run(start()) == set()
 
 
 @pytest.mark.databases("sqlite", "postgresql")

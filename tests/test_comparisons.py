@@ -10,6 +10,8 @@ from sqlalchemy import Engine
 from storage import db, exams, ids, labels, predictions, registry, reviews, scores
 from tests.event_fixtures import ANN, handle, make_agent, make_label, make_prediction, send
 
+pytestmark = pytest.mark.databases("sqlite", "postgresql")
+
 
 @pytest.fixture
 def scored(engine: Engine, now: datetime) -> Engine:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
+import pytest
 from sqlalchemy import Engine
 
 from storage import db, dead_letters
+
+pytestmark = pytest.mark.databases("sqlite", "postgresql")
 
 
 def test_the_same_thing_parked_again_later_is_the_same_letter(engine: Engine, now: datetime) -> None:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 import structlog
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 
 from daemon import deployments
 from daemon.serving import pointer, publisher
@@ -18,6 +18,7 @@ from storage import alarms, db, leases, ledger, registry
 from tests.version_fixtures import answer, copying, drip, listening, make_agent, make_made, register
 from trainers import spec
 
+pytestmark = pytest.mark.databases("sqlite", "postgresql")
 AGENT = "adjudication"
 
 
@@ -415,7 +416,7 @@ def test_a_database_that_fails_ends_the_work_on_deployments(site):
     with db.writing(site.engine) as connection:
         connection.exec_driver_sql("ALTER TABLE leases RENAME TO gone")
     for work in (site.advance, site.reconcile):
-        with pytest.raises(OperationalError):
+        with pytest.raises(DBAPIError):
             work()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 import pytest
 import torch
-from sqlalchemy import select
+from sqlalchemy import Engine, select
 
 from daemon import cases, report, simulate
 from daemon.agents import Agent, Budget, PromptFile, Publisher, Triggers
@@ -37,7 +37,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_plan(
-    out: Path, base: Path, stream: list[cases.Case], on_progress: Callable[[int, int], None] = lambda _n, _of: None
+    out: Path,
+    base: Path,
+    stream: list[cases.Case],
+    on_progress: Callable[[int, int], None] = lambda _n, _of: None,
+    engine: Engine | None = None,
 ) -> simulate.Plan:
     agent = Agent(
         name="replay",
@@ -54,7 +58,7 @@ def make_plan(
     out.mkdir(parents=True, exist_ok=True)
     settings = Settings(
         home=out,
-        database=Database(url=f"sqlite:///{out}/ratchet.db"),
+        database=Database(url=engine.url.render_as_string(hide_password=False) if engine else f"sqlite:///{out}/ratchet.db"),
         storage=Storage(snapshots=out / "snapshots", adapters=out / "adapters", runs=out / "runs"),
         devices=Devices(slots=("cpu",)),
         training=Training(threads=1, backoff_seconds=0),
@@ -82,8 +86,8 @@ def look(plan: simulate.Plan) -> dict[str, list[Any]]:
                     Prediction.id
                 )
             ).all(),
-            "datasets": connection.execute(select(DatasetVersion.number, DatasetVersion.root)).all(),
-            "versions": connection.execute(select(Version.name, Version.adapter_digest, Version.verdict)).all(),
+            "datasets": connection.execute(select(DatasetVersion.number, DatasetVersion.root).order_by(DatasetVersion.number)).all(),
+            "versions": connection.execute(select(Version.name, Version.adapter_digest, Version.verdict).order_by(Version.name)).all(),
         }
     engine.dispose()
     return {name: [tuple(row) for row in rows] for name, rows in found.items()}
@@ -110,10 +114,14 @@ def test_an_answer_that_was_never_asked_for_changes_nothing(tmp_path: Path, base
     assert {"accuracy", "frozen_accuracy", "ungated_accuracy", "random_accuracy", "gain_over_frozen", "alarms", "verdicts"} <= told.keys()
 
 
-def test_a_replay_that_was_interrupted_goes_on_to_the_same_end(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.databases("sqlite", "postgresql")
+def test_a_replay_that_was_interrupted_goes_on_to_the_same_end(
+    tmp_path: Path, base: Path, new_engine: Callable[[], Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(simulate, "WINDOW", WINDOW)
     stream = make_cases(3 * WINDOW, 80)
-    whole = make_plan(tmp_path / "whole", base, stream)
+    first, second = new_engine(), new_engine()
+    whole = make_plan(tmp_path / "whole", base, stream, engine=first)
     expected = replay(whole)
 
     def pull_the_plug(number: int, _of: int) -> None:
@@ -121,8 +129,8 @@ def test_a_replay_that_was_interrupted_goes_on_to_the_same_end(tmp_path: Path, b
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        replay(make_plan(tmp_path / "cut", base, stream, pull_the_plug))
-    cut = make_plan(tmp_path / "cut", base, stream)
+        replay(make_plan(tmp_path / "cut", base, stream, pull_the_plug, second))
+    cut = make_plan(tmp_path / "cut", base, stream, engine=second)
     resumed = replay(cut)
     assert look(cut) == look(whole)
     assert {**resumed, "seconds": 0} == {**expected, "seconds": 0}

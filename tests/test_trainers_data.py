@@ -119,6 +119,22 @@ def test_a_warm_start_replays_a_fixed_sample_of_imported_rows_and_all_new_ones(t
     assert len(read(folder, options).train) == 30
 
 
+def test_an_imported_row_that_is_a_half_life_older_is_half_as_likely_to_be_learned_again(tmp_path):
+    times = ["2025-01-01T00:00:00+00:00", "2026-01-01T00:00:00+00:00"]
+    rows = [row(number, "train", answered_at=times[number % 2]) for number in range(2000)]
+    folder = snapshot(tmp_path / "set", rows)
+
+    def count_newer(half_life):
+        options = Options(replay_rows=300, replay_half_life_days=half_life)
+        drawn = [int(case.row_id.removeprefix("row-")) for case in read(folder, options, warm=True).train]
+        assert len(drawn) == 300
+        return sum(number % 2 for number in drawn)
+
+    assert count_newer(0) == pytest.approx(150, abs=20)
+    assert count_newer(365) == pytest.approx(195, abs=20)
+    assert count_newer(1) == 300
+
+
 def test_a_cut_prompt_is_counted_and_its_completion_is_whole(tmp_path):
     long = json.dumps({"treatment": "surgery " * 200, "age": "4", "plan": "HMO"})
     lessons = read(snapshot(tmp_path / "set", [row(0, "train", input=long, rationale="because")]), limit=64)

@@ -6,8 +6,10 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +119,7 @@ def digest_tokenizer(tokenizer: Tokenizer) -> str:
 
 def encode_rows(dataset: Path, tokenizer: Tokenizer, prompt: Prompt, labels: Sequence[str], limit: int) -> Iterator[list[dict[str, Any]]]:
     """The train and dev rows of a snapshot for `token_tables.write`, a block at a time."""
-    columns = ("row_id", "row_digest", "split", "origin", "input", "answer", "rationale")
+    columns = ("row_id", "row_digest", "split", "origin", "answered_at", "input", "answer", "rationale")
     rows = (row for row in snapshots.read(dataset, columns) if row["split"] in {"train", "dev"})
     while block := list(itertools.islice(rows, token_tables.ROWS_AT_ONCE)):
         yield encode_block(block, tokenizer, prompt, labels, limit)
@@ -137,6 +139,7 @@ def encode_block(
             "row_id": row["row_id"],
             "row_digest": row["row_digest"],
             "origin": row["origin"],
+            "answered_at": row["answered_at"],
             "split": row["split"],
             "answer": labels.index(row["answer"]),
             "prompt": rendered.texts.get(index),
@@ -178,30 +181,45 @@ def drop_left_out(table: token_tables.TokenTable, places: np.ndarray) -> np.ndar
 
 def choose_places(table: token_tables.TokenTable, places: np.ndarray, options: Options, learned: Path | None, seed: int) -> np.ndarray:
     """Where the rows lie that a warm start is trained on, see `choose_rows`."""
-    names = ("row_id", "row_digest", "origin")
+    names = ("row_id", "row_digest", "origin", "answered_at")
     columns = [table.take(name, places) for name in names]
     rows = [dict(zip((*names, "place"), row, strict=True)) for row in zip(*columns, places, strict=True)]
     return np.array([row["place"] for row in choose_rows(rows, options, learned, seed)], dtype=np.int64)
 
 
 def choose_rows(rows: Sequence[dict[str, Any]], options: Options, learned: Path | None, seed: int) -> list[dict[str, Any]]:
-    """What a warm start is trained on: the new rows, and of those in the snapshot `learned` what the policy replays."""
+    """What a warm start is trained on: the new rows, and of those in the snapshot `learned` what the policy replays.
+
+    Of the old ones a share, and then of the imported ones at most a number, see `drop`.
+    """
     known = {row["row_digest"] for row in snapshots.read(learned, ("row_digest",))} if learned and options.needs_learned else set()
-    old = [row for row in rows if row["row_digest"] in known]
     share = 0.0 if options.policy == "delta" else options.replay_share
-    kept = {row["row_id"] for row in draw(old, round(share * len(old)), seed)}
-    return replay([row for row in rows if row["row_digest"] not in known or row["row_id"] in kept], options.replay_rows, seed)
+    half_life = options.replay_half_life_days
+    old = [row for row in rows if row["row_digest"] in known]
+    dropped = drop(old, round(share * len(old)), half_life, seed)
+    imported = [row for row in rows if row["origin"] == snapshots.IMPORTED and row["row_id"] not in dropped]
+    dropped |= drop(imported, options.replay_rows, half_life, seed)
+    return [row for row in rows if row["row_id"] not in dropped]
 
 
-def draw(rows: Sequence[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
-    """So many of the rows, the same ones for the same seed whatever else is in the set."""
-    return sorted(rows, key=lambda row: hashlib.sha256(f"{seed}\0{row['row_id']}".encode()).digest())[:count]
+def drop(rows: Sequence[dict[str, Any]], keep: int, half_life: float, seed: int) -> set[str]:
+    """The ids of all rows but `keep` of them: the same for the same seed, whatever else is in the set.
+
+    A row that was answered `half_life` days before another is half as likely to be drawn first; with 0 all are alike. It is weighted
+    sampling without replacement (Efraimidis and Spirakis 2006): in ascending order of log(-log(1 - u)) - log(weight).
+    """
+
+    def place(row: Mapping[str, Any]) -> float:
+        digest = hashlib.sha256(f"{seed}\0{row['row_id']}".encode()).digest()
+        drawn = math.log(-math.log1p(-(int.from_bytes(digest[:6]) + 0.5) / 2**48))
+        return drawn - math.log(2) * days_of(row["answered_at"]) / half_life if half_life else drawn
+
+    return {row["row_id"] for row in sorted(rows, key=place)[keep:]}
 
 
-def replay(rows: Sequence[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
-    """All rows that were not imported and `count` of the imported, the same ones for the same seed whatever else is in the set."""
-    kept = {row["row_id"] for row in draw([row for row in rows if row["origin"] == snapshots.IMPORTED], count, seed)}
-    return [row for row in rows if row["origin"] != snapshots.IMPORTED or row["row_id"] in kept]
+def days_of(time: str) -> float:
+    """An ISO 8601 time in days since 1970."""
+    return datetime.fromisoformat(time).timestamp() / 86_400
 
 
 def read_case(table: token_tables.TokenTable, new_weight: float, place: int) -> Case:

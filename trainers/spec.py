@@ -173,6 +173,9 @@ class Options(Frozen):
     new_weight: float = Field(default=5.0, gt=0, description="Loss weight of a row that was not imported.")
     replay_share: float = Field(default=1.0, ge=0, le=1, description="`replay`: share of the rows learned before that are learned again.")
     replay_rows: int = Field(default=2000, ge=0, description="`replay`: at most so many imported rows are learned again.")
+    replay_half_life_days: float = Field(
+        default=0, ge=0, description="`replay`: a row so many days older is half as likely to be learned again; 0: age does not matter."
+    )
     patience: int = Field(default=0, ge=0, description="Stop after so many epochs without a better dev loss; 0: never.")
     checkpoint_steps: int = Field(default=50, ge=1, description="Optimizer steps between two checkpoints.")
     lora: LoraOptions = LoraOptions()

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import compute
 
-VERSION = 1
+VERSION = 2
 """Of how rows become tokens: raised with every change of that, so that a table made before is not read any more."""
 ROWS_AT_ONCE = 1024
 """Rows that are tokenised and written together; every block of a file but the last has so many."""
@@ -22,6 +22,7 @@ SCHEMA = pa.schema(
         pa.field("row_id", pa.string(), nullable=False),
         pa.field("row_digest", pa.string(), nullable=False),
         pa.field("origin", pa.string(), nullable=False),
+        pa.field("answered_at", pa.string(), nullable=False),
         pa.field("split", pa.string(), nullable=False),
         pa.field("answer", pa.int32(), nullable=False),
         pa.field("prompt", pa.string()),

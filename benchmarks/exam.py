@@ -31,14 +31,16 @@ from sklearn.preprocessing import OneHotEncoder
 from consumers import routing
 from daemon import gate
 from storage.sampling import bucket
+from trainers.spec import Options
 
 STREAMS = ((2005, 2010), (2007, 2011), (2010, 2013))
 KINDS, RULES = ("honest", "spoiled", "null"), ("never", "always", "posterior", "anytime")
 JUDGED: tuple[gate.Rule, ...] = ("posterior", "anytime")
 LABELS = ("DENIED", "APPROVED")
 FIELDS = ("diagnosis_category", "diagnosis_subcategory", "treatment_category", "treatment_subcategory", "type", "age_range", "gender")
-WINDOW, RECENT, RETRAIN_LABELS, NEW_WEIGHT, GOLD_SHARE = 250, 500, 75, 5.0, 0.05
+WINDOW, RECENT, RETRAIN_LABELS, GOLD_SHARE = 250, 500, 75, 0.05
 PRIOR_VARIANCE = 0.6
+TRAINING = Options()
 BUDGET = routing.RoutingPolicy(budget_share=0.1)
 PUBLISHED = {  # the table by which the design was chosen: honest, share of the gain, spoiled, null, promotions on null
     "never": (0.587, 0.0, 0.587, 0.663, 0.0),
@@ -50,11 +52,12 @@ PUBLISHED = {  # the table by which the design was chosen: honest, share of the 
 
 @dataclass(frozen=True)
 class Cases:
-    """History and then a stream, in the order of the decisions; columns one-hot, answers 1 for APPROVED."""
+    """History and then a stream, in the order of the decisions; columns one-hot, answers 1 for APPROVED, times in days."""
 
     keys: list[str]
     columns: sparse.csr_matrix
     answers: np.ndarray
+    times: np.ndarray
     history: int
     types: list[str]
 
@@ -92,7 +95,19 @@ def take_stream(rows: list[dict[str, str]], cut: int, last: int) -> Cases:
     columns = sparse.csr_matrix(OneHotEncoder().fit_transform([[row[name] for name in FIELDS] for row in chosen]))
     answers = np.array([row["determination"].startswith("Overturned") for row in chosen], dtype=int)
     keys = [f"{row['report_year']}/{row['reference_id']}" for row in chosen]
-    return Cases(keys, columns, answers, sum(int(row["report_year"]) <= cut for row in chosen), [row["type"] for row in chosen])
+    times = date_rows(chosen)
+    return Cases(keys, columns, answers, times, sum(int(row["report_year"]) <= cut for row in chosen), [row["type"] for row in chosen])
+
+
+def date_rows(rows: list[dict[str, str]]) -> np.ndarray:
+    """When each was decided, in days: the record knows the year and the order, so each year's are spread evenly over it."""
+    years = [int(row["report_year"]) for row in rows]
+    of_year, seen = Counter(years), Counter[int]()
+    times = []
+    for year in years:
+        times.append(365.25 * (year + seen[year] / of_year[year]))
+        seen[year] += 1
+    return np.array(times)
 
 
 class Replay:
@@ -106,7 +121,7 @@ class Replay:
         self.gold = [case for case in range(cases.history) if self.is_gold[case]]
         self.truth = cases.answers.copy()
         self.taught = cases.answers.copy()
-        self.champion = self.train()
+        self.champion = self.train(is_first=True)
         draw = np.random.default_rng(seed)
         if kind == "null":
             chance = self.champion.predict_proba(cases.columns[cases.history :])[:, 1]
@@ -122,11 +137,15 @@ class Replay:
         self.opened: list[int] = []
         self.verdicts: Counter[str] = Counter()
 
-    def train(self) -> LogisticRegression:
-        """Fit on all lessons; those that were not imported weigh more."""
-        weights = np.where(np.array(self.lessons) < self.cases.history, 1.0, NEW_WEIGHT)
+    def train(self, *, is_first: bool = False) -> LogisticRegression:
+        """Fit on all lessons: those that were not imported weigh more, and all but the first model replay history as the trainer does."""
+        lessons, history = np.array(self.lessons), self.cases.history
+        ages = np.maximum(0.0, self.cases.times[history - 1] - self.cases.times[lessons])
+        half_life = TRAINING.replay_half_life_days
+        halvings = ages / half_life if half_life and not is_first else 0 * ages
+        weights = np.where(lessons < history, 0.5**halvings, TRAINING.new_weight)
         return LogisticRegression(C=PRIOR_VARIANCE, max_iter=300).fit(
-            self.cases.columns[self.lessons], self.taught[self.lessons], sample_weight=weights
+            self.cases.columns[lessons], self.taught[lessons], sample_weight=weights
         )
 
     def run(self) -> Outcome:
@@ -186,25 +205,31 @@ class Replay:
         """Exam reviews opened in the last window of claims: the uncertain claims of the next one give way to as many."""
         return routing.Spent(examined=sum(at > now - WINDOW for at in self.opened))
 
-    def find_pool(self, candidate: Candidate) -> list[int]:
-        """The scored claims on which the two differ and nobody has answered yet."""
-        return [case for case in self.differing(candidate, candidate.claims) if case not in self.answered]
+    def find_pool(self, candidate: Candidate) -> dict[int, float]:
+        """The scored claims on which the two differ and nobody has answered yet, and how far apart they are."""
+        return {case: far for case, far in self.differing(candidate, candidate.claims).items() if case not in self.answered}
 
-    def differing(self, candidate: Candidate, claims: list[int]) -> list[int]:
+    def differing(self, candidate: Candidate, claims: list[int]) -> dict[int, float]:
         if not claims:
-            return []
+            return {}
         columns = self.cases.columns[claims]
-        return [claims[place] for place in np.flatnonzero(candidate.model.predict(columns) != self.champion.predict(columns))]
+        new, old = (model.predict_proba(columns) for model in (candidate.model, self.champion))
+        places = np.flatnonzero(new.argmax(axis=1) != old.argmax(axis=1))
+        return {claims[place]: gate.measure_distance(new[place], old[place]) for place in places}
+
+    def name(self, cases: dict[int, float]) -> dict[str, float]:
+        return {self.cases.keys[case]: far for case, far in cases.items()}
 
     def examine(self, candidate: Candidate, now: int) -> None:
         """Ask about some of the claims on which the two differ, then judge."""
-        pool = {self.cases.keys[case]: case for case in self.find_pool(candidate)}
+        pool = self.find_pool(candidate)
+        cases = {self.cases.keys[case]: case for case in pool}
         places = routing.count_places(BUDGET, self.window.state(self.read_spent(now))).exam
         allowed = min(places, self.policy.max_asked - len(candidate.asked))
-        for key in gate.choose_items(list(pool), self.agent, candidate.name, round(allowed)):
-            candidate.asked.append(pool[key])
+        for key in gate.choose_items(self.name(pool), self.agent, candidate.name, round(allowed)):
+            candidate.asked.append(cases[key])
             self.opened.append(now)
-            self.answer(pool[key])
+            self.answer(cases[key])
         self.judge(candidate)
 
     def judge(self, candidate: Candidate, *, is_last: bool = False) -> None:
@@ -215,10 +240,12 @@ class Replay:
 
     def gather(self, candidate: Candidate) -> gate.ExamEvidence:
         differing = self.differing(candidate, candidate.claims)
-        audited, routed = (self.differing(candidate, claims) for claims in (candidate.audited, candidate.routed))
-        asked, others = ({self.cases.keys[case]: case for case in claims} for claims in (candidate.asked, routed))
-        reached = [others[key] for key in gate.count_in(list(others), asked, self.agent, candidate.name)]
-        judged = sorted({*candidate.asked, *audited, *reached})
+        audited, routed, asked = (
+            {case: differing[case] for case in claims if case in differing}
+            for claims in (candidate.audited, candidate.routed, candidate.asked)
+        )
+        reached = set(gate.count_in(self.name(routed), self.name(asked), self.agent, candidate.name))
+        judged = sorted({*asked, *audited, *(case for case in routed if self.cases.keys[case] in reached)})
         return gate.ExamEvidence(
             pairs=self.pair(candidate, judged),
             pool=len(candidate.claims),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +13,9 @@ from storage.sampling import bucket, slice_key
 
 Rule = Literal["posterior", "anytime"]
 Outcome = Literal["promote", "reject", "inconclusive"]
+
+LEAST_DISTANCE = 0.01
+"""No two models that differ on a claim count as closer than this, so that no answer weighs without bound."""
 
 FAR = 1000
 """A verdict that is further away than so many more answers is reported as out of reach."""
@@ -38,12 +41,13 @@ class ExamPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Both models' answers to one claim and the expert's; `slices` are attribute values by name."""
+    """Both models' answers to one claim and the expert's; `slices` are attribute values by name, `distance` see `measure_distance`."""
 
     candidate: str
     champion: str
     truth: str
     slices: Mapping[str, str] = field(default_factory=dict)
+    distance: float = 1.0
 
     @property
     def is_win(self) -> bool:
@@ -209,7 +213,7 @@ def report_exam(evidence: ExamEvidence, policy: ExamPolicy) -> dict[str, Any]:
     """Every number of the exam: counts, what both rules make of them, the gain in points and how far a verdict is."""
     counts = tally(evidence.pairs)
     wins, losses = counts.wins, counts.losses
-    gain, low, high = significance.gain_interval(wins, losses, counts.answered, evidence.differing, evidence.pool)
+    gain, low, high = significance.gain_interval(*weigh_answers(evidence.pairs), evidence.differing, evidence.pool)
     other: Rule = "anytime" if policy.rule == "posterior" else "posterior"
     return {
         "rule": policy.rule,
@@ -328,23 +332,45 @@ def _explain_rule(outcome: Outcome, counts: Tally, evidence: ExamEvidence, polic
     return f"{where}, {counts.neither} neither: {measured} ({bounds}): {ending}."
 
 
-def choose_items(differing: Sequence[str], agent: str, exam_id: str, count: int) -> list[str]:
-    """A random sample of the differing claims not asked yet, the same whenever it is drawn again.
+def measure_distance(candidate: Sequence[float], champion: Sequence[float]) -> float:
+    """Total variation between two models' probabilities for one claim, in (0, 1]; models with other label sets are 1 apart."""
+    if len(candidate) != len(champion):
+        return 1.0
+    return max(LEAST_DISTANCE, sum(abs(ours - theirs) for ours, theirs in zip(candidate, champion, strict=True)) / 2)
 
-    Claims are ranked by a hash that each exam salts anew, so that being asked in one says nothing about the next.
+
+def choose_items(differing: Mapping[str, float], agent: str, exam_id: str, count: int) -> list[str]:
+    """A random sample of the differing claims not asked yet, those in preference on which the models are far apart.
+
+    `differing` are distances by claim: of two claims the one with twice the distance is drawn first twice as often. The sample is the same
+    whenever it is drawn again; each exam salts its hash anew, so that being asked in one says nothing about the next.
     """
-    return sorted(set(differing), key=lambda claim: _rank(claim, agent, exam_id))[: max(0, count)]
+    return sorted(differing, key=lambda claim: _rank(claim, differing[claim], agent, exam_id))[: max(0, count)]
 
 
-def count_in(answered: Sequence[str], asked: Iterable[str], agent: str, exam_id: str) -> list[str]:
+def count_in(answered: Mapping[str, float], asked: Mapping[str, float], agent: str, exam_id: str) -> list[str]:
     """Of the answered claims those that the exam's random order has reached: what it asked about, and what had an answer by then.
 
-    An answer that the router asked for is as good as one that the exam asked for, but routers prefer uncertain claims. Counted only where
-    the exam would have asked as well, they are no larger a part of the evidence than of the differing claims.
+    Both are distances by claim. An answer that the router asked for is as good as one that the exam asked for, but routers prefer
+    uncertain claims. Counted only where the exam would have asked as well, they are no larger a part of the evidence than of its sample.
     """
-    reached = max((_rank(claim, agent, exam_id) for claim in asked), default=-1.0)
-    return [claim for claim in answered if _rank(claim, agent, exam_id) <= reached]
+    reached = max((_rank(claim, distance, agent, exam_id) for claim, distance in asked.items()), default=-1.0)
+    return [claim for claim, distance in answered.items() if _rank(claim, distance, agent, exam_id) <= reached]
 
 
-def _rank(claim: str, agent: str, exam_id: str) -> float:
-    return bucket("exam", agent, f"{exam_id}\0{claim}")
+def _rank(claim: str, distance: float, agent: str, exam_id: str) -> float:
+    """Exponential with the distance as its rate: the order of weighted sampling without replacement (Efraimidis and Spirakis 2006)."""
+    return -math.log1p(-bucket("exam", agent, f"{exam_id}\0{claim}")) / distance
+
+
+def weigh_answers(pairs: Sequence[Pair]) -> tuple[float, float, float]:
+    """Wins, losses and all answers on differing claims, as an even sample would have them: what was preferred weighs less.
+
+    Each answer weighs the inverse of its distance; together they count for as many as tell the same (Kish's effective sample size).
+    """
+    weights = [(pair, 1 / pair.distance) for pair in pairs if pair.candidate != pair.champion]
+    total, squares = sum(weight for _, weight in weights), sum(weight**2 for _, weight in weights)
+    scale = total / squares if weights else 0.0
+    wins = sum(weight for pair, weight in weights if pair.is_win)
+    losses = sum(weight for pair, weight in weights if pair.is_loss)
+    return wins * scale, losses * scale, total * scale

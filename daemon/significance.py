@@ -19,13 +19,14 @@ def posterior_better(wins: int, losses: int, prior: float) -> float:
 def mixture_evalue(wins: int, losses: int) -> float:
     """Evidence against `right in half of the decided cases or fewer`; at any of many looks it exceeds 1/a with chance a at most (Ville).
 
-    The likelihood ratio to a fair coin averaged over shares uniform on (1/2, 1): 2^(n+1) B(w+1, l+1) P(Beta(w+1, l+1) > 1/2).
+    The likelihood ratio to a fair coin averaged over shares from Beta(2, 2) above 1/2, most of which are 0.5 to 0.8, as useful
+    candidates have them: 2^(n+1) B(w+2, l+2) / B(2, 2) P(Beta(w+2, l+2) > 1/2).
     """
-    decided = wins + losses
-    tail = float(special.bdtr(wins, decided + 1, 0.5))
+    tail = float(special.betaincc(wins + 2, losses + 2, 0.5))
     if not tail:  # so many losses that the number underflows
         return 0.0
-    return math.exp(min((decided + 1) * math.log(2) + float(special.betaln(wins + 1, losses + 1)) + math.log(tail), 690.0))
+    ratio = float(special.betaln(wins + 2, losses + 2) - special.betaln(2, 2))
+    return math.exp(min((wins + losses + 1) * math.log(2) + ratio + math.log(tail), 690.0))
 
 
 def sign_test(more: int, fewer: int) -> float:
@@ -64,7 +65,7 @@ def adjust_holm(raw: Mapping[Name, float]) -> dict[Name, float]:
 
 
 def gain_interval(
-    wins: int, losses: int, answered: int, differing: int, pool: int, *, confidence: float = 0.95
+    wins: float, losses: float, answered: float, differing: int, pool: int, *, confidence: float = 0.95
 ) -> tuple[float, float, float]:
     """The gain in accuracy on the pool, as a share, with its interval: (share differing) x (wins - losses) / answered.
 

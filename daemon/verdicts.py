@@ -26,7 +26,7 @@ log = structlog.get_logger()
 
 
 def ask(machinery: Machinery, agent: Agent, now: datetime) -> None:
-    """Open blind reviews on a random sample of the differing claims, as many as the budget has places for."""
+    """Open blind reviews on a random sample of the differing claims, far apart ones in preference, as many as the budget has places for."""
     for kind in examination.KINDS:
         with db.writing(machinery.engine) as connection:
             exam = exams.read_open(connection, agent.name, kind)
@@ -39,7 +39,7 @@ def _ask_about(connection: Connection, exam: RowMapping, agent: Agent, now: date
     pool = _read_pool(connection, exam)
     room = max(0, (agent.exam if exam["kind"] == "exam" else agent.watch).max_asked - asked)
     count = round(min(_count_places(connection, exam["kind"], agent, now), room, len(pool)))
-    for prediction in gate.choose_items(list(pool), agent.name, exam["id"], count):
+    for prediction in gate.choose_items(_measure(pool), agent.name, exam["id"], count):
         claim = {"id": prediction, "claim_id": pool[prediction].claim_id}
         reviews.ask_for_exam(connection, claim, agent.name, exam["id"], exam["kind"], now)
     left = len(pool) - count
@@ -48,6 +48,11 @@ def _ask_about(connection: Connection, exam: RowMapping, agent: Agent, now: date
         exams.update_report(connection, exam["id"], {**exam["report"], "asking": asking})
     if count:
         log.info("exam_asked", agent=agent.name, exam=exam["id"], kind=exam["kind"], reviews=count, left=left)
+
+
+def _measure(differing: Mapping[str, scores.Differing]) -> dict[str, float]:
+    """How far apart the two versions are on each of these claims."""
+    return {key: gate.measure_distance(one.candidate_probabilities, one.champion_probabilities) for key, one in differing.items()}
 
 
 def _count_places(connection: Connection, kind: str, agent: Agent, now: datetime) -> float:
@@ -165,15 +170,17 @@ def _is_first(connection: Connection, exam: RowMapping) -> bool:
 def pair_answers(connection: Connection, exam: RowMapping, agent: Agent, differing: Iterable[scores.Differing]) -> tuple[gate.Pair, ...]:
     """The differing claims with a settled truth that is no lesson of the candidate's: all in the exam's order, and random audits."""
     by_key = {one.prediction: one for one in differing}
+    distances = _measure(by_key)
     asked = {review["prediction"] for review in reviews.of_exam(connection, exam["id"])}
     cut = registry.read(connection, agent.name, exam["candidate"])["dataset"]
     fresh = scores.labelled_after(connection, list(by_key), cut)
-    reached = set(gate.count_in(list(fresh), asked, agent.name, exam["id"]))
+    answered, known = ({key: distances[key] for key in distances.keys() & keys} for keys in (fresh, asked))
+    reached = set(gate.count_in(answered, known, agent.name, exam["id"]))
     judged = [key for key, one in by_key.items() if key in reached or (key in fresh and routing.AUDIT in one.reasons)]
     answers = labels.of_predictions(connection, judged)
     truths = {key: truth.answer for key in judged if (truth := labels.settle(answers.get(key, [])))}
     return tuple(
-        gate.Pair(one.candidate, one.champion, truths[key], run_folders.pick_slices(one.attributes, agent.slices))
+        gate.Pair(one.candidate, one.champion, truths[key], run_folders.pick_slices(one.attributes, agent.slices), distances[key])
         for key, one in by_key.items()
         if key in truths
     )

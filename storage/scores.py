@@ -15,7 +15,7 @@ from storage.tables import Label, Prediction, Score
 
 @dataclass(frozen=True, slots=True)
 class Differing:
-    """A claim on which two versions answer differently, and why it was sent to an expert when it came in."""
+    """A claim on which two versions answer differently, why it was sent to an expert when it came in, and both versions' probabilities."""
 
     prediction: str
     claim_id: str
@@ -23,6 +23,8 @@ class Differing:
     champion: str
     attributes: dict[str, Any]
     reasons: list[str]
+    candidate_probabilities: list[float]
+    champion_probabilities: list[float]
 
 
 def insert_new(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -41,8 +43,9 @@ def count_common(connection: Connection, agent: str, candidate: str, champion: s
 def read_differing(connection: Connection, agent: str, candidate: str, champion: str, since: str = "") -> list[Differing]:
     """The claims, from the identifier `since` on, on which the two versions answer differently, in order of arrival."""
     ours, theirs = aliased(Score), aliased(Score)
+    columns = (Prediction.id, Prediction.claim_id, ours.decision, theirs.decision, Prediction.attributes, Prediction.reasons)
     query = (
-        select(Prediction.id, Prediction.claim_id, ours.decision, theirs.decision, Prediction.attributes, Prediction.reasons)
+        select(*columns, ours.probabilities, theirs.probabilities)
         .join(ours, ours.prediction == Prediction.id)
         .join(theirs, and_(theirs.prediction == Prediction.id, theirs.agent == ours.agent))
         .where(ours.agent == agent, ours.version == candidate, theirs.version == champion, ours.decision != theirs.decision)

@@ -20,7 +20,7 @@ def evidence(wins=0, losses=0, neither=0, **rest):
 
 
 def test_losses_to_the_predecessor_roll_back_and_say_why():
-    assert [watch(evidence(0, losses), POLICY).move for losses in (4, 5)] == ["continue", "rollback"]
+    assert [watch(evidence(0, losses), POLICY).move for losses in (5, 6)] == ["continue", "rollback"]
     action = watch(evidence(2, 12), POLICY)
     assert action.move == "rollback"
     assert "won 2 and lost 12" in action.reasons[0]

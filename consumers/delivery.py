@@ -92,7 +92,7 @@ def _prepare(
     try:
         return schemas.to_incoming(event, principal.name)
     except schemas.UnstorableError as error:
-        return Delivered(None, "refused", schemas.Refusal("data", "a number", str(error)))
+        return Delivered(None, "refused", schemas.Refusal("data", "what can't be kept", str(error)))
 
 
 def _check_expert(event: Any, principal: tokens.Principal) -> Delivered | None:
@@ -100,7 +100,7 @@ def _check_expert(event: Any, principal: tokens.Principal) -> Delivered | None:
     data = event["data"]
     allowed = ROLES_BY_KIND[data.get("kind") or "review"]
     if principal.role not in allowed:
-        remedy = f"a {principal.role} may not give this kind of label: use the token of a {' or '.join(allowed)}"
+        remedy = f"the role {principal.role} may not give this kind of label: use a token with the role {' or '.join(allowed)}"
         return Delivered(None, "forbidden", schemas.Refusal("data.kind", schemas.shorten(data.get("kind") or "review"), remedy))
     named = data.setdefault("expert", principal.name)
     if named != principal.name:

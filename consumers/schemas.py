@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,23 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 EARLIEST, LATEST = datetime(1900, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
 Time = Annotated[AwareDatetime, Field(ge=EARLIEST, lt=LATEST)]
 Fields = Annotated[dict[Name, JsonValue], Field(max_length=500)]
+
+TOO_DEEP = "the JSON nests too deep, 250 levels are taken"
+OPENING = re.compile(r"^(Input|String|Dictionary|List|Value) should")
+ADVICE = {
+    "missing": "this field is missing: add it",
+    "extra_forbidden": "unknown field: correct its name, or leave it out",
+    "timezone_aware": "the time names no zone: add it, such as Z or +01:00",
+    "json_invalid": TOO_DEEP,  # it was read once already
+    "string_pattern_mismatch": "this holds control characters: leave them out",
+}
+"""What to do about an error of Pydantic's, where its own words don't say it."""
+UNSTORABLE = {
+    "Integer exceeds": "a whole number is beyond 64 bits: send it as text",
+    "Recursion limit": TOO_DEEP,
+    "surrogates": "a text holds half a character, which is no UTF-8: correct or leave it out",
+}
+"""The same for what our JSON can't keep, by what its writer says."""
 
 LabelKind = Literal["review", "second_read", "adjudication", "late_truth"]
 
@@ -144,7 +162,7 @@ class MalformedError(ValueError):
 
 
 class UnstorableError(ValueError):
-    """An event holds a number that our JSON can't keep as it is."""
+    """An event holds what our JSON can't keep as it is: a number beyond 64 bits, too deep a nesting, half a character."""
 
 
 def parse(body: bytes, kind: str) -> list[AnyEvent | Refusal]:
@@ -164,8 +182,10 @@ def parse(body: bytes, kind: str) -> list[AnyEvent | Refusal]:
             pass  # at least one item is wrong: look at them one by one, to say which
     try:
         items = json.loads(body.decode(), parse_constant=_Constant)
-    except (ValueError, RecursionError) as error:
-        raise MalformedError(f"the body is not JSON: {str(error) or 'it nests too deep'}") from error
+    except RecursionError as error:
+        raise MalformedError(f"the body can't be read: {TOO_DEEP}") from error
+    except ValueError as error:
+        raise MalformedError(f"the body is not JSON: {error}") from error
     if not isinstance(items, list):
         raise MalformedError(f"the body must be a JSON array of events, this is {type(items).__name__}")
     return [_parse_one(kind, item) for item in items]
@@ -216,24 +236,33 @@ def _parse_one(kind: str, item: Any) -> AnyEvent | Refusal:
     try:
         constant = _find_constant(item, "")
     except RecursionError:
-        return Refusal("event", shorten(item), "the JSON nests too deep")
+        return Refusal("event", shorten(item), TOO_DEEP)
     if constant is not None:
         return constant
     try:
         return cast("AnyEvent", _ADAPTERS[kind].validate_json(orjson.dumps([item]), strict=True)[0])
     except orjson.JSONEncodeError as error:
-        return Refusal("event", str(error), "the JSON nests too deep, or holds a whole number beyond 64 bits or a broken text")
+        return Refusal("event", shorten(item), _explain_unstorable(error))
     except ValidationError as error:
         return _refuse(kind, error.errors(include_url=False, include_context=False)[0])
 
 
 def _refuse(kind: str, first: ErrorDetails) -> Refusal:
     field = ".".join(map(_name_part, first["loc"][1:]))
-    if first["type"] == "missing":
-        return Refusal(field, "nothing", "this field is missing: add it")
+    value = "nothing" if first["type"] == "missing" else shorten(first["input"])
     if first["type"] == "extra_forbidden":
-        return Refusal(field, shorten(first["input"]), f"unknown field: leave it out, or use one of {', '.join(_FIELDS[kind])}")
-    return Refusal(field or "event", shorten(first["input"]), first["msg"])
+        return Refusal(field, value, f"unknown field: leave it out, or use one of {', '.join(_FIELDS[kind])}")
+    return Refusal(field or "event", value, advise(first))
+
+
+def advise(error: ErrorDetails) -> str:
+    """What would be right in place of what Pydantic found wrong."""
+    said = OPENING.sub("this should", error["msg"]).replace(" after validation", "")
+    return ADVICE.get(error["type"], said)
+
+
+def _explain_unstorable(error: orjson.JSONEncodeError) -> str:
+    return next((remedy for said, remedy in UNSTORABLE.items() if said in str(error)), str(error))
 
 
 def shorten(value: Any) -> str:
@@ -278,7 +307,7 @@ def to_incoming(event: AnyEvent, principal: str | None) -> events.Incoming:
     try:
         text = orjson.dumps(data, option=orjson.OPT_UTC_Z)
     except orjson.JSONEncodeError as error:
-        raise UnstorableError("a whole number is beyond 64 bits: send it as text") from error
+        raise UnstorableError(_explain_unstorable(error)) from error
     if b"null" in text and _has_infinity(data):  # it would be kept as null
         raise UnstorableError("a number is beyond the range of 64-bit floats: send it as text")
     ordered = orjson.dumps(data, option=orjson.OPT_SORT_KEYS | orjson.OPT_UTC_Z)

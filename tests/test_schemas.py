@@ -16,29 +16,30 @@ from storage import db, events
 from tests.event_fixtures import LABELS, make_label, make_prediction
 
 WRONG = [
-    ({"confidence": 1.7}, "data.confidence", "1.7"),
-    ({"confidence": "0.5"}, "data.confidence", "'0.5'"),
-    ({"confidence": True}, "data.confidence", "True"),
-    ({"occurred_at": "2026-01-01T00:00:00"}, "data.occurred_at", "2026-01-01T00:00:00"),
-    ({"occurred_at": 1767225600}, "data.occurred_at", "1767225600"),
-    ({"agent": 5}, "data.agent", "5"),
-    ({"claim_id": ""}, "data.claim_id", "''"),
-    ({"claim_id": "a\x00b"}, "data.claim_id", "x00"),
-    ({"input": {}}, "data.input", "{}"),
-    ({"input": {"text": "x"}, "decison": "APPROVED"}, "data.decison", "APPROVED"),
-    ({"probabilities": {"APPROVED": -0.1}}, "data.probabilities.APPROVED", "-0.1"),
+    ({"confidence": 1.7}, "data.confidence", "1.7", "less than or equal to 1"),
+    ({"confidence": "0.5"}, "data.confidence", "'0.5'", "a valid number"),
+    ({"confidence": True}, "data.confidence", "True", "a valid number"),
+    ({"occurred_at": "2026-01-01T00:00:00"}, "data.occurred_at", "2026-01-01T00:00:00", "add it, such as Z or"),
+    ({"occurred_at": 1767225600}, "data.occurred_at", "1767225600", "a valid datetime"),
+    ({"agent": 5}, "data.agent", "5", "a valid string"),
+    ({"claim_id": ""}, "data.claim_id", "''", "at least 1 character"),
+    ({"claim_id": "a\x00b"}, "data.claim_id", "x00", "leave them out"),
+    ({"input": {}}, "data.input", "{}", "at least 1 item"),
+    ({"input": {"text": "x"}, "decison": "APPROVED"}, "data.decison", "APPROVED", "leave it out, or use one of"),
+    ({"probabilities": {"APPROVED": -0.1}}, "data.probabilities.APPROVED", "-0.1", "greater than or equal to 0"),
 ]
 
 
-@pytest.mark.parametrize(("changes", "field", "value"), WRONG)
-def test_a_wrong_value_is_refused_by_name(changes: dict[str, Any], field: str, value: str, now: datetime) -> None:
+@pytest.mark.parametrize(("changes", "field", "value", "remedy"), WRONG)
+def test_a_wrong_value_is_refused_by_name(changes: dict[str, Any], field: str, value: str, remedy: str, now: datetime) -> None:
     good, bad = make_prediction(1, now), make_prediction(2, now, **changes)
     first, second = schemas.parse(orjson.dumps([good, bad]), schemas.PREDICTION)
     assert not isinstance(first, schemas.Refusal)
     assert isinstance(second, schemas.Refusal)
     assert second.field == field
     assert value in second.value
-    assert second.remedy
+    assert remedy in second.remedy
+    assert not second.remedy.startswith(("Input", "Extra", "String")), "what would be right is told in our words"
 
 
 def test_a_number_that_is_none_is_refused_wherever_it_stands(now: datetime) -> None:
@@ -79,6 +80,14 @@ def test_an_unknown_field_is_told_which_there_are(now: datetime) -> None:
     assert isinstance(refused, schemas.Refusal)
     assert refused.field == "data.group_key"
     assert "leave it out, or use one of prediction_id, agent, claim_id, group, input" in refused.remedy
+
+
+def test_input_that_nests_too_deep_is_told_so(now: datetime) -> None:
+    sent = orjson.dumps([make_prediction(1, now, input={"a": 4711})]).replace(b"4711", b"[" * 300 + b"]" * 300)
+    [event] = schemas.parse(sent, schemas.PREDICTION)
+    assert not isinstance(event, schemas.Refusal)
+    with pytest.raises(schemas.UnstorableError, match="nests too deep"):
+        schemas.to_incoming(event, None)
 
 
 def test_an_unknown_agent_or_answer_is_told_what_there_is(now: datetime) -> None:
@@ -136,4 +145,4 @@ def test_what_nests_too_deep_beside_a_number_that_is_none_is_refused(now: dateti
     sent = sent.replace(b"4711", b"[" * 900 + b"]" * 900).replace(b"4712", b"NaN")
     [refusal] = schemas.parse_each([sent], schemas.PREDICTION)
     assert isinstance(refusal, schemas.Refusal)
-    assert refusal.remedy == "the JSON nests too deep"
+    assert "nests too deep" in refusal.remedy

@@ -59,7 +59,7 @@ def allow(*roles: tokens.Role) -> Callable[..., Any]:
                 401, "unknown", "the token is not known or was revoked: `ratchet tokens list` shows the valid ones", "invalid_token"
             )
         if principal.role not in roles:
-            raise _deny(403, principal.role, f"this needs the token of a {' or '.join(roles)}", "insufficient_scope")
+            raise _deny(403, principal.role, f"this needs a token with the role {' or '.join(roles)}", "insufficient_scope")
         return principal
 
     return check

@@ -56,8 +56,9 @@ def find_problem(error: Exception, request: Request) -> tuple[int, Problem]:
         first = error.errors()[0]
         if first["loc"] == ("body",) or first["type"] == "json_invalid":
             return 422, Problem(field="body", value=schemas.shorten(error.body), remedy=NO_OBJECT)
-        remedy = "this is no id: use the one that Ratchet gave" if first["loc"][0] == "path" else first["msg"]
-        return 422, Problem(field=".".join(str(part) for part in first["loc"]), value=schemas.shorten(first.get("input")), remedy=remedy)
+        remedy = "this is no id: use the one that Ratchet gave" if first["loc"][0] == "path" else schemas.advise(first)
+        value = "nothing" if first["type"] == "missing" else schemas.shorten(first.get("input"))
+        return 422, Problem(field=".".join(str(part) for part in first["loc"]), value=value, remedy=remedy)
     if isinstance(error, RoutingError):
         remedy = REMEDIES.get(error.status_code, str(error.detail))
         return error.status_code, Problem(field="path" if error.status_code in REMEDIES else "body", value=request.url.path, remedy=remedy)

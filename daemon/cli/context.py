@@ -64,7 +64,13 @@ class Opened:
         return None if name is None else self.settings.agent(name).name
 
 
-def parse_setting(setting: str) -> tuple[str, Any]:
+def read_overrides(settings: Sequence[str] | None, method: str | None = None) -> dict[str, Any]:
+    """The training options that `--set` and `--method` ask for, by key."""
+    overrides = dict(map(_parse_setting, settings or ()))
+    return overrides if method is None else {**overrides, "method": method}
+
+
+def _parse_setting(setting: str) -> tuple[str, Any]:
     """The key and the value of `epochs=2` or `lora.rank=8`: the value is JSON where it can be read as such, else text."""
     key, is_there, value = setting.partition("=")
     if not is_there:

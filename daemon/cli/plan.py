@@ -39,9 +39,7 @@ def plan(
     """Print what a training takes of a card, the settings that make it fit, and what would help where none do; exit 1 if it fits none."""
     from daemon import estimates, training  # noqa: PLC0415 — `ratchet --help` needs none of it
 
-    overrides = dict(context.parse_setting(one) for one in settings or ())
-    if method is not None:
-        overrides["method"] = method
+    overrides = context.read_overrides(settings, method)
     with context.opened(config) as opened:
         chosen = opened.pick_agent(agent)
         cards = [parse_card(gpu)] if gpu else list_cards(opened.settings)

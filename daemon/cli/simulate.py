@@ -40,7 +40,7 @@ def simulate(
         raise typer.BadParameter(f"{rule!r} is no rule: use {' or '.join(RULES)}", param_hint="--rule")
     if base != TINY and not (Path(base) / "config.json").is_file():
         raise typer.BadParameter(f"{base} holds no config.json: name the folder of a Hugging Face checkpoint, or tiny", param_hint="--base")
-    overrides = dict(context.parse_setting(one) for one in options or ())
+    overrides = context.read_overrides(options)
     from rich import progress  # noqa: PLC0415 — `ratchet --help` needs none of it
 
     from daemon import rehearsal, training  # noqa: PLC0415

@@ -24,9 +24,7 @@ def train(
     """Queue a training run, which the daemon starts as soon as a device is free; `ratchet runs follow` watches it."""
     from daemon import logs, training  # noqa: PLC0415 — `ratchet --help` needs none of it
 
-    overrides = dict(context.parse_setting(one) for one in settings or ())
-    if method is not None:
-        overrides["method"] = method
+    overrides = context.read_overrides(settings, method)
     with context.opened(config) as opened:
         logs.configure("error", opened.settings.log.format)
         chosen = opened.pick_agent(agent)

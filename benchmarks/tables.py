@@ -27,6 +27,7 @@ from sqlalchemy import Connection, Engine, event, text
 from benchmarks.figures import Figure, finish
 from consumers import delivery, handlers, routing, schemas
 from daemon import agents, status
+from daemon.prompts import PromptFile
 from storage import db, events, labels, predictions, reviews
 from tests.event_fixtures import LABELS, PRODUCER, make_agent, make_prediction
 from tests.postgres_fixtures import Server
@@ -161,7 +162,7 @@ def time_handling(engine: Engine, batches: int, name: str) -> float:
 
 
 def ask_status(engine: Engine, _: int) -> None:
-    agent = agents.Agent(name=AGENT, labels=LABELS, prompt=agents.PromptFile(text="{{ input }}"))
+    agent = agents.Agent(name=AGENT, labels=LABELS, prompt=PromptFile(text="{{ input }}"))
     status.collect(engine, {AGENT: agent}, datetime.now(UTC))
 
 

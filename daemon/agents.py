@@ -5,23 +5,14 @@ from __future__ import annotations
 import json
 import zoneinfo
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-import jinja2
-import jinja2.meta
 from apscheduler.triggers.cron import CronTrigger
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    PlainValidator,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from consumers import routing
+from daemon.prompts import PromptPath
+from daemon.sections import HomePath, Name, Section, Share
 from daemon.triggers import TriggerPolicy
 from trainers import spec
 
@@ -45,55 +36,6 @@ POLICY = (
 )
 """The keys that, with the prompt's digest, make a policy version."""
 LEAST_AUDITED = 0.001
-Share = Annotated[float, Field(ge=0, le=1)]
-Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\n\r\t]+$")]
-
-
-class Section(BaseModel):
-    """A part of the configuration: checked once, frozen, and closed to keys that nobody reads."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, revalidate_instances="always", allow_inf_nan=False, protected_namespaces=()
-    )
-
-
-def _below_home(value: Any, info: ValidationInfo) -> Path:
-    if not isinstance(value, str | Path) or not str(value):
-        raise ValueError("should be a path")
-    return Path(info.context["home"]) / Path(value).expanduser() if info.context else Path(value)
-
-
-HomePath = Annotated[Path, PlainValidator(_below_home), PlainSerializer(str)]
-"""A path that counts from the folder of `ratchet.toml` unless it is absolute."""
-
-
-class PromptFile(spec.Prompt):
-    """A prompt template and the file that it was read from; None for one that never was a file."""
-
-    path: Path | None = None
-
-
-def _read_prompt(value: Any, info: ValidationInfo) -> PromptFile:
-    if isinstance(value, PromptFile):
-        return value
-    if not isinstance(value, str):
-        raise ValueError("should be the path of a Jinja2 template file")  # noqa: TRY004 — Pydantic collects only ValueError
-    path = _below_home(value, info)
-    try:
-        text = path.read_text(encoding="utf-8")
-        names = jinja2.meta.find_undeclared_variables(jinja2.Environment(autoescape=True).parse(text))
-    except OSError as error:
-        raise ValueError(f"{path} can't be read ({error.strerror}): write the prompt template there") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} isn't UTF-8 text: byte {error.start} can't be read") from error
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"{path}, line {error.lineno}: {error.message}") from error
-    if unknown := names - {"input"}:
-        raise ValueError(f"{path} uses {', '.join(sorted(unknown))}: a template sees the claim as `input` and nothing else")
-    return PromptFile(text=text, path=path)
-
-
-PromptPath = Annotated[PromptFile, PlainValidator(_read_prompt), PlainSerializer(lambda prompt: str(prompt.path))]
 
 
 class Budget(Section):
@@ -172,7 +114,10 @@ class Triggers(Section):
     @classmethod
     def _cron_is_a_crontab(cls, cron: str | None) -> str | None:
         if cron is not None:
-            CronTrigger.from_crontab(cron)
+            try:
+                CronTrigger.from_crontab(cron)
+            except ValueError as error:
+                raise ValueError(f"{error}: write it as `0 3 * * sun`") from error
         return cron
 
 

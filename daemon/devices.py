@@ -14,7 +14,7 @@ from typing import NamedTuple
 from sqlalchemy import Connection, RowMapping
 
 from daemon import nvml, plan
-from daemon.config import Devices
+from daemon.settings import Devices
 from storage import leases
 
 Read = Callable[[], Mapping[str, plan.Card]]

@@ -15,8 +15,8 @@ from sqlalchemy import RowMapping
 from consumers import broker, topics
 from daemon import makeup
 from daemon.agents import Agent
-from daemon.config import Settings
 from daemon.kafka import Kafka, SecretMissingError
+from daemon.settings import Settings
 from storage import db, ledger, registry, tokens
 
 MIN_FREE_BYTES = 5 * 1024**3

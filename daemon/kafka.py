@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, SecretStr, model_validator
 
 from consumers import broker, schemas, topics
-from daemon.agents import HomePath, Section
+from daemon.sections import HomePath, Section
 
 SERVER = r"[\w.-]+:\d{1,5}|\[[0-9A-Fa-f:]+\]:\d{1,5}"
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,249}$")]

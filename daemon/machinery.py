@@ -10,8 +10,8 @@ from typing import Any
 from sqlalchemy import Engine
 
 from daemon import devices, gate, nvml
-from daemon.config import Settings
 from daemon.launch import Launcher
+from daemon.settings import Settings
 from trainers import spec
 
 Decide = Callable[[gate.ExamEvidence, gate.ExamPolicy], gate.Verdict]

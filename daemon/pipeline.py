@@ -17,9 +17,9 @@ from sqlalchemy import Engine
 from consumers import handlers
 from daemon import deployments, devices, dispatch, examination, gate, makeup, nvml, policies, traffic, training, verdicts
 from daemon.agents import Agent
-from daemon.config import Settings
 from daemon.launch import Launcher
 from daemon.machinery import Decide, Machinery
+from daemon.settings import Settings
 from storage import alarms, db, exams, ledger, reviews, runs
 
 ALARM = "pipeline"

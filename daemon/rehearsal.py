@@ -18,8 +18,10 @@ import structlog
 from pydantic import ValidationError
 
 from daemon import cases, config, report, simulate, training
-from daemon.agents import Agent, Budget, PromptFile, Publisher
+from daemon.agents import Agent, Budget, Publisher
 from daemon.launchers import workers
+from daemon.prompts import PromptFile
+from daemon.settings import Database, Devices, Settings, Storage, Training
 from storage import artifacts, datasets, db
 from trainers import spec
 
@@ -105,7 +107,7 @@ def check_same(asked: Asked, agent: Agent) -> None:
 def make_agent(asked: Asked, history: Sequence[cases.Case]) -> Agent:
     """The agent that is replayed, with the budget, the trigger, the rule and the options that were asked for.
 
-    Raises `simulate.SimulationError`, `config.ConfigRefusedError` and `training.OptionsRefusedError`.
+    Raises `simulate.SimulationError`, `config.ConfigRefusedError`, `settings.UnknownAgentError` and `training.OptionsRefusedError`.
     """
     found = _take_configured(asked, asked.config) if asked.config is not None else _make_up(asked, history)
     if training.SEED in asked.overrides:
@@ -149,15 +151,15 @@ def _make_up(asked: Asked, history: Sequence[cases.Case]) -> Agent:
         raise simulate.SimulationError(message) from error
 
 
-def _make_settings(asked: Asked, agent: Agent) -> config.Settings:
+def _make_settings(asked: Asked, agent: Agent) -> Settings:
     """Settings whose database and files lie in the replay's own folder."""
     home = asked.out
-    return config.Settings(
+    return Settings(
         home=home,
-        database=config.Database(url=f"sqlite:///{home / 'ratchet.db'}"),
-        storage=config.Storage(snapshots=home / "snapshots", adapters=home / "adapters", bases=home / "bases", runs=home / "runs"),
-        devices=config.Devices(slots=("cpu",)),
-        training=config.Training(seed=asked.seed, backoff_seconds=0),
+        database=Database(url=f"sqlite:///{home / 'ratchet.db'}"),
+        storage=Storage(snapshots=home / "snapshots", adapters=home / "adapters", bases=home / "bases", runs=home / "runs"),
+        devices=Devices(slots=("cpu",)),
+        training=Training(seed=asked.seed, backoff_seconds=0),
         agents={agent.name: agent},
     )
 

@@ -23,8 +23,8 @@ from sqlalchemy import Engine
 
 from consumers import broker, embedded, handlers, records, stream
 from daemon import clocks, holders, pipeline, policies, scheduler
-from daemon.config import Settings
 from daemon.launchers import choice
+from daemon.settings import Settings
 from daemon.web import app
 from daemon.web.metrics import Metrics
 from storage import db, tokens

@@ -22,9 +22,10 @@ import pyarrow.parquet as pq
 from sqlalchemy import Connection, Engine, RowMapping
 
 from consumers import delivery, handlers, schemas
-from daemon import baselines, config, launch, pipeline, policies, report, run_folders, training
+from daemon import baselines, launch, pipeline, policies, report, run_folders, training
 from daemon.agents import Agent
 from daemon.cases import Case
+from daemon.settings import Settings
 from storage import alarms, artifacts, datasets, db, events, exams, labels, registry, reviews, runs, snapshots, tokens
 from trainers import spec
 
@@ -49,7 +50,7 @@ class Plan:
 
     history: Sequence[Case]
     stream: Sequence[Case]
-    settings: config.Settings
+    settings: Settings
     agent: Agent
     seed: int
     with_baselines: bool

@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from consumers import announcements, schemas
-from daemon import agents, cli, config, estimates, plan
+from daemon import agents, cli, estimates, plan, settings
 from daemon.web import app as web
 from storage import db
 from trainers import spec
@@ -129,7 +129,7 @@ def write_configuration() -> str:
     """`docs/configuration.md`: a heading for every section and every key."""
     lines = [CONFIGURATION]
     section = None
-    for path, field in config.describe():
+    for path, field in settings.describe():
         if path[:-1] != section:
             section = path[:-1]
             lines += [f"## {_section_title(section)}", "", _section_text(section), ""]
@@ -149,10 +149,10 @@ def _key(path: tuple[str, ...]) -> str:
 
 def _section_text(section: tuple[str, ...]) -> str:
     """The docstring of the section's model: its first line."""
-    model: type[BaseModel] = config.Settings
+    model: type[BaseModel] = settings.Settings
     for part in section:
         if part not in {"NAME", "N"}:
-            model = config.section_of(model.model_fields[part])[0] or model
+            model = settings.section_of(model.model_fields[part])[0] or model
     return (model.__doc__ or "").strip().splitlines()[0]
 
 
@@ -211,7 +211,7 @@ def create_api() -> FastAPI:
     with tempfile.TemporaryDirectory() as folder:
         engine = db.open_engine(f"sqlite:///{folder}/docs.db")
         db.upgrade(engine)
-        app = web.create_app(engine, config.Settings(), {}, lambda: datetime.now(UTC), lambda: None)
+        app = web.create_app(engine, settings.Settings(), {}, lambda: datetime.now(UTC), lambda: None)
         engine.dispose()
     return app
 

@@ -15,9 +15,11 @@ import pyarrow.parquet as pq
 from sqlalchemy import Engine
 
 from consumers import handlers
-from daemon import config, launch, policies, training
-from daemon.agents import Agent, Budget, PromptFile, Publisher, Triggers
+from daemon import launch, policies, training
+from daemon.agents import Agent, Budget, Publisher, Triggers
 from daemon.pipeline import Pipeline
+from daemon.prompts import PromptFile
+from daemon.settings import Devices, Settings, Storage, Training
 from storage import artifacts, db, reviews
 from tests.event_fixtures import ANN, envelope, handle, make_history, make_prediction, send
 from trainers import spec
@@ -33,7 +35,7 @@ def make_base(folder: Path) -> Path:
     return folder
 
 
-def make_settings(home: Path, base: Path, **agent: Any) -> config.Settings:
+def make_settings(home: Path, base: Path, **agent: Any) -> Settings:
     """Settings with one adjudication agent whose deployments nobody confirms; keywords change the agent."""
     wanted = {
         "labels": LABELS,
@@ -46,11 +48,11 @@ def make_settings(home: Path, base: Path, **agent: Any) -> config.Settings:
         "triggers": Triggers(new_labels=10_000),
         **agent,
     }
-    return config.Settings(
+    return Settings(
         home=home,
-        storage=config.Storage(snapshots=home / "snapshots", adapters=home / "adapters", runs=home / "runs", bases=home / "bases"),
-        devices=config.Devices(slots=("cpu",)),
-        training=config.Training(backoff_seconds=60, threads=1),
+        storage=Storage(snapshots=home / "snapshots", adapters=home / "adapters", runs=home / "runs", bases=home / "bases"),
+        devices=Devices(slots=("cpu",)),
+        training=Training(backoff_seconds=60, threads=1),
         agents={"adjudication": Agent(name="adjudication", **wanted)},
     )
 
@@ -179,7 +181,7 @@ class World:
     """A loop with what drives it: history, predictions, experts who know the truth, and a clock."""
 
     engine: Engine
-    settings: config.Settings
+    settings: Settings
     launcher: Any
     now: datetime
     truth: Answer = field(default_factory=lambda: always("APPROVED"))

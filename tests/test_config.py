@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from consumers import routing
-from daemon import agents, config, gate, triggers, watch
+from daemon import agents, config, gate, prompts, settings, triggers, watch
 from trainers import spec
 
 AGENT = """
@@ -106,7 +106,10 @@ def test_a_refusal_names_the_key_the_value_and_what_would_be_right(write, text, 
         ('must_review = [{ field = "amount", op = "above", value = 1 }]', 'field = "amount": should be `decision`, `input.NAME` or'),
         ('must_review = [{ field = "input.amount", op = "above", value = "1" }]', "`above` compares with a number, not with '1'"),
         ('must_review = [{ field = "decision", op = "in", value = "P" }]', "a list of values belongs to `in`"),
-        ('triggers = { cron = "0 3 * *" }', 'triggers.cron = "0 3 * *": Wrong number of fields'),
+        (
+            'triggers = { cron = "0 3 * *" }',
+            'triggers.cron = "0 3 * *": Wrong number of fields; got 4, expected 5: write it as `0 3 * * sun`',
+        ),
         ('publisher = { kind = "reference" }', "`url` is missing"),
         ('publisher = { confirm = "command" }', "`confirm_command` is missing"),
         ("training = { rank = 8 }", "did you mean agents.NAME.training.lora.rank?"),
@@ -116,6 +119,7 @@ def test_a_refusal_names_the_key_the_value_and_what_would_be_right(write, text, 
         ('name = "other"', "an agent is called as its table"),
         ("columns = { input = [] }", "columns.input = []: should name a column, or several that are the input's fields"),
         ("budget = { share = 0 }", "budget.share = 0: should be greater than 0"),
+        ('slices = ["a\\nb"]', r'slices.0 = "a\nb": should hold no line break and no tab'),
     ],
 )
 def test_an_agent_is_refused_with_a_remedy(write, lines, sentence):
@@ -125,6 +129,15 @@ def test_an_agent_is_refused_with_a_remedy(write, lines, sentence):
 def test_a_method_brings_its_own_defaults_and_what_is_given_counts(write):
     agent = config.load(write("", agent=AGENT + 'training = { method = "qlora", lora = { rank = 32 } }\n')).agent("adjudication")
     assert (agent.training.load_in_4bit, agent.training.lora.rank, agent.training.lora.alpha, agent.training.epochs) == (True, 32, 128, 3)
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"), [('["A"]', "should have at least 2 items, not 1"), ('["A", "B\\t"]', "should hold no line break")]
+)
+def test_a_list_is_refused_for_its_length_or_for_an_entry_and_not_for_both(write, labels, told):
+    message = refusal(write("", agent=AGENT.replace('["APPROVED", "DENIED", "PENDING"]', labels)))
+    assert told in message
+    assert len(message.splitlines()) == 1, message
 
 
 def test_every_mistake_is_named_at_once(write):
@@ -282,13 +295,13 @@ def test_rules_and_budget_reach_the_router(write):
 
 
 def test_an_agent_can_be_made_without_a_file():
-    agent = agents.Agent(name="derived", labels=("A", "B"), prompt=agents.PromptFile(text="{{ input.x }}"))
+    agent = agents.Agent(name="derived", labels=("A", "B"), prompt=prompts.PromptFile(text="{{ input.x }}"))
     assert agent.base_model == Path("models/base")
     assert agent.prompt.render({"x": 1}) == "1"
 
 
 def test_an_unknown_agent_is_named_with_those_there_are(write):
-    with pytest.raises(config.ConfigRefusedError, match="there is no agent 'scribe': the configuration has adjudication"):
+    with pytest.raises(settings.UnknownAgentError, match="there is no agent 'scribe': the configuration has adjudication"):
         config.load(write(""), {}).agent("scribe")
 
 

@@ -22,7 +22,7 @@ from sqlalchemy import Engine
 
 from consumers import delivery, handlers, schemas
 from daemon import devices, nvml, placement, plan, policies, training
-from daemon.config import Devices
+from daemon.settings import Devices
 from storage import db, events, leases, runs
 from tests.event_fixtures import LABELS, PRODUCER, make_history
 from tests.pipeline_fixtures import ScriptedLauncher, World, make_base, make_settings

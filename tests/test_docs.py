@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from consumers import schemas
-from daemon import cli, config
+from daemon import cli, settings
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -33,7 +33,7 @@ def test_a_generated_page_is_what_the_code_says(page):
 
 def test_every_setting_has_a_heading_and_a_description():
     described = headings("configuration.md")
-    for path, field in config.describe():
+    for path, field in settings.describe():
         assert ".".join(part for part in path if part != "N") in described
         assert field.description, f"{'.'.join(path)} has no description"
 
@@ -101,7 +101,7 @@ def test_every_module_and_file_that_a_page_names_is_there():
 
 
 def test_every_setting_that_a_page_names_is_there():
-    known = {".".join(part for part in path if part not in {"agents", "NAME", "N"}) for path, _ in config.describe()}
+    known = {".".join(part for part in path if part not in {"agents", "NAME", "N"}) for path, _ in settings.describe()}
     sections = {key.partition(".")[0] for key in known if "." in key} - {"storage"}
     named = re.compile(rf"((?:{'|'.join(sections)})\.[a-z_]+)(?: = .*)?")
     unknown = [

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from daemon import makeup
-from daemon.agents import Agent, PromptFile
+from daemon.agents import Agent
+from daemon.prompts import PromptFile
 from tests import training_fixtures as runs
 from tests.model_fixtures import LLAMA_3, LLAMA_3_MARKS, PROMPT, chat_tokenizer, claim, tiny_base, tiny_tokenizer
 from trainers import encoding, forms, nodes, score, spec

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from daemon import launch
-from daemon.config import Devices, Settings
 from daemon.launchers import choice, processes, workers
+from daemon.settings import Devices, Settings
 from tests import training_fixtures
 from tests.model_fixtures import tiny_base
 from trainers import spec

@@ -17,8 +17,9 @@ from sqlalchemy import Connection, Engine, select
 
 from consumers import announcements
 from daemon import deployments, examination, launch, run_folders, training
-from daemon.agents import Exam, PromptFile, Triggers
+from daemon.agents import Exam, Triggers
 from daemon.launchers import workers
+from daemon.prompts import PromptFile
 from storage import alarms, artifacts, datasets, db, exams, leases, ledger, registry, reviews, runs, scores
 from storage.tables import Event
 from tests import model_fixtures

@@ -20,8 +20,8 @@ import pytest
 from pydantic import ValidationError
 
 from daemon import launch
-from daemon.config import Settings, Training
 from daemon.launchers import choice, ray_jobs
+from daemon.settings import Settings, Training
 from storage import mirror
 from tests import training_fixtures as fixtures
 from tests.model_fixtures import tiny_base

@@ -15,8 +15,9 @@ import torch
 from sqlalchemy import Engine, select
 
 from daemon import cases, report, simulate
-from daemon.agents import Agent, Budget, PromptFile, Publisher, Triggers
-from daemon.config import Database, Devices, Settings, Storage, Training
+from daemon.agents import Agent, Budget, Publisher, Triggers
+from daemon.prompts import PromptFile
+from daemon.settings import Database, Devices, Settings, Storage, Training
 from storage import db
 from storage.tables import DatasetVersion, Prediction, Version
 from tests.model_fixtures import tiny_base

@@ -8,6 +8,7 @@ from pathlib import Path
 from socket import socket
 
 from daemon import agents
+from daemon.prompts import PromptFile
 from storage import artifacts, registry
 from trainers import spec
 
@@ -50,9 +51,7 @@ def register(connection, folder: Path, count: int, now, agent: str = "adjudicati
 def make_agent(folder: Path, **publisher) -> agents.Agent:
     """An agent with a pointer file in `folder`; keywords configure its publisher."""
     settings = {"kind": "pointer", "path": folder / "serving" / "current.json", "timeout_seconds": 60, **publisher}
-    return agents.Agent(
-        name="adjudication", labels=tuple(LABELS), prompt=agents.PromptFile(text=PROMPT), publisher=agents.Publisher(**settings)
-    )
+    return agents.Agent(name="adjudication", labels=tuple(LABELS), prompt=PromptFile(text=PROMPT), publisher=agents.Publisher(**settings))
 
 
 def copying(folder: Path) -> dict[str, str]:

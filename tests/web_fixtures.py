@@ -8,7 +8,9 @@ import pytest
 import structlog
 
 from consumers import embedded
-from daemon import agents, config
+from daemon import agents
+from daemon.prompts import PromptFile
+from daemon.settings import Server, Settings
 from daemon.web import app as web
 from storage import db, tokens
 from tests.event_fixtures import LABELS, make_agent
@@ -32,8 +34,8 @@ class Site:
     def __init__(self, engine, clock, home, counters=None, agent=None, **server):
         self.engine, self.clock, self.agent = engine, clock, agent or make_agent()
         self.stored = []
-        configured = agents.Agent(name="adjudication", labels=LABELS, prompt=agents.PromptFile(text="{{ input }}", path=home / "prompt.j2"))
-        self.settings = config.Settings(agents={"adjudication": configured}, server=config.Server(**server))
+        configured = agents.Agent(name="adjudication", labels=LABELS, prompt=PromptFile(text="{{ input }}", path=home / "prompt.j2"))
+        self.settings = Settings(agents={"adjudication": configured}, server=Server(**server))
         told = lambda: self.stored.append(1)  # noqa: E731
         self.app = web.create_app(engine, self.settings, {"adjudication": self.agent}, clock, told, counters=counters)
         self.secrets = {}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
     from daemon.agents import Agent
-    from daemon.config import Settings
+    from daemon.settings import Settings
 
 PIPE_WIDTH = 1000
 
@@ -54,13 +54,13 @@ class Opened:
         return db.writing(self.engine)
 
     def pick_agent(self, name: str | None) -> Agent:
-        """The agent of that name, or the only one there is. Raises `AgentNotNamedError`, `ConfigRefusedError`."""
+        """The agent of that name, or the only one there is. Raises `AgentNotNamedError`, `UnknownAgentError`."""
         if name is None and len(self.settings.agents) != 1:
             raise AgentNotNamedError(f"say which agent with --agent: the configuration has {', '.join(self.settings.agents) or 'none'}")
         return self.settings.agent(name or next(iter(self.settings.agents)))
 
     def filter_agent(self, name: str | None) -> str | None:
-        """The name as it was given, or None for all agents. Raises `ConfigRefusedError` unless there is such an agent."""
+        """The name as it was given, or None for all agents. Raises `UnknownAgentError` unless there is such an agent."""
         return None if name is None else self.settings.agent(name).name
 
 

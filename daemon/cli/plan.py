@@ -14,7 +14,7 @@ from daemon.cli import context
 if TYPE_CHECKING:
     from daemon import estimates
     from daemon import plan as planning
-    from daemon.config import Settings
+    from daemon.settings import Settings
 
 MOMENTS = {"adamw": "in 32 bits", "adamw_8bit": "in 8 bits", "paged_adamw_8bit": "in 8 bits, on the host"}
 SIZE = re.compile(r"(\d+(?:\.\d+)?) ?GB?", re.IGNORECASE)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from daemon.config import Settings
 from daemon.launch import Launcher
 from daemon.launchers.processes import Processes
 from daemon.launchers.ray_jobs import RayJobs
 from daemon.launchers.workers import Workers
+from daemon.settings import Settings
 
 
 def make_launcher(settings: Settings) -> Launcher:

@@ -18,7 +18,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as RoutingError
 
 from consumers import embedded, handlers
-from daemon.config import Settings
+from daemon.settings import Settings
 from daemon.web import access, desk, drafts, events, health, intake, limits, pages, problems, reviews, sessions
 from daemon.web.metrics import Metrics
 from daemon.web.site import Site

@@ -17,7 +17,7 @@ import orjson
 import structlog
 from pydantic import ValidationError
 
-from daemon import cases, config, report, simulate, training
+from daemon import cases, config, plots, simulate, training
 from daemon.agents import Agent, Budget, Publisher
 from daemon.launchers import workers
 from daemon.prompts import PromptFile
@@ -74,7 +74,7 @@ def run(asked: Asked, on_stage: Callable[[str], None], on_progress: Callable[[in
         trainer.close()
         engine.dispose()
     artifacts.write_atomically(asked.out / "report.json", json.dumps(found, indent=2, ensure_ascii=False).encode())
-    report.write_page(asked.out / "report.html", found)
+    plots.write_page(asked.out / "report.html", found)
     return found
 
 

@@ -6,10 +6,8 @@ and versions are the same rows when they are made again, and what a window's cla
 
 from __future__ import annotations
 
-import bisect
 import json
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,17 +17,16 @@ from typing import Any
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
-from sqlalchemy import Connection, Engine, RowMapping
+from sqlalchemy import Engine, RowMapping
 
 from consumers import delivery, handlers, schemas
 from daemon import baselines, launch, pipeline, policies, report, run_folders, training
 from daemon.agents import Agent
 from daemon.cases import Case
 from daemon.settings import Settings
-from storage import alarms, artifacts, datasets, db, events, exams, labels, registry, reviews, runs, snapshots, tokens
+from storage import artifacts, datasets, db, events, labels, registry, reviews, runs, snapshots, tokens
 from trainers import spec
 
-WINDOW = 250
 BATCH = 500
 MAX_ROUNDS = 200
 NOTHING = {"decision": None}
@@ -58,14 +55,6 @@ class Plan:
     on_progress: Callable[[int, int], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
-    """What came of one window: for each model whether its answers were right, and how many answers were asked for."""
-
-    right: dict[str, list[bool]]
-    labels: int
-
-
 class Replay:
     """One replay: the loop's own parts around a simulated clock, and an expert who answers at once."""
 
@@ -84,13 +73,15 @@ class Replay:
         """Replay everything, going on where an earlier replay in this folder was interrupted; returns the report."""
         began = time.monotonic()
         self._begin()
-        parts = [self.plan.stream[start : start + WINDOW] for start in range(0, len(self.plan.stream), WINDOW)]
+        parts = [self.plan.stream[start : start + report.WINDOW] for start in range(0, len(self.plan.stream), report.WINDOW)]
         windows = []
         self.on_stage(f"replaying {len(parts)} windows")
         for number, cases in enumerate(parts):
             windows.append(self._replay_window(number, cases))
             self.plan.on_progress(number + 1, len(parts))
-        return self._report(windows, round(time.monotonic() - began, 1))
+        seconds = round(time.monotonic() - began, 1)
+        with db.reading(self.engine) as connection:
+            return report.compose(connection, self.plan.agent, self.plan.stream, windows, self.plan.seed, seconds)
 
     def _begin(self) -> None:
         """Import the history and train the first version."""
@@ -104,14 +95,14 @@ class Replay:
                 training.queue(connection, self.plan.agent, "manual", "the first version", "simulate", {}, now)
         self._settle(now)
 
-    def _replay_window(self, number: int, cases: Sequence[Case]) -> Window:
+    def _replay_window(self, number: int, cases: Sequence[Case]) -> report.Window:
         """Let the champion answer a window's claims, the expert what is asked, and the loop do what follows."""
         folder = self.plan.out / "windows" / f"{number:04d}"
         done = folder / "window.json"
         if done.exists():
             kept = json.loads(done.read_text())
             self._learn_at_random(number, cases, kept["labels"], kept["trained"])
-            return Window(kept["right"], kept["labels"])
+            return report.Window(kept["right"], kept["labels"])
         now = cases[-1].occurred_at
         answers = self._answer(folder, cases)
         served, version = answers["champion"], json.loads((folder / "served.json").read_text())
@@ -125,7 +116,7 @@ class Replay:
         self._settle(now)
         # A claim that a model's prompt can't be rendered for is one that it got wrong.
         right = {name: [given.get(case.claim_id, NOTHING)["decision"] == case.answer for case in cases] for name, given in answers.items()}
-        window = Window(right, self._count_labels() - before)
+        window = report.Window(right, self._count_labels() - before)
         trained = self._find_trained()
         self._learn_at_random(number, cases, window.labels, trained)
         artifacts.write_atomically(done, json.dumps({"right": right, "labels": window.labels, "trained": trained}).encode())
@@ -256,96 +247,6 @@ class Replay:
             rationale=None,
             answered_at=case.occurred_at.isoformat(),
         )
-
-    def _report(self, windows: Sequence[Window], seconds: float) -> dict[str, Any]:
-        """The figures of `report.json`."""
-        plan = self.plan
-        served = [window.right["champion"] for window in windows]
-        with db.reading(self.engine) as connection:
-            verdicts = self._list_verdicts(connection)
-            changes = registry.history(connection, plan.agent.name)
-            raised = alarms.list_since(connection, plan.agent.name, plan.stream[0].occurred_at)
-            asked = labels.list_labelled(connection, plan.agent.name)
-        outcomes = Counter(verdict["outcome"] for verdict in verdicts)
-        used = sum(window.labels for window in windows)
-        return {
-            "agent": plan.agent.name,
-            "claims": len(plan.stream),
-            "window": WINDOW,
-            "began_at": plan.stream[0].occurred_at.isoformat(),
-            "ended_at": plan.stream[-1].occurred_at.isoformat(),
-            "budget": plan.agent.budget.share,
-            "rule": plan.agent.exam.rule,
-            "seed": plan.seed,
-            "accuracy": mean_of(served),
-            "accuracy_by_window": [mean_of([window]) for window in served],
-            "labels_used": used,
-            "label_share": used / len(plan.stream),
-            "promotions": outcomes["promote"],
-            "rejections": outcomes["reject"],
-            "inconclusive": outcomes["superseded"] + outcomes["open"],
-            "rollbacks": sum(change["kind"] == "rollback" for change in changes),
-            "alarms": [{"kind": row["kind"], "occurred_at": row["raised_at"].isoformat(), "message": row["message"]} for row in raised],
-            "label_share_by_attribute": share_by_attribute(plan.stream, set(asked)),
-            "verdicts": verdicts,
-            **self._compare(windows),
-            "seconds": seconds,
-        }
-
-    def _compare(self, windows: Sequence[Window]) -> dict[str, Any]:
-        """Accuracies of the baselines, and the gain over the frozen one."""
-        if not self.plan.with_baselines:
-            return {}
-        found: dict[str, Any] = {}
-        for name in ("frozen", "ungated", "random"):
-            right = [window.right[name] for window in windows]
-            found[f"{name}_accuracy"] = mean_of(right)
-            found[f"{name}_by_window"] = [mean_of([window]) for window in right]
-        served, frozen = ([window.right[name] for window in windows] for name in ("champion", "frozen"))
-        return {**found, "gain_over_frozen": report.bootstrap_gain(served, frozen, self.plan.seed).to_json()}
-
-    def _list_verdicts(self, connection: Connection) -> list[dict[str, Any]]:
-        """Every exam after the first version's, with its numbers and the window that it ended in."""
-        ends = [case.occurred_at for case in self.plan.stream[WINDOW - 1 :: WINDOW]]
-        found = []
-        for row in exams.list_all(connection, self.plan.agent.name, "exam"):
-            numbers = row["report"].get("numbers", row["report"])
-            at = row["closed_at"] or self.plan.stream[-1].occurred_at
-            if row["candidate"] == "v1.0":
-                continue
-            found.append(
-                {
-                    "version": row["candidate"],
-                    "outcome": row["outcome"] or "open",
-                    "at": at.isoformat(),
-                    "window": bisect.bisect_left(ends, at),
-                    "differing": numbers.get("share_differing"),
-                    "asked": numbers.get("asked", 0),
-                    "wins": numbers.get("wins", 0),
-                    "losses": numbers.get("losses", 0),
-                    "reasons": list(row["report"].get("reasons", [])),
-                }
-            )
-        return found
-
-
-def mean_of(windows: Sequence[Sequence[bool]]) -> float:
-    """The share of right answers."""
-    return sum(map(sum, windows)) / sum(map(len, windows))
-
-
-def share_by_attribute(stream: Sequence[Case], asked: set[str]) -> dict[str, list[dict[str, Any]]]:
-    """For each attribute, its values' shares of the claims and of the expert answers."""
-    names = sorted({name for case in stream for name in case.attributes})
-    found = {}
-    for name in names:
-        claims = Counter(str(case.attributes.get(name)) for case in stream)
-        answers = Counter(str(case.attributes.get(name)) for case in stream if case.claim_id in asked)
-        found[name] = [
-            {"value": value, "claims": count / len(stream), "labels": answers[value] / max(1, answers.total())}
-            for value, count in claims.most_common()
-        ]
-    return found
 
 
 def _name_model(row: RowMapping, role: str) -> spec.Model:

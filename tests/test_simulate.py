@@ -14,7 +14,7 @@ import pytest
 import torch
 from sqlalchemy import Engine, select
 
-from daemon import cases, report, simulate
+from daemon import cases, plots, report, simulate
 from daemon.agents import Agent, Budget, Publisher, Triggers
 from daemon.prompts import PromptFile
 from daemon.settings import Database, Devices, Settings, Storage, Training
@@ -95,7 +95,7 @@ def look(plan: simulate.Plan) -> dict[str, list[Any]]:
 
 
 def test_an_answer_that_was_never_asked_for_changes_nothing(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulate, "WINDOW", WINDOW)
+    monkeypatch.setattr(report, "WINDOW", WINDOW)
     stream = make_cases(4 * WINDOW, 80)
     first = make_plan(tmp_path / "first", base, stream)
     told = replay(first)
@@ -119,7 +119,7 @@ def test_an_answer_that_was_never_asked_for_changes_nothing(tmp_path: Path, base
 def test_a_replay_that_was_interrupted_goes_on_to_the_same_end(
     tmp_path: Path, base: Path, new_engine: Callable[[], Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(simulate, "WINDOW", WINDOW)
+    monkeypatch.setattr(report, "WINDOW", WINDOW)
     stream = make_cases(3 * WINDOW, 80)
     first, second = new_engine(), new_engine()
     whole = make_plan(tmp_path / "whole", base, stream, engine=first)
@@ -135,7 +135,7 @@ def test_a_replay_that_was_interrupted_goes_on_to_the_same_end(
     resumed = replay(cut)
     assert look(cut) == look(whole)
     assert {**resumed, "seconds": 0} == {**expected, "seconds": 0}
-    report.write_page(tmp_path / "report.html", resumed)
+    plots.write_page(tmp_path / "report.html", resumed)
     assert "<polyline" in (tmp_path / "report.html").read_text()
 
 
@@ -165,6 +165,6 @@ def test_the_gain_is_paired_and_its_interval_holds_the_estimate() -> None:
     ours = [[right or generator.random() < 0.1 for right in window] for window in theirs]
     gain = report.bootstrap_gain(ours, theirs, 1)
     assert gain.low < gain.estimate < gain.high
-    assert gain.estimate == pytest.approx(simulate.mean_of(ours) - simulate.mean_of(theirs))
+    assert gain.estimate == pytest.approx(report.mean_of(ours) - report.mean_of(theirs))
     same = report.bootstrap_gain(theirs, theirs, 1)
     assert json.loads(json.dumps(same.to_json())) == {"estimate": 0.0, "low": 0.0, "high": 0.0}

@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection, RowMapping
 
-from daemon import report, simulate
+from daemon import plots, report
 from daemon.demo.home import AGENT
 from daemon.demo.loop import Loop, Served
 from storage import alarms, datasets, db, exams, registry, runs
@@ -106,9 +106,9 @@ def write_report(loop: Loop, path: Path, seed: int, budget: float) -> None:
             "verdicts": _list_verdicts(connection),
             "marks": find_changes(loop.served),
             "alarms": _list_alarms(connection),
-            "label_share_by_attribute": simulate.share_by_attribute(stream, set(loop.expert.claims)),
+            "label_share_by_attribute": report.share_by_attribute(stream, set(loop.expert.claims)),
         }
-    report.write_page(path, found)
+    plots.write_page(path, found)
 
 
 def _count(connection: Connection) -> dict[str, int]:
@@ -126,10 +126,10 @@ def _measure(served: Sequence[Served], seed: int) -> dict[str, Any]:
     ours = split_windows([one.is_right for one in served])
     frozen = split_windows([one.is_frozen_right for one in served])
     return {
-        "accuracy": simulate.mean_of(ours),
-        "accuracy_by_window": [simulate.mean_of([window]) for window in ours],
-        "frozen_accuracy": simulate.mean_of(frozen),
-        "frozen_by_window": [simulate.mean_of([window]) for window in frozen],
+        "accuracy": report.mean_of(ours),
+        "accuracy_by_window": [report.mean_of([window]) for window in ours],
+        "frozen_accuracy": report.mean_of(frozen),
+        "frozen_by_window": [report.mean_of([window]) for window in frozen],
         "gain_over_frozen": report.bootstrap_gain(ours, frozen, seed).to_json(),
     }
 

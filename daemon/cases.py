@@ -53,7 +53,8 @@ def _read_line(path: Path, number: int, line: bytes) -> Case:
         return Case(str(row["claim_id"]), group, at, dict(row["input"]), dict(row.get("attributes") or {}), str(row["answer"]))
     except (KeyError, TypeError, ValueError) as error:
         wanted = '{"claim_id", "group", "occurred_at", "input": {…}, "attributes": {…}, "answer"}'
-        raise CasesRefusedError(f"{path}, line {number}: {error!s} is wrong or missing: a line is {wanted}") from error
+        what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+        raise CasesRefusedError(f"{path}, line {number}: {what}. A line is {wanted}") from error
 
 
 def check(history: Sequence[Case], stream: Sequence[Case], agent: Agent) -> None:

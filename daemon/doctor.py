@@ -61,7 +61,8 @@ def _examine_database(settings: Settings) -> Iterator[Finding]:
             champions = [(name, version) for name in settings.agents if (version := registry.champion(connection, name))]
             served = [registry.read(connection, *champion) for champion in champions]
     except Exception as error:  # noqa: BLE001  whatever the driver says is the finding
-        yield Finding("database", is_well=False, detail=str(error), remedy="check [database] url, then run `ratchet db upgrade`")
+        remedy = "check [database] url; run `ratchet db upgrade` for an older or a new one, restore a damaged one from a backup"
+        yield Finding("database", is_well=False, detail=str(error).partition("\n")[0], remedy=remedy)
         return
     engine.dispose()
     yield Finding("database", is_well=True, detail="opens, can be written, has the current schema")

@@ -4,7 +4,7 @@ import re
 import shlex
 from datetime import UTC, datetime
 
-from daemon import cli, doctor
+from daemon import cli, config, doctor
 from storage import registry
 from tests.version_fixtures import make_made
 
@@ -22,6 +22,14 @@ def test_the_remedy_for_a_missing_base_is_a_command_that_works(opened, home, mon
     monkeypatch.setattr("subprocess.run", lambda arguments, **_: started.append(arguments) or type("Done", (), {"returncode": 0}))
     assert cli.main(shlex.split(command.replace("FILE", str(texts)))) == 0
     assert started[0][3:7] == ["--texts", str(texts), "--out", str(agent.base_model)]
+
+
+def test_a_damaged_database_is_one_line_with_a_way_out(home):
+    (home / "ratchet.db").write_bytes(b"no database" * 1000)
+    found = next(doctor.examine(config.load(home / "ratchet.toml", {})))
+    assert (found.name, found.is_well) == ("database", False)
+    assert found.detail.endswith("file is not a database")
+    assert "restore a damaged one from a backup" in found.remedy
 
 
 def test_a_champion_whose_files_are_not_where_the_database_says_is_found(opened, tmp_path):

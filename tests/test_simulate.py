@@ -143,7 +143,10 @@ def test_a_line_that_is_wrong_is_named(tmp_path: Path) -> None:
     good = {"claim_id": "c1", "occurred_at": "2020-01-01T00:00:00+00:00", "input": {"a": 1}, "answer": "APPROVED"}
     path = tmp_path / "history.jsonl"
     path.write_bytes(b"\n".join(orjson.dumps(row) for row in (good, {**good, "occurred_at": "2020-01-01"})))
-    with pytest.raises(cases.CasesRefusedError, match="line 2: occurred_at has no time zone"):
+    with pytest.raises(cases.CasesRefusedError, match=r"line 2: occurred_at has no time zone\. A line is"):
+        cases.read(path)
+    path.write_bytes(orjson.dumps({name: value for name, value in good.items() if name != "claim_id"}))
+    with pytest.raises(cases.CasesRefusedError, match=r"line 1: claim_id is missing\. A line is"):
         cases.read(path)
 
 

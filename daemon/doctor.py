@@ -13,7 +13,7 @@ import httpx
 from sqlalchemy import RowMapping
 
 from consumers import broker, topics
-from daemon import makeup
+from daemon import devices, makeup
 from daemon.agents import Agent
 from daemon.kafka import Kafka, SecretMissingError
 from daemon.settings import Settings
@@ -42,7 +42,8 @@ def examine(settings: Settings) -> Iterator[Finding]:
     if settings.kafka.bootstrap is not None:
         yield _examine_kafka(settings.kafka)
     yield _examine_disk(settings.home)
-    yield from _examine_trainer(settings)
+    yield _examine_trainer(settings)
+    yield _examine_devices(settings)
     if not settings.agents:
         yield Finding("agents", is_well=False, detail="none is configured", remedy="add a table [agents.NAME] to ratchet.toml")
     for agent in settings.agents.values():
@@ -113,22 +114,28 @@ def _examine_disk(home: Path) -> Finding:
     )
 
 
-def _examine_trainer(settings: Settings) -> Iterator[Finding]:
+def _examine_trainer(settings: Settings) -> Finding:
     python = settings.training.python
     is_found = _call([python, "-c", FIND_TRAINER]) is not None
     detail = f"{python} {'finds' if is_found else 'does not find'} torch, transformers and peft"
-    yield Finding("trainer", is_well=is_found, detail=detail, remedy="install `ratchet-daemon[train]` there, or set [training] python")
-    wanted = [part for slot in settings.devices.slots for part in slot.split("+") if part.startswith("cuda")]
-    if wanted and is_found:
-        answer = _call([python, "-c", FIND_CUDA])
-        present = int(answer) if answer and answer.isdigit() else 0
-        missing = [device for device in wanted if int(device.partition(":")[2]) >= present]
-        yield Finding(
-            "devices",
-            is_well=not missing,
-            detail=f"torch sees {present} CUDA cards" + (f", {', '.join(missing)} is not among them" if missing else ""),
-            remedy="check nvidia-smi and the driver, or name other devices in [devices] slots",
-        )
+    return Finding("trainer", is_well=is_found, detail=detail, remedy="install `ratchet-daemon[train]` there, or set [training] python")
+
+
+def _examine_devices(settings: Settings) -> Finding:
+    """Whether torch sees the cards that runs go to; on a cluster that is the cluster's affair."""
+    names = [device.name for device in devices.find(settings.devices)]
+    cards = [part for name in names for part in name.split("+") if part.startswith("cuda")]
+    if settings.training.launcher == "ray" or not cards:
+        return Finding("devices", is_well=True, detail=f"runs go to {', '.join(names)}")
+    answer = _call([settings.training.python, "-c", FIND_CUDA])
+    present = int(answer) if answer and answer.isdigit() else 0
+    missing = [card for card in cards if int(card.partition(":")[2]) >= present]
+    return Finding(
+        "devices",
+        is_well=not missing,
+        detail=f"runs go to {', '.join(names)}, torch sees {present} CUDA cards" + (f" and not {', '.join(missing)}" if missing else ""),
+        remedy="check nvidia-smi and the driver, or name other devices in [devices] slots",
+    )
 
 
 def _examine_base(agent: Agent) -> Finding:

@@ -4,6 +4,8 @@ import re
 import shlex
 from datetime import UTC, datetime
 
+import pytest
+
 from daemon import cli, config, doctor
 from storage import registry
 from tests.version_fixtures import make_made
@@ -30,6 +32,24 @@ def test_a_damaged_database_is_one_line_with_a_way_out(home):
     assert (found.name, found.is_well) == ("database", False)
     assert found.detail.endswith("file is not a database")
     assert "restore a damaged one from a backup" in found.remedy
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_well", "told"),
+    [
+        ({"RATCHET_DEVICES__SLOTS": '["cpu", "cpu:1"]'}, True, "runs go to cpu, cpu:1"),
+        ({"RATCHET_DEVICES__SLOTS": '["cuda:97"]'}, False, "and not cuda:97"),
+        (
+            {"RATCHET_DEVICES__SLOTS": '["cuda:97"]', "RATCHET_TRAINING__LAUNCHER": "ray", "RATCHET_TRAINING__STORE": "file:///mnt"},
+            True,
+            "runs go to cuda:97",
+        ),
+    ],
+)
+def test_the_devices_that_runs_go_to_are_told_and_looked_for_unless_a_cluster_has_them(home, variables, is_well, told):
+    finding = doctor._examine_devices(config.load(home / "ratchet.toml", variables))
+    assert finding.is_well == is_well
+    assert finding.detail.endswith(told)
 
 
 def test_a_champion_whose_files_are_not_where_the_database_says_is_found(opened, tmp_path):

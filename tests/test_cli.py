@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -58,6 +59,7 @@ def test_config_show_prints_value_and_source_and_no_password(home, monkeypatch, 
     assert cli.main(["config", "show"]) == 0
     table = capsys.readouterr().out
     assert "agents.adjudication.threshold" in table
+    assert re.search(r"kafka\.tls +false ", table), "a value is shown as it is written in the file"
     assert "hunter2" not in table + out
 
 

@@ -148,7 +148,7 @@ def format_cell(value: Any) -> str:
     """One value as a person reads it."""
     if value is None:
         return "-"
-    if isinstance(value, dict | list | tuple):
+    if isinstance(value, bool | dict | list | tuple):
         return json.dumps(value, default=_plain, ensure_ascii=False)
     return f"{value:.4g}" if isinstance(value, float) else str(_plain(value))
 

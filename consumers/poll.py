@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import structlog
-from kafka import KafkaConsumer
+from kafka import KafkaConsumer, OffsetAndMetadata, TopicPartition
 from kafka.errors import KafkaError
 
 from consumers import broker, records
@@ -20,6 +22,35 @@ METADATA_MS, BOOTSTRAP_MS = 30_000, 5_000
 log = structlog.get_logger()
 
 
+class Batch:
+    """Records on their way into the database, in a thread of its own, and the offsets behind them."""
+
+    def __init__(self, polled: Mapping[TopicPartition, Sequence[Any]], inlet: records.Inlet) -> None:
+        self.offsets = {where: OffsetAndMetadata(some[-1].offset + 1, "", -1) for where, some in polled.items()}
+        self._records = [
+            dead_letters.Record(where.topic, where.partition, one.offset, one.value) for where, some in polled.items() for one in some
+        ]
+        self._inlet = inlet
+        self._error: BaseException | None = None
+
+    def begin(self, stopping: threading.Event) -> None:
+        """Take the records."""
+        self._thread = threading.Thread(target=self._take, args=[stopping], name="take", daemon=True)
+        self._thread.start()
+
+    def _take(self, stopping: threading.Event) -> None:
+        try:
+            self._inlet.take_patiently(self._records, stopping)
+        except BaseException as error:  # noqa: BLE001  it is raised where the batch is waited for
+            self._error = error
+
+    def finish(self) -> None:
+        """Wait for the transaction. Raises what `Inlet.take_patiently` raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+
 def run(access: broker.Access, group: str, inlet: records.Inlet, stopping: threading.Event) -> None:
     """Take batch after batch until `stopping`; an offset is committed after the transaction that stored or parked its record.
 
@@ -30,18 +61,34 @@ def run(access: broker.Access, group: str, inlet: records.Inlet, stopping: threa
         consumer.subscribe(list(inlet.kinds))
         # It would divide the partitions before it knows of any, and then have none until it looks again.
         consumer.topics()
-        while not stopping.is_set():
-            polled = consumer.poll(timeout_ms=POLL_MS)
-            batch = [
-                dead_letters.Record(where.topic, where.partition, one.offset, one.value) for where, some in polled.items() for one in some
-            ]
-            if batch:
-                inlet.take_patiently(batch, stopping)
-                _acknowledge(consumer, inlet)
+        _read(consumer, inlet, stopping)
     except KafkaError as error:
         raise broker.BrokerError(f"the group {group} can't be read ({type(error).__name__}): all of a group use one consumer") from error
     finally:
         consumer.close(autocommit=False, timeout_ms=CLOSE_MS)
+
+
+def _read(consumer: KafkaConsumer, inlet: records.Inlet, stopping: threading.Event) -> None:
+    """Read the next batch while the last one is handled.
+
+    When the partitions are divided anew what is underway comes again, to whoever has its partition then: it is stored once.
+    """
+    underway: Batch | None = None
+    try:
+        while underway is not None or not stopping.is_set():
+            polled = {} if stopping.is_set() else consumer.poll(timeout_ms=POLL_MS)
+            following = Batch(polled, inlet) if polled else None
+            before, underway = underway, None
+            if before is not None:
+                before.finish()
+            if following is not None:
+                following.begin(stopping)
+                underway = following
+            if before is not None:
+                _acknowledge(consumer, inlet, before.offsets)
+    finally:
+        if underway is not None:
+            underway.finish()
 
 
 def _open(access: broker.Access, group: str) -> KafkaConsumer:
@@ -62,9 +109,12 @@ def _open(access: broker.Access, group: str) -> KafkaConsumer:
         raise broker.BrokerAbsentError(f"no broker answers ({type(error).__name__})") from error
 
 
-def _acknowledge(consumer: KafkaConsumer, inlet: records.Inlet) -> None:
+def _acknowledge(consumer: KafkaConsumer, inlet: records.Inlet, offsets: Mapping[TopicPartition, OffsetAndMetadata]) -> None:
+    """Of partitions that others have by now nothing: they have read further."""
+    ours = {where: offset for where, offset in offsets.items() if where in consumer.assignment()}
     try:
-        consumer.commit(timeout_ms=COMMIT_MS)
+        if ours:
+            consumer.commit(ours, timeout_ms=COMMIT_MS)
     except KafkaError as error:
         # The next commit covers these too. Whoever has the partitions by then reads them again: they are stored once.
         log.warning("offsets_not_committed", error=type(error).__name__)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import threading
+import time
 from datetime import UTC, datetime
 
+import orjson
 import pytest
 from kafka import KafkaConsumer
 from kafka.errors import KafkaTimeoutError
 
 from consumers import broker as brokers
 from consumers import poll, records
-from tests import broker_fixtures
+from tests import broker_fixtures, event_fixtures
 
 
 def test_a_broker_that_goes_away_as_reading_begins_ends_no_process_and_leaves_no_thread(broker, engine, monkeypatch):
@@ -26,3 +28,42 @@ def test_a_broker_that_goes_away_as_reading_begins_ends_no_process_and_leaves_no
     with pytest.raises(brokers.BrokerError, match=r"goes-away can't be read .KafkaTimeoutError"):
         poll.run(kafka.to_access(), kafka.group, inlet, threading.Event())
     assert threading.active_count() == before
+
+
+def wait_until(holds, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def test_the_next_batch_is_read_while_one_is_handled_and_none_is_acknowledged_before_its_transaction(broker, engine, monkeypatch):
+    kafka, agent = broker_fixtures.make_topics(broker, "reads-on"), event_fixtures.make_agent()
+    inlet = records.Inlet(engine, {agent.name: agent}, kafka.topics.kinds(), lambda: datetime.now(UTC))
+    at = datetime.now(UTC)
+    broker_fixtures.produce(broker, kafka.topics.predictions, [orjson.dumps(event_fixtures.make_prediction(n, at)) for n in range(30)])
+    gate, read, stopping = threading.Event(), [], threading.Event()
+    genuine_poll, genuine_take = KafkaConsumer.poll, records.Inlet.take
+
+    def poll_(consumer, **options):
+        found = genuine_poll(consumer, **options)
+        read.append(sum(map(len, found.values())))
+        return found
+
+    def take(inlet, batch):
+        assert gate.wait(30)
+        genuine_take(inlet, batch)
+
+    monkeypatch.setattr(poll, "BATCH", 10)
+    monkeypatch.setattr(KafkaConsumer, "poll", poll_)
+    monkeypatch.setattr(records.Inlet, "take", take)
+    thread = threading.Thread(target=poll.run, args=[kafka.to_access(), kafka.group, inlet, stopping])
+    thread.start()
+    wait_until(lambda: len([count for count in read if count]) == 2)
+    assert broker_fixtures.read_lag(kafka, kafka.topics.predictions) == 30
+    gate.set()
+    wait_until(lambda: broker_fixtures.read_lag(kafka, kafka.topics.predictions) == 0)
+    stopping.set()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert inlet.counters.by_state == {"handled": 30}

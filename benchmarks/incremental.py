@@ -37,6 +37,7 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "cumulative": {"policy": "cumulative"},
     "cumulative, new x 1": {"policy": "cumulative", "new_weight": 1},
     "replay all": {"policy": "replay", "replay_share": 1.0},
+    "replay all, new x 1": {"policy": "replay", "replay_share": 1.0, "new_weight": 1},
     "replay 30 %": {"policy": "replay", "replay_share": 0.3},
     "replay 30 %, new x 1": {"policy": "replay", "replay_share": 0.3, "new_weight": 1},
     "replay 10 %": {"policy": "replay", "replay_share": 0.1},

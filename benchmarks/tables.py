@@ -51,9 +51,9 @@ FILL = (
     SELECT {key}, 'node-1', 'old' || i, 'ratchet.prediction.made.v1', 'adjudication/oldc' || i, {at}, {at}, '{data}', {key}, 'handled', {at}
     FROM {numbers}""",
     """INSERT INTO predictions
-    (id, agent, prediction_id, claim_id, group_key, origin, input, input_digest, attributes, decision, confidence, model_version,
+    (id, agent, prediction_id, claim_id, group_key, origin, input_digest, attributes, decision, confidence, model_version,
     occurred_at, received_at, policy_version, reasons, priority, effective_threshold, inclusion_probability)
-    SELECT {key}, 'adjudication', 'old' || i, 'oldc' || i, 'member' || i % 100000, 'served', '{{"note":"{note}"}}', {key},
+    SELECT {key}, 'adjudication', 'old' || i, 'oldc' || i, 'member' || i % 100000, 'served', {key},
     '{{"region":"west"}}', 'APPROVED', 0.5 + i % 49 * 0.01, 'v1.0', {at}, {at}, 1,
     CAST(CASE WHEN i % 20 = 0 THEN '["below_threshold"]' ELSE '[]' END AS {json}), 0.5, 0.7, 1.0 FROM {numbers}""",
     """INSERT INTO reviews

@@ -68,15 +68,20 @@ def deliver_as(
             good.append(prepared)
             contents.append(item["data"])  # type: ignore[index]
     receipts = events.append(connection, good, now, state)
-    told = iter(receipts)
-    delivered = [result or _to_delivered(next(told)) for result in results]
-    new: dict[str, handlers.Item] = {}
-    for receipt, one, data in zip(receipts, good, contents, strict=True):
+    told = map(_to_delivered, receipts)
+    delivered = [result or next(told) for result in results]
+    for receipt, one in zip(receipts, good, strict=True):
         if receipt.outcome == "conflict":
             _park(connection, one, receipt.ulid, now)
-        elif receipt.outcome == "stored" and state == "handled" and receipt.ulid not in new:
-            new[receipt.ulid] = events.to_stored(receipt.ulid, one, state, now), data
-    return delivered, list(new.values())
+    return delivered, _list_new(receipts, good, contents, now) if state == "handled" else []
+
+
+def _list_new(
+    receipts: Sequence[events.Receipt], good: Sequence[events.Incoming], contents: Sequence[Any], now: datetime
+) -> list[handlers.Item]:
+    """The events that were stored just now, each once."""
+    items = zip(events.to_stored(receipts, good, "handled", now), contents, strict=True)
+    return list({item[0].ulid: item for item, receipt in zip(items, receipts, strict=True) if receipt.outcome == "stored"}.values())
 
 
 def _prepare(

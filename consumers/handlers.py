@@ -214,7 +214,8 @@ def _route_unknown(connection: Connection, agent: Agent, items: Sequence[Item], 
 def _route_all(connection: Connection, agent: Agent, items: Sequence[Item], now: datetime) -> list[predictions.New]:
     policy = agent.policy
     counts_by_slice = labels.count_by_attributes(connection, agent.name, policy.slice_by) if policy.explore_share else {}
-    window = read_window(connection, agent.name, policy, counts_by_slice)
+    is_budgeted = policy.budget_share is not None
+    window = read_window(connection, agent.name, policy, counts_by_slice) if is_budgeted else routing.Window(policy.window)
     router = routing.Router(policy, window, read_spent(connection, agent.name, policy, now), counts_by_slice)
     rows = []
     for event, data in items:
@@ -253,7 +254,7 @@ def read_spent(connection: Connection, agent: str, policy: routing.RoutingPolicy
 
 
 def _to_row(event: events.Stored, data: Any, agent: Agent, decision: routing.Decision, now: datetime) -> predictions.New:
-    claim, given, get = data["claim_id"], data["input"], data.get
+    claim, get = data["claim_id"], data.get
     return predictions.New(
         event.ulid,
         agent.name,
@@ -261,8 +262,7 @@ def _to_row(event: events.Stored, data: Any, agent: Agent, decision: routing.Dec
         claim,
         get("group") or claim,
         "served",
-        given,
-        _digest(given),
+        _digest(data["input"]),
         get("attributes") or {},
         _read_time(data["occurred_at"]),
         now,
@@ -369,7 +369,6 @@ def _handle_history(connection: Connection, items: Sequence[Item], agents: Mappi
             data["claim_id"],
             data.get("group") or data["claim_id"],
             "import",
-            data["input"],
             _digest(data["input"]),
             data.get("attributes") or {},
             occurred_at,

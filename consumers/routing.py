@@ -261,7 +261,10 @@ class Window:
 
 
 class Router:
-    """Routes predictions one after another, each by those before it; the budget is divided anew only when what it depends on changes."""
+    """Routes predictions one after another, each by those before it; the budget is divided anew only when what it depends on changes.
+
+    Where no share is budgeted, nothing depends on the window, and it stays as it is.
+    """
 
     def __init__(self, policy: RoutingPolicy, window: Window, spent: Spent, slice_labels: Mapping[str, int]) -> None:
         self._policy, self._window, self._spent, self._slice_labels = policy, window, spent, slice_labels
@@ -274,7 +277,9 @@ class Router:
     def route(self, prediction: Prediction) -> Decision:
         """`route`, and take the prediction in."""
         decision = route(prediction, self._policy, self._state, self._plan)
-        is_changed = self._window.add_routed(prediction, decision, self._policy, self._slice_labels)
+        is_changed = self._policy.budget_share is not None and self._window.add_routed(
+            prediction, decision, self._policy, self._slice_labels
+        )
         if decision.reasons and self._policy.budget_per_day is not None:
             self._spent = self._spent._replace(opened_today=self._spent.opened_today + 1)
             is_changed = True

@@ -41,17 +41,18 @@ class Receipt(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """An event as it lies in the log."""
+    """An event as it lies in the log: what it was before, where its payload may be erased, and what became of it."""
 
-    ulid: str
     source: str
     event_id: str
     type: str
     subject: str
     time: datetime
-    received_at: datetime
-    principal: str | None
     data: str | None
+    digest: str
+    principal: str | None
+    ulid: str
+    received_at: datetime
     state: str
     reason: str | None
     handled_at: datetime | None
@@ -93,10 +94,10 @@ def _receipt(ulid: str, one: Incoming, known_ulid: str, known_digest: str) -> Re
     return Receipt(known_ulid, "stored" if known_ulid == ulid else "duplicate")
 
 
-def to_stored(ulid: str, one: Incoming, state: State, now: datetime) -> Stored:
-    """An event that was appended just now, as it would be read back."""
-    at, handled_at = one.time, now if state == "handled" else None
-    return Stored(ulid, one.source, one.event_id, one.type, one.subject, at, now, one.principal, one.data, state, None, handled_at)
+def to_stored(receipts: Sequence[Receipt], incoming: Sequence[Incoming], state: State, now: datetime) -> list[Stored]:
+    """Events that were appended just now, as they would be read back."""
+    handled_at = now if state == "handled" else None
+    return [Stored(*one, receipt.ulid, now, state, None, handled_at) for receipt, one in zip(receipts, incoming, strict=True)]
 
 
 def read_received(connection: Connection, limit: int) -> list[Stored]:

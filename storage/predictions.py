@@ -1,4 +1,4 @@
-"""Predictions: what a model said about a claim, how it was routed, and the stored input that labels refer to."""
+"""Predictions: what a model said about a claim, how it was routed, and the case that labels refer to."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ class New(NamedTuple):
     claim_id: str
     group_key: str
     origin: str
-    input: Mapping[str, Any]
     input_digest: str
     attributes: Mapping[str, Any]
     occurred_at: datetime
@@ -141,7 +140,7 @@ def newest_ids(connection: Connection, agent: str, since: str, limit: int) -> li
 
 def of_claim(connection: Connection, claim_id: str, agent: str | None = None) -> list[RowMapping]:
     """Every prediction of a claim, oldest first, without its input."""
-    columns = [column for column in Prediction.__table__.columns if column.name not in ("input", "probabilities")]
+    columns = [column for column in Prediction.__table__.columns if column.name != "probabilities"]
     query = select(*columns).where(Prediction.claim_id == claim_id).order_by(Prediction.occurred_at)
     if agent:
         query = query.where(Prediction.agent == agent)

@@ -82,12 +82,8 @@ def make_case_key(agent: str, claim_id: str, input_digest: str) -> int:
 def find_live_cases(connection: Connection, claims: Iterable[str], but: Collection[str]) -> set[tuple[str, str, str]]:
     """The cases of these claims that wait for an expert, by other predictions than those in `but`: agent, claim, digest of the input."""
     query = select(Prediction.id, Prediction.agent, Prediction.claim_id, Prediction.input_digest)
-    query = query.where(db.is_one_of(connection, Prediction.claim_id, claims))
-    cases = {row[0]: (row[1], row[2], row[3]) for row in connection.execute(query) if row[0] not in but}
-    if not cases:
-        return set()
-    live = select(Review.prediction).where(db.is_one_of(connection, Review.prediction, cases), IS_LIVE)
-    return {cases[prediction] for prediction in connection.execute(live).scalars()}
+    query = query.join(Review, (Review.prediction == Prediction.id) & IS_LIVE).where(db.is_one_of(connection, Prediction.claim_id, claims))
+    return {(agent, claim, digest) for prediction, agent, claim, digest in connection.execute(query) if prediction not in but}
 
 
 def _about(prediction: str, exam: str | None) -> str:

@@ -21,10 +21,14 @@ from sqlalchemy import (
     String,
     Text,
     UniqueConstraint,
+    select,
     text,
 )
 from sqlalchemy.dialects.postgresql import TIMESTAMP
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, mapped_column
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 EPOCH, MICROSECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(microseconds=1)
@@ -54,6 +58,23 @@ class UtcTime(TypeDecorator[datetime]):
             return None
         at: datetime = value.astimezone(UTC) if dialect.name == "postgresql" else EPOCH + value * MICROSECOND
         return at
+
+
+class InputOf(FunctionElement[dict[str, Any]]):
+    """The field `input` of an event's JSON text."""
+
+    type = JSON()
+    inherit_cache = True
+
+
+@compiles(InputOf, "sqlite")
+def _write_for_sqlite(element: InputOf, compiler: SQLCompiler, **options: Any) -> str:
+    return f"json_extract({compiler.process(element.clauses, **options)}, '$.input')"
+
+
+@compiles(InputOf, "postgresql")
+def _write_for_postgresql(element: InputOf, compiler: SQLCompiler, **options: Any) -> str:
+    return f"(CAST({compiler.process(element.clauses, **options)} AS JSON) -> 'input')"
 
 
 def states(column: str, *allowed: str) -> CheckConstraint:
@@ -126,7 +147,10 @@ class Policy(Table):
 
 
 class Prediction(Table):
-    """What a model said about a claim and how it was routed; `import` rows carry the input of a case decided before."""
+    """What a model said about a claim and how it was routed; `import` rows stand for a case decided before.
+
+    `id` is the key of the event that told of it. The claim's input lies there alone, and is erased there.
+    """
 
     __tablename__ = "predictions"
     id: Mapped[str] = mapped_column(String(26), primary_key=True)
@@ -135,7 +159,6 @@ class Prediction(Table):
     claim_id: Mapped[str]
     group_key: Mapped[str]
     origin: Mapped[str]
-    input: Mapped[dict[str, Any] | None]
     input_digest: Mapped[str]
     attributes: Mapped[dict[str, Any]]
     decision: Mapped[str | None]
@@ -149,6 +172,9 @@ class Prediction(Table):
     priority: Mapped[float]
     effective_threshold: Mapped[float | None]
     inclusion_probability: Mapped[float | None]
+    input: Mapped[dict[str, Any] | None] = column_property(
+        select(InputOf(Event.data)).where(Event.ulid == id).correlate_except(Event).label("input")  # noqa: A003  the column above
+    )
     __table_args__ = (
         UniqueConstraint("agent", "prediction_id"),
         states("origin", "served", "import"),

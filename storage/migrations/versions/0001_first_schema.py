@@ -220,7 +220,6 @@ def upgrade() -> None:
         sa.Column("claim_id", sa.String(), nullable=False),
         sa.Column("group_key", sa.String(), nullable=False),
         sa.Column("origin", sa.String(), nullable=False),
-        sa.Column("input", sa.JSON(), nullable=True),
         sa.Column("input_digest", sa.String(), nullable=False),
         sa.Column("attributes", sa.JSON(), nullable=False),
         sa.Column("decision", sa.String(), nullable=True),

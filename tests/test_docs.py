@@ -122,3 +122,11 @@ def test_every_link_between_pages_leads_somewhere():
 def test_the_glossary_is_in_order_and_names_each_word_once():
     words = re.findall(r"^\| \*\*(.+?)\*\*", (DOCS / "glossary.md").read_text(), flags=re.MULTILINE)
     assert words == sorted(set(words))
+
+
+def test_every_decision_has_a_number_of_its_own_and_says_it():
+    numbers: dict[int, str] = {}
+    for note in sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md")):
+        number = int(note.name[:4])
+        assert note.read_text().startswith(f"# {number}. "), note.name
+        assert numbers.setdefault(number, note.name) == note.name

@@ -22,6 +22,8 @@ from storage import events
 
 MAX_TEXT = 200_000
 MAX_SHOWN = 100
+MOST_PROBABILITY = 1.01
+"""What the probabilities of all labels may sum to: senders round each."""
 PREDICTION, LABEL, HISTORY = "ratchet.prediction.made.v1", "ratchet.label.submitted.v1", "ratchet.history.imported.v1"
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]+$")]
@@ -287,9 +289,8 @@ def shorten(value: Any) -> str:
 def check(event: AnyEvent, labels_of: Mapping[str, Sequence[str]], latest: datetime = LATEST) -> Refusal | None:
     """What the types can't say: whether agent and answer are known, a label says what it labels, and the time is not past `latest`."""
     data: Any = event["data"]
-    field = "answered_at" if event["type"] == LABEL else "occurred_at"
-    if data[field] > latest:
-        return Refusal(f"data.{field}", data[field].isoformat(), "this is in the future: check the clock and the zone of whoever sends it")
+    if refusal := _check_values(data, latest):
+        return refusal
     labels = labels_of.get(data["agent"])
     if labels is None:
         return Refusal(
@@ -302,6 +303,15 @@ def check(event: AnyEvent, labels_of: Mapping[str, Sequence[str]], latest: datet
     subject = event.get("subject")
     if subject is not None and "claim_id" in data and subject != subject_of(data):
         return Refusal("subject", shorten(subject), f"subject is AGENT/CLAIM_ID: use {subject_of(data)} or leave it out")
+    return None
+
+
+def _check_values(data: Mapping[str, Any], latest: datetime) -> Refusal | None:
+    field = "answered_at" if "answered_at" in data else "occurred_at"
+    if data[field] > latest:
+        return Refusal(f"data.{field}", data[field].isoformat(), "this is in the future: check the clock and the zone of whoever sends it")
+    if (shares := data.get("probabilities")) and sum(shares.values()) > MOST_PROBABILITY:
+        return Refusal("data.probabilities", shorten(shares), "these sum to more than 1: send each label's share, or leave them out")
     return None
 
 

@@ -100,6 +100,14 @@ def test_an_unknown_agent_or_answer_is_told_what_there_is(now: datetime) -> None
     assert "APPROVED, DENIED, PENDING" in str(refused[1])
 
 
+def test_probabilities_that_sum_to_more_than_one_are_refused(now: datetime) -> None:
+    good, bad = ({"APPROVED": 0.67, "DENIED": 0.34}, {"APPROVED": 0.9, "DENIED": 0.9})
+    events_ = schemas.parse(orjson.dumps([make_prediction(1, now, probabilities=one) for one in (good, bad)]), schemas.PREDICTION)
+    refused = [schemas.check(one, {"adjudication": LABELS}) for one in events_ if not isinstance(one, schemas.Refusal)]
+    assert refused[0] is None
+    assert "sum to more than 1" in str(refused[1])
+
+
 def test_the_order_of_fields_makes_no_other_event_but_the_data_keeps_it(engine: Engine, now: datetime) -> None:
     one = make_prediction(1, now, input={"b": 1, "a": 2})
     other = make_prediction(1, now, input={"a": 2, "b": 1})

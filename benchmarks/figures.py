@@ -62,4 +62,5 @@ def _read(path: str) -> str:
 
 
 def _round(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.4g}")
+    """Four digits of what was measured, all of what was counted."""
+    return value if value is None or isinstance(value, int) else float(f"{value:.4g}")

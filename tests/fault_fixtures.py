@@ -258,6 +258,7 @@ class Trial:
         self.engine = db.open_engine(self.url)
         self.traffic = Traffic(broker.bootstrap, self.kafka, pace)
         self.daemons: list[daemon_fixtures.Daemon] = []
+        self.roles: tuple[str, ...] = ("consume",)
         self.deaths = 0
         self._replayed = 0
         self._replay: Engine | None = None
@@ -273,10 +274,11 @@ class Trial:
         return self.daemons[-1]
 
     def begin(self, *roles: str, patch: str = "") -> daemon_fixtures.Daemon:
-        """Begin one more daemon."""
+        """Begin one more daemon, with the roles of the last one if none are named."""
+        self.roles = roles or self.roles
         daemon = daemon_fixtures.Daemon(self.home, f"{len(self.daemons)}.log", **self.settings)
         self.daemons.append(daemon)
-        arguments = [one for role in roles or ("consume",) for one in ("--role", role)]
+        arguments = [one for role in self.roles for one in ("--role", role)]
         return daemon.begin(*arguments, patch=f"{CLOCK}\n{self.pace.patch}\n{patch}")
 
     def start(self, *roles: str) -> daemon_fixtures.Daemon:
@@ -574,7 +576,7 @@ relay.Relay._mark = mark
 def kill_relay(trial: Trial) -> None:
     """The process of the relay gets SIGKILL between sending and marking."""
     trial.daemon.kill()
-    dying = trial.begin(patch=f"from consumers import relay{KILL_BEFORE_MARKING}")
+    dying = trial.begin("consume", patch=f"from consumers import relay{KILL_BEFORE_MARKING}")
     assert dying.process.wait(trial.pace.settle) == -signal.SIGKILL
     trial.start("consume", "web", "schedule")
     trial.read_more()

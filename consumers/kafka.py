@@ -101,6 +101,8 @@ class Prompt(mode.Service):
     async def wait_first(self, *waits: Any, **options: Any) -> Any:
         """As in Faust; the first of `waits` is taken as far as it comes, and only what is left of it becomes a task."""
         first, *others = waits
+        if not asyncio.iscoroutine(first):  # an event, for one
+            return await super().wait_first(*waits, **options)
         try:
             waited_for = first.send(None)
         except BaseException as end:

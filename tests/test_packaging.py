@@ -1,6 +1,8 @@
 """What is installed beside us, what the requirement files hold, and what the package ships."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -60,3 +62,8 @@ def test_the_four_packages_start_empty():
 
 def test_the_import_contracts_hold():
     assert cli.lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == cli.EXIT_STATUS_SUCCESS
+
+
+def test_the_demo_without_kafka_needs_none_of_its_packages():
+    block = "import sys; sys.modules.update(dict.fromkeys(['kafka', 'faust', 'aiokafka']))"
+    subprocess.run([sys.executable, "-c", f"{block}; import daemon.demo.__main__, daemon.service"], check=True, cwd=ROOT)

@@ -11,9 +11,8 @@ from pathlib import Path
 import httpx
 from sqlalchemy import Engine
 
-from consumers import counterpart
 from daemon import cases, config, rehearsal, run_folders
-from daemon.demo import direct, home, servers, streamed
+from daemon.demo import direct, home, servers
 from daemon.demo.clients import Desk, Expert, News, Node, Producer
 from daemon.demo.home import AGENT, Home
 from daemon.demo.loop import FROZEN, Loop, OutcomeDiffersError
@@ -104,6 +103,9 @@ def connect(made: Home, engine: Engine, screen: Screen, stack: contextlib.ExitSt
 
 def join_stream(kafka: Kafka, engine: Engine, stack: contextlib.ExitStack) -> tuple[Producer, Desk, News]:
     """The clients' side of the topics."""
+    from consumers import counterpart  # noqa: PLC0415  without Kafka its packages need not be there
+    from daemon.demo import streamed  # noqa: PLC0415
+
     access, topics = kafka.to_access(), kafka.topics
     sender = stack.enter_context(counterpart.sending(access))
     reviews, announcements = (stack.enter_context(counterpart.listening(access, name)) for name in (topics.queue, topics.events))

@@ -6,15 +6,10 @@ import asyncio
 import tempfile
 import threading
 import time
-import types
-from collections.abc import Coroutine, Generator
 from typing import Any
 
 import faust
-import mode
 import structlog
-from faust.transport.drivers import aiokafka
-from mode.services import WaitResults
 
 from consumers import broker, records, threads
 from storage import dead_letters
@@ -38,7 +33,6 @@ async def run(access: broker.Access, group: str, inlet: records.Inlet, stop: asy
     """
     with tempfile.TemporaryDirectory(prefix="ratchet-faust-") as folder:
         app = make_app(access, group, folder)
-        app.transport.Consumer = Consumer
         failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         turn = asyncio.Lock()
         _add_agent(app, inlet, stopping, turn, failed)
@@ -93,40 +87,6 @@ def make_app(access: broker.Access, group: str, folder: str) -> faust.App:
         key_serializer="raw",
         value_serializer="raw",
     )
-
-
-class Prompt(mode.Service):
-    """Begins no tasks to wait for what is there already. Faust begins four for each message, to wait for room in the stream."""
-
-    async def wait_first(self, *waits: Any, **options: Any) -> Any:
-        """As in Faust; the first of `waits` is taken as far as it comes, and only what is left of it becomes a task."""
-        first, *others = waits
-        if not asyncio.iscoroutine(first):  # an event, for one
-            return await super().wait_first(*waits, **options)
-        try:
-            waited_for = first.send(None)
-        except BaseException as end:
-            for other in others:
-                other.close()
-            if isinstance(end, StopIteration):
-                return WaitResults([first], [end.value], stopped=False)
-            raise
-        return await super().wait_first(_finish(first, waited_for), *others, **options)
-
-
-class Consumer(Prompt, aiokafka.Consumer):  # type: ignore[misc]
-    """Faust's own, at half of its costs."""
-
-
-async def _finish(begun: Coroutine[Any, Any, Any], waited_for: Any) -> Any:
-    """What is left of a coroutine that has begun, and waits for something."""
-
-    @types.coroutine
-    def go_on() -> Generator[Any, Any, Any]:
-        yield waited_for
-        return (yield from begun.__await__())
-
-    return await go_on()
 
 
 def _to_credentials(access: broker.Access) -> Any:

@@ -97,7 +97,7 @@ def _prepare(
     try:
         return schemas.to_incoming(event, principal.name)
     except schemas.UnstorableError as error:
-        return Delivered(None, "refused", schemas.Refusal("data", "what can't be kept", str(error)))
+        return Delivered(None, "refused", error.refusal)
 
 
 def _check_expert(event: Any, principal: tokens.Principal) -> Delivered | None:

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, NotRequired, cast
@@ -34,22 +34,24 @@ EARLIEST, LATEST = datetime(1900, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo
 Time = Annotated[AwareDatetime, Field(ge=EARLIEST, lt=LATEST)]
 Fields = Annotated[dict[Name, JsonValue], Field(max_length=500)]
 
-TOO_DEEP = "the JSON nests too deep, 250 levels are taken"
+DEEPEST = 190
+"""So many levels of an event every reader and writer takes."""
+TOO_DEEP = f"this nests too deep, {DEEPEST} levels are taken"
+TOO_LARGE = "a number is beyond 64 bits: send it as text"
+NO_NUMBER = "JSON has no such number: send a number, or leave the field out"
+HALF_CHARACTER = "a text holds half a character, which is no UTF-8: correct or leave it out"
+LONGEST_INTEGER = 20
+"""So many characters a whole number of 64 bits has at most, its sign among them."""
+TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[{\]}]', re.DOTALL)
+"""A text or a bracket of JSON."""
 OPENING = re.compile(r"^(Input|String|Dictionary|List|Value) should")
 ADVICE = {
     "missing": "this field is missing: add it",
     "extra_forbidden": "unknown field: correct its name, or leave it out",
     "timezone_aware": "the time names no zone: add it, such as Z or +01:00",
-    "json_invalid": TOO_DEEP,  # it was read once already
     "string_pattern_mismatch": "this holds control characters: leave them out",
 }
 """What to do about an error of Pydantic's, where its own words don't say it."""
-UNSTORABLE = {
-    "Integer exceeds": "a whole number is beyond 64 bits: send it as text",
-    "Recursion limit": TOO_DEEP,
-    "surrogates": "a text holds half a character, which is no UTF-8: correct or leave it out",
-}
-"""The same for what our JSON can't keep, by what its writer says."""
 
 LabelKind = Literal["review", "second_read", "adjudication", "late_truth"]
 
@@ -166,6 +168,10 @@ class MalformedError(ValueError):
 class UnstorableError(ValueError):
     """An event holds what our JSON can't keep as it is: a number beyond 64 bits, too deep a nesting, half a character."""
 
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal
+
 
 def parse(body: bytes, kind: str) -> list[AnyEvent | Refusal]:
     """Check a JSON array of events of one type; an item that is not right becomes a `Refusal` in its place.
@@ -179,15 +185,12 @@ def parse(body: bytes, kind: str) -> list[AnyEvent | Refusal]:
     # Python's JSON readers let NaN pass; orjson does not. The search costs nothing beside the parse that it saves.
     if b"NaN" not in body and b"Infinity" not in body:
         try:
-            return [_refuse_infinity(event) for event in adapter.validate_json(body, strict=True)]
+            events = adapter.validate_json(body, strict=True)
+            if not any(_has_infinity(event["data"]) for event in events):
+                return cast("list[AnyEvent | Refusal]", events)
         except ValidationError:
             pass  # at least one item is wrong: look at them one by one, to say which
-    try:
-        items = json.loads(body.decode(), parse_constant=_Constant)
-    except RecursionError as error:
-        raise MalformedError(f"the body can't be read: {TOO_DEEP}") from error
-    except ValueError as error:
-        raise MalformedError(f"the body is not JSON: {error}") from error
+    items = _read_json(body)
     if not isinstance(items, list):
         raise MalformedError(f"the body must be a JSON array of events, this is {type(items).__name__}")
     return [_parse_one(kind, item) for item in items]
@@ -215,17 +218,80 @@ def _parse_alone(value: bytes | None, kind: str) -> AnyEvent | Refusal:
     return items[0] if len(items) == 1 else Refusal("value", f"{len(items)} events", "one event is wanted")
 
 
-class _Constant(str):
-    """NaN or an infinity, which Python's JSON writers send and JSON does not have."""
+class _Unread(str):
+    """A number that no float or integer of 64 bits is, as it was sent: NaN, an infinity, or one that is too large."""
 
     __slots__ = ()
+    __repr__ = str.__str__
 
 
-def _find_constant(value: Any, path: str) -> Refusal | None:
-    if isinstance(value, _Constant):
-        return Refusal(path or "event", value, "JSON has no such number: send a number, or leave the field out")
-    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return next((found for key, part in parts if (found := _find_constant(part, f"{path}.{_name_part(key)}".lstrip(".")))), None)
+def _read_json(body: bytes) -> Any:
+    """The body as it was sent, what can't be taken of it included. Raises `MalformedError`."""
+    try:
+        text = body.decode()
+        try:
+            return _load(text)
+        except RecursionError:
+            return _load(_prune(text))
+    except ValueError as error:
+        raise MalformedError(f"the body is not JSON: {error}") from error
+
+
+def _load(text: str) -> Any:
+    return json.loads(text, parse_constant=_Unread, parse_float=_read_float, parse_int=_read_integer)
+
+
+def _read_float(text: str) -> float | _Unread:
+    number = float(text)
+    return number if math.isfinite(number) else _Unread(text)
+
+
+def _read_integer(text: str) -> int | _Unread:
+    return int(text) if len(text) <= LONGEST_INTEGER else _Unread(text)
+
+
+def _prune(text: str) -> str:
+    """The JSON without what lies too deep to be read: it still nests deeper than is taken, and is refused where it does."""
+    kept, begin, depth = [], 0, 0
+    for token in TOKEN.finditer(text):
+        if token[0] in {"[", "{"}:
+            depth += 1
+            if depth == 2 * DEEPEST:
+                kept.append(text[begin : token.end()])
+                begin = len(text)
+        elif token[0] in {"]", "}"}:
+            if depth == 2 * DEEPEST:
+                begin = token.start()
+            depth -= 1
+    return "".join((*kept, text[begin:]))
+
+
+def _find_unstorable(value: Any, *path: str | int) -> Refusal | None:
+    """The first part of a value that our JSON can't keep, by the path to it."""
+    if len(path) > DEEPEST:
+        return Refusal(_name_path(path[:3]), f"more than {DEEPEST} levels", TOO_DEEP)
+    parts: Iterable[tuple[str | int, Any]]
+    if isinstance(value, dict):
+        parts = ((key, part) for key, held in value.items() for part in (key, held))
+    elif isinstance(value, list):
+        parts = enumerate(value)
+    else:
+        remedy = _find_remedy(value)
+        return Refusal(_name_path(path), shorten(value), remedy) if remedy else None
+    return next((found for key, part in parts if (found := _find_unstorable(part, *path, key))), None)
+
+
+def _find_remedy(value: Any) -> str | None:
+    """What to do about a text or number that our JSON can't keep; None where it can."""
+    if isinstance(value, _Unread):
+        return TOO_LARGE if value[-1].isdigit() else NO_NUMBER
+    if isinstance(value, int):
+        return None if -(2**63) <= value < 2**64 else TOO_LARGE
+    return HALF_CHARACTER if isinstance(value, str) and re.search("[\ud800-\udfff]", value) else None
+
+
+def _name_path(path: Iterable[str | int]) -> str:
+    return ".".join(map(_name_part, path)) or "event"
 
 
 def _name_part(key: str | int) -> str:
@@ -235,43 +301,26 @@ def _name_part(key: str | int) -> str:
 
 
 def _parse_one(kind: str, item: Any) -> AnyEvent | Refusal:
+    if unstorable := _find_unstorable(item):
+        return unstorable
     try:
-        constant = _find_constant(item, "")
-    except RecursionError:
-        return Refusal("event", shorten(item), TOO_DEEP)
-    if constant is not None:
-        return constant
-    try:
-        return _refuse_infinity(_ADAPTERS[kind].validate_json(orjson.dumps([item]), strict=True)[0])
-    except orjson.JSONEncodeError as error:
-        return Refusal("event", shorten(item), _explain_unstorable(error))
+        return cast("AnyEvent", _ADAPTERS[kind].validate_json(orjson.dumps([item]), strict=True)[0])
     except ValidationError as error:
         return _refuse(kind, error.errors(include_url=False, include_context=False)[0])
 
 
 def _refuse(kind: str, first: ErrorDetails) -> Refusal:
-    field = ".".join(map(_name_part, first["loc"][1:]))
+    field = _name_path(first["loc"][1:])
     value = "nothing" if first["type"] == "missing" else shorten(first["input"])
     if first["type"] == "extra_forbidden":
         return Refusal(field, value, f"unknown field: leave it out, or use one of {', '.join(_FIELDS[kind])}")
-    return Refusal(field or "event", value, advise(first))
+    return Refusal(field, value, advise(first))
 
 
 def advise(error: ErrorDetails) -> str:
     """What would be right in place of what Pydantic found wrong."""
     said = OPENING.sub("this should", error["msg"]).replace(" after validation", "")
     return ADVICE.get(error["type"], said)
-
-
-def _explain_unstorable(error: orjson.JSONEncodeError) -> str:
-    return next((remedy for said, remedy in UNSTORABLE.items() if said in str(error)), str(error))
-
-
-def _refuse_infinity(event: AnyEvent) -> AnyEvent | Refusal:
-    """The exact types read 1e999 as infinity, which our JSON would keep as null; the decoder does not take it at all."""
-    if _has_infinity(event["data"]):
-        return Refusal("data", "a number", "a number is beyond the range of 64-bit floats: send it as text")
-    return event
 
 
 def _has_infinity(value: Any) -> bool:
@@ -330,7 +379,7 @@ def to_incoming(event: AnyEvent, principal: str | None) -> events.Incoming:
     try:
         text = orjson.dumps(data, option=orjson.OPT_UTC_Z)
     except orjson.JSONEncodeError as error:
-        raise UnstorableError(_explain_unstorable(error)) from error
+        raise UnstorableError(_find_unstorable(data, "data") or Refusal("data", "what can't be kept", str(error))) from error
     ordered = orjson.dumps(data, option=orjson.OPT_SORT_KEYS | orjson.OPT_UTC_Z)
     digest = hashlib.sha256(f"{event['type']}\0{subject}\0".encode() + ordered).hexdigest()
     at = event.get("time") or data.get("occurred_at") or data["answered_at"]

@@ -98,7 +98,7 @@ POISON = {
     "a wrong envelope": (b'{"specversion": "0.3"}', "specversion: this should be '1.0'"),
     "an unknown agent": (orjson.dumps(event_fixtures.make_prediction(9, NOW, agent="scribe")), "unknown agent"),
     "an infinity": (b'{"specversion": Infinity}', "JSON has no such number"),
-    "nested too deep": (b"[" * 100_000, "nests too deep"),
+    "nested too deep": (b"[" * 100_000 + b"]" * 100_000, "nests too deep"),
 }
 
 

@@ -78,6 +78,20 @@ def test_the_good_ones_of_a_batch_are_stored_and_each_item_has_its_result(site):
     assert count_events(site) == 2
 
 
+@pytest.mark.parametrize("headers", [BATCH, LINES], ids=["batch", "lines"])
+@pytest.mark.parametrize(
+    "value", [b"[" * 1000 + b"]" * 1000, b'{"a":' * 90_000 + b"1" + b"}" * 90_000, b"9" * 5000], ids=["1000", "90000", "9s"]
+)
+def test_an_item_that_nests_absurdly_or_holds_an_absurd_number_costs_that_item_only(site, headers, value):
+    events = [orjson.dumps(make_prediction(n, site.clock(), input={"note": "[", "codes": 4711})) for n in range(3)]
+    events[1] = events[1].replace(b"4711", value)
+    body = b"\n".join(events) if headers == LINES else b"[" + b",".join(events) + b"]"
+    results = post(site, "/v1/predictions", content=body, headers=headers).json()["results"]
+    assert [one["outcome"] for one in results] == ["stored", "refused", "stored"]
+    assert results[1]["error"]["field"].startswith("data.input.codes")
+    assert count_events(site) == 2
+
+
 def test_a_batch_of_which_nothing_is_right_is_refused_and_an_empty_one_is_not(site):
     assert post(site, "/v1/predictions", content=b'[{"a": 1}]', headers=BATCH).status_code == 422
     assert post(site, "/v1/predictions", content=b"[]", headers=BATCH).json() == {"accepted": 0, "refused": 0, "results": []}
@@ -103,7 +117,7 @@ def test_a_broken_line_costs_that_line_only_and_is_named(site):
         (b"{},{}", 400),
         (b"[]", 422),
         (b"null", 422),
-        (b"[" * 5000 + b"]" * 5000, 400),
+        (b"[" * 5000 + b"]" * 5000, 422),
         (b"{}", 422),
     ],
 )
@@ -137,6 +151,7 @@ def test_a_number_that_can_t_be_kept_is_refused_and_not_changed(site, number):
     body = orjson.dumps(make_prediction(1, site.clock(), input={"amount": 7})).replace(b'"amount":7', b'"amount":' + number)
     answer = post(site, "/v1/predictions", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 422
+    assert problem(answer)["field"] == "data.input.amount"
     assert "send it as text" in problem(answer)["remedy"]
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from tests.model_fixtures import tiny_base
-from trainers import attention, bases, packing, prefixes
+from trainers import attention, bases, loop, packing, prefixes
 from trainers.data import Example
 
 LENGTHS = [(5, 3), (30, 2), (6, 3), (90, 1), (1, 4), (31, 6), (29, 2)]
@@ -121,6 +121,33 @@ def test_the_head_runs_on_graded_positions_only(model, examples):
     finally:
         hook.remove()
     assert rows == [sum(len(example.completion) for example in examples)]
+
+
+def test_the_last_layer_makes_of_graded_positions_only_what_nothing_else_reads(model, examples):
+    packed = packing.pack(examples, 4096, "cpu")[0]
+    read = {}
+    layer = model.get_decoder().layers[-1]
+    parts = {"keys": layer.self_attn.k_proj, "queries": layer.self_attn.q_proj.base_layer, "mlp": layer.mlp.act_fn}
+    hooks = [
+        part.register_forward_hook(lambda _module, inputs, _output, name=name: read.update({name: inputs[0].shape[1]}))
+        for name, part in parts.items()
+    ]
+    try:
+        with attention.packed(model):
+            packing.token_losses(model, packed)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert read == {"keys": packed.tokens, "queries": len(packed.keep), "mlp": len(packed.keep)}
+
+
+def test_layers_that_are_computed_again_teach_the_same(model, examples):
+    plain = unpacked_loss(model, examples)
+    (packed,) = packing.pack(examples, 4096, "cpu")
+    with attention.packed(model), loop.recomputing(model, 1):
+        actual = gradients(model, (packing.token_losses(model, packed) * packed.weights).sum() / packed.weights.sum())
+    for name, gradient in gradients(model, plain).items():
+        assert (actual[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
 
 
 def test_the_models_own_attention_is_back_after_packing(model):

@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from trainers import last_layer
 from trainers.spec import SpecRefusedError
 
 NAME = "packed"
@@ -188,6 +189,7 @@ def packed(model: Any) -> Iterator[None]:
             f"{type(model).__name__} can't read packed sequences: use a base that follows transformers' AttentionInterface"
         )
     try:
-        yield
+        with last_layer.narrowed(model):
+            yield
     finally:
         model.set_attn_implementation(before)

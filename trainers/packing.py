@@ -147,6 +147,7 @@ def token_losses(model: Any, packed: Pack) -> torch.Tensor:
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,
         logits_to_keep=packed.keep,
+        asked=packed.keep,
         layout=packed.layout,
         use_cache=False,
     )

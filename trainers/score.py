@@ -22,7 +22,7 @@ from scipy import optimize, special
 from torch.nn import functional
 
 from storage import artifacts
-from trainers import encoding, prefixes
+from trainers import encoding, last_layer, prefixes
 from trainers.spec import SpecRefusedError
 
 TEMPERATURES = (0.05, 100.0)
@@ -117,11 +117,12 @@ def score_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], labels: Se
     was_training = model.training
     model.eval()
     try:
-        for family in prefixes.find_families(encoded, FAMILY_COST):
-            prefix = read_prefix(model, encoded[family.rows[0]][: family.shared])
-            for some in batch_by_tokens([len(encoded[row]) - family.shared + len(branches.tokens) for row in family.rows], max_tokens):
-                rows = [family.rows[place] for place in some]
-                scores[rows] = score_batch(model, [encoded[row][family.shared :] for row in rows], branches, prefix, family.shared)
+        with last_layer.narrowed(model):
+            for family in prefixes.find_families(encoded, FAMILY_COST):
+                prefix = read_prefix(model, encoded[family.rows[0]][: family.shared])
+                for some in batch_by_tokens([len(encoded[row]) - family.shared + len(branches.tokens) for row in family.rows], max_tokens):
+                    rows = [family.rows[place] for place in some]
+                    scores[rows] = score_batch(model, [encoded[row][family.shared :] for row in rows], branches, prefix, family.shared)
     finally:
         model.train(was_training)
     if not np.isfinite(scores).all():
@@ -187,12 +188,14 @@ def score_batch(model: Any, prompts: Sequence[Sequence[int]], branches: Branches
     read = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=branches.tokens.device)
     column = torch.cat([torch.arange(longest, device=padding.device), longest + branches.depths])
     positions = shared + (column[None, :] - padding[:, None]).clamp_min(0)
+    asked = torch.arange(longest - 1, len(column), device=padding.device)
     logits = model(
         input_ids=torch.cat([read, branches.tokens.expand(len(prompts), -1)], dim=1),
         attention_mask=attention(positions, padding, longest, branches, shared, getattr(model.config, "sliding_window", None)),
         position_ids=positions,
         past_key_values=prefix,
-        logits_to_keep=torch.arange(longest - 1, len(column), device=padding.device),
+        logits_to_keep=asked,
+        asked=asked,
         use_cache=False,
     ).logits.float()
     chosen = logits[:, branches.reads, branches.targets] - logits.logsumexp(-1)[:, branches.reads]

@@ -106,9 +106,9 @@ class TimedInlet(records.Inlet):
 
     tally: Tally = field(kw_only=True)
 
-    def take(self, records_: Sequence[dead_letters.Record]) -> None:
-        records.Inlet.take(self, records_)
-        self.tally.note([(one.partition, one.offset) for one in records_])
+    def store(self, batch: records.Batch, committing: Callable[[], object] = bool) -> None:
+        records.Inlet.store(self, batch, committing)
+        self.tally.note([(one.partition, one.offset) for one in batch.records])
 
 
 def utc_now() -> datetime:

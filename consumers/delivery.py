@@ -32,6 +32,14 @@ class Delivered(NamedTuple):
     refusal: schemas.Refusal | None = None
 
 
+class Prepared(NamedTuple):
+    """Items before they are stored: results of the refused ones, None for the good ones, and the events and data of those."""
+
+    results: list[Delivered | None]
+    good: list[events.Incoming]
+    contents: list[Any]
+
+
 def deliver(
     connection: Connection,
     items: Sequence[schemas.AnyEvent | schemas.Refusal],
@@ -55,18 +63,31 @@ def deliver_as(
     state: events.State,
 ) -> tuple[list[Delivered], list[handlers.Item]]:
     """`deliver`, and the events that were stored as `handled`: they are the caller's to handle in this transaction."""
+    return store(connection, prepare(items, labels_of, principal, now), now, state)
+
+
+def prepare(
+    items: Sequence[schemas.AnyEvent | schemas.Refusal], labels_of: Mapping[str, Sequence[str]], principal: tokens.Principal, now: datetime
+) -> Prepared:
+    """Check the items and write them down as they are stored: all that needs no database."""
     results: list[Delivered | None] = []
     good: list[events.Incoming] = []
     contents: list[Any] = []
     latest = now + AHEAD
     for item in items:
-        prepared = _prepare(item, labels_of, principal, latest)
+        prepared = _prepare_one(item, labels_of, principal, latest)
         if isinstance(prepared, Delivered):
             results.append(prepared)
         else:
             results.append(None)
             good.append(prepared)
             contents.append(item["data"])  # type: ignore[index]
+    return Prepared(results, good, contents)
+
+
+def store(connection: Connection, prepared: Prepared, now: datetime, state: events.State) -> tuple[list[Delivered], list[handlers.Item]]:
+    """Store what was prepared in the caller's transaction; returns what `deliver_as` does."""
+    results, good, contents = prepared
     receipts = events.append(connection, good, now, state)
     told = map(_to_delivered, receipts)
     delivered = [result or next(told) for result in results]
@@ -84,7 +105,7 @@ def _list_new(
     return list({item[0].ulid: item for item, receipt in zip(items, receipts, strict=True) if receipt.outcome == "stored"}.values())
 
 
-def _prepare(
+def _prepare_one(
     item: schemas.AnyEvent | schemas.Refusal, labels_of: Mapping[str, Sequence[str]], principal: tokens.Principal, latest: datetime
 ) -> events.Incoming | Delivered:
     refused = item if isinstance(item, schemas.Refusal) else schemas.check(item, labels_of, latest)

@@ -6,10 +6,15 @@ import asyncio
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import faust
+import mode
 import structlog
+from faust.transport.drivers import aiokafka
+from mode.services import WaitResults
 
 from consumers import broker, records, threads
 from storage import dead_letters
@@ -29,13 +34,14 @@ class FaustCrashedError(RuntimeError):
 async def run(access: broker.Access, group: str, inlet: records.Inlet, stop: asyncio.Event, stopping: threading.Event) -> None:
     """Take batch after batch until `stop`; a batch is acknowledged after the transaction that stored or parked its records.
 
-    Raises `BrokerAbsentError` when no broker answers at the start, `FaustCrashedError`, and what `Inlet.take_patiently` raises.
+    Raises `BrokerAbsentError` when no broker answers at the start, `FaustCrashedError`, and what `Inlet.store_patiently` raises.
     """
     with tempfile.TemporaryDirectory(prefix="ratchet-faust-") as folder:
         app = make_app(access, group, folder)
+        app.transport.Consumer = Consumer
         failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         turn = asyncio.Lock()
-        _add_agent(app, inlet, stopping, turn, failed)
+        _add_agent(app, Taker(inlet, stopping, turn, failed))
         try:
             await app.start()
         except Exception as error:
@@ -89,6 +95,38 @@ def make_app(access: broker.Access, group: str, folder: str) -> faust.App:
     )
 
 
+class Prompt(mode.Service):
+    """Begins one task for a message where Faust begins four, to wait for room in the stream: there nearly always is some."""
+
+    async def wait_first(self, *waits: Any, **options: Any) -> Any:
+        """As in Faust; the first of `waits` is waited for beside the others only when it has not ended as soon as it began."""
+        first, *others = waits
+        if not asyncio.iscoroutine(first):  # an event, for one
+            return await super().wait_first(*waits, **options)
+        task = asyncio.ensure_future(first)
+        try:
+            await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            task.cancel()
+            _close(others)
+            raise
+        if not task.done():
+            return await super().wait_first(task, *others, **options)
+        _close(others)
+        return WaitResults([first], [task.result()], stopped=False)
+
+
+class Consumer(Prompt, aiokafka.Consumer):  # type: ignore[misc]
+    """Faust's own, at two thirds of its costs."""
+
+
+def _close(waits: Sequence[Any]) -> None:
+    """Let go of what nobody has begun to wait for."""
+    for one in waits:
+        if asyncio.iscoroutine(one):
+            one.close()
+
+
 def _to_credentials(access: broker.Access) -> Any:
     context = access.make_context()
     if access.mechanism is None:
@@ -96,23 +134,45 @@ def _to_credentials(access: broker.Access) -> Any:
     return faust.SASLCredentials(username=access.user, password=access.password, mechanism=access.mechanism, ssl_context=context)
 
 
-def _add_agent(app: faust.App, inlet: records.Inlet, stopping: threading.Event, turn: asyncio.Lock, failed: asyncio.Future[None]) -> None:
-    topic = app.topic(*inlet.kinds, key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw")
+@dataclass(frozen=True, slots=True)
+class Taker:
+    """Takes batches one after another, in a thread; after one that failed it takes none."""
+
+    inlet: records.Inlet
+    stopping: threading.Event
+    turn: asyncio.Lock
+    failed: asyncio.Future[None]
+
+    async def take(self, batch: Sequence[Any]) -> None:
+        """Store and handle a batch, then acknowledge it; an error goes into `failed`."""
+        async with self.turn:
+            if self.failed.done():
+                return
+            try:
+                await threads.run("take", self._store, [_to_record(event) for event in batch])
+            except Exception as error:  # noqa: BLE001  raised by `run`: an agent that raises goes on behind the events that it lost
+                self.failed.set_exception(error)
+            else:
+                for event in batch:
+                    event.ack()
+                self.inlet.progress.acknowledged_at = time.monotonic()
+
+    def _store(self, batch: Sequence[dead_letters.Record]) -> None:
+        self.inlet.store_patiently(self.inlet.read(batch), self.stopping)
+
+
+def _add_agent(app: faust.App, taker: Taker) -> None:
+    topic = app.topic(*taker.inlet.kinds, key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw")
 
     @app.agent(topic)  # type: ignore[untyped-decorator]
     async def consume(stream: Any) -> None:
-        async for batch in stream.noack_take(BATCH, within=WITHIN_SECONDS):
-            async with turn:
-                try:
-                    await threads.run("take", inlet.take_patiently, [_to_record(event) for event in batch], stopping)
-                except Exception as error:  # noqa: BLE001  raised by `run`: an agent that raises goes on behind the events that it lost
-                    failed.set_exception(error)
-                else:
-                    for event in batch:
-                        event.ack()
-                    inlet.progress.acknowledged_at = time.monotonic()
-            if failed.done():
+        underway: asyncio.Task[None] | None = None
+        async for batch in stream.noack_take(BATCH, within=WITHIN_SECONDS):  # the next one is gathered while one is taken
+            if underway is not None:
+                await underway
+            if taker.failed.done():
                 await asyncio.Event().wait()  # until Faust is stopped: nothing after the failed batch may be taken
+            underway = asyncio.create_task(taker.take(batch))
 
 
 def _to_record(event: Any) -> dead_letters.Record:

@@ -31,21 +31,31 @@ class Batch:
             dead_letters.Record(where.topic, where.partition, one.offset, one.value) for where, some in polled.items() for one in some
         ]
         self._inlet = inlet
+        self._committing = threading.Event()
         self._error: BaseException | None = None
 
-    def begin(self, stopping: threading.Event) -> None:
-        """Take the records."""
-        self._thread = threading.Thread(target=self._take, args=[stopping], name="take", daemon=True)
+    def begin(self, before: Batch | None, stopping: threading.Event) -> None:
+        """Read the records, and store them when the batch `before` is stored."""
+        self._thread = threading.Thread(target=self._take, args=[before, stopping], name="take", daemon=True)
         self._thread.start()
 
-    def _take(self, stopping: threading.Event) -> None:
+    def _take(self, before: Batch | None, stopping: threading.Event) -> None:
         try:
-            self._inlet.take_patiently(self._records, stopping)
+            batch = self._inlet.read(self._records)
+            if before is not None:
+                before.finish()
+            self._inlet.store_patiently(batch, stopping, self._committing.set)
         except BaseException as error:  # noqa: BLE001  it is raised where the batch is waited for
             self._error = error
+        finally:
+            self._committing.set()
+
+    def wait_for_commit(self) -> None:
+        """Wait until only the disk is waited for, or all is over."""
+        self._committing.wait()
 
     def finish(self) -> None:
-        """Wait for the transaction. Raises what `Inlet.take_patiently` raised."""
+        """Wait for the transaction. Raises what `Inlet.store_patiently` raised, for this batch or one before it."""
         self._thread.join()
         if self._error is not None:
             raise self._error
@@ -54,7 +64,7 @@ class Batch:
 def run(access: broker.Access, group: str, inlet: records.Inlet, stopping: threading.Event) -> None:
     """Take batch after batch until `stopping`; an offset is committed after the transaction that stored or parked its record.
 
-    Raises `BrokerError` when the broker refuses, and what `Inlet.take_patiently` raises: nothing of that batch was acknowledged.
+    Raises `BrokerError` when the broker refuses, and what `Inlet.store_patiently` raises: nothing of that batch was acknowledged.
     """
     consumer = _open(access, group)
     try:
@@ -69,7 +79,7 @@ def run(access: broker.Access, group: str, inlet: records.Inlet, stopping: threa
 
 
 def _read(consumer: KafkaConsumer, inlet: records.Inlet, stopping: threading.Event) -> None:
-    """Read the next batch while the last one is handled.
+    """Read the next batch while one is handled, and parse it while that one is committed.
 
     When the partitions are divided anew what is underway comes again, to whoever has its partition then: it is stored once.
     """
@@ -77,14 +87,13 @@ def _read(consumer: KafkaConsumer, inlet: records.Inlet, stopping: threading.Eve
     try:
         while underway is not None or not stopping.is_set():
             polled = {} if stopping.is_set() else consumer.poll(timeout_ms=POLL_MS)
-            following = Batch(polled, inlet) if polled else None
-            before, underway = underway, None
+            before, underway = underway, Batch(polled, inlet) if polled else None
+            if before is not None:
+                before.wait_for_commit()
+            if underway is not None:
+                underway.begin(before, stopping)
             if before is not None:
                 before.finish()
-            if following is not None:
-                following.begin(stopping)
-                underway = following
-            if before is not None:
                 _acknowledge(consumer, inlet, before.offsets)
     finally:
         if underway is not None:

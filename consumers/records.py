@@ -34,6 +34,21 @@ class Refused(NamedTuple):
     refusal: schemas.Refusal
 
 
+class Read(NamedTuple):
+    """Records of one topic, read as far as it goes without the database: of labels only that can say whose they are."""
+
+    records: Sequence[dead_letters.Record]
+    items: Sequence[Item]
+    prepared: delivery.Prepared | None
+
+
+class Batch(NamedTuple):
+    """Records on their way into the database, and what was read of them, or why it could not be."""
+
+    records: Sequence[dead_letters.Record]
+    found: Sequence[Read] | Exception
+
+
 @dataclass(frozen=True, slots=True)
 class Inlet:
     """Where records come in; `kinds` says which type of event a topic carries."""
@@ -45,49 +60,64 @@ class Inlet:
     counters: embedded.Counters = field(default_factory=embedded.Counters)
     progress: Incoming = field(default_factory=Incoming)
 
-    def take_patiently(self, records: Sequence[dead_letters.Record], stopping: threading.Event) -> None:
-        """As `take`, but a database that is not available is tried again, more and more slowly; meanwhile nothing else is read.
+    def read(self, records: Sequence[dead_letters.Record]) -> Batch:
+        """Parse and check records before their turn in the database comes."""
+        try:
+            return Batch(records, read(records, self.kinds, self.agents, self.clock()))
+        except Exception as error:  # noqa: BLE001  raised in `store`, where each record is tried alone
+            return Batch(records, error)
+
+    def take(self, records: Sequence[dead_letters.Record]) -> None:
+        """`read` and `store`."""
+        self.store(self.read(records))
+
+    def store_patiently(self, batch: Batch, stopping: threading.Event, committing: Callable[[], object] = bool) -> None:
+        """As `store`, but a database that is not available is tried again, more and more slowly; meanwhile nothing else is read.
 
         Raises what the database raised after some minutes, or at once when the process is to stop: nothing was acknowledged then.
         """
         wait, deadline = FIRST_WAIT_SECONDS, time.monotonic() + GIVE_UP_SECONDS
         while True:
             try:
-                self.take(records)
+                self.store(batch, committing)
             except db.UNAVAILABLE as error:
                 if stopping.is_set() or time.monotonic() > deadline:
                     raise
                 self.progress.is_waiting_for_database = True
-                log.warning("database_unavailable", action="retry", records=len(records), seconds=wait, error=type(error).__name__)
+                log.warning("database_unavailable", action="retry", records=len(batch.records), seconds=wait, error=type(error).__name__)
                 stopping.wait(wait)
                 wait = min(2 * wait, LONGEST_WAIT_SECONDS)
             else:
                 self.progress.is_waiting_for_database = False
                 return
 
-    def take(self, records: Sequence[dead_letters.Record]) -> None:
+    def store(self, batch: Batch, committing: Callable[[], object] = bool) -> None:
         """Store and handle records in one transaction, park what can't be; returns after the commit.
 
-        When the batch fails as a whole each record is tried alone, so that one bad record costs only itself.
+        `committing` is called when nothing is left but to wait for the disk. When the batch fails as a whole each record is tried alone,
+        so that one bad record costs only itself.
         """
         began = time.monotonic()
         try:
             with db.writing(self.engine, alone=False) as connection:
-                outcome = self._take(connection, records)
+                outcome = self._store(connection, batch)
+                committing()
         except db.UNAVAILABLE:
             raise
         except Exception as error:  # noqa: BLE001  whatever one record does wrong must not hold up the others, nor be passed over
-            if len(records) > 1:
-                for record in records:
+            if len(batch.records) > 1:
+                for record in batch.records:
                     self.take([record])
                 return
-            outcome = self._park_unknown(records[0], error)
+            outcome = self._park_unknown(batch.records[0], error)
         self.counters.add(outcome)
-        self.progress.add(len(records), time.monotonic() - began)
+        self.progress.add(len(batch.records), time.monotonic() - began)
 
-    def _take(self, connection: Connection, records: Sequence[dead_letters.Record]) -> Counter[str]:
+    def _store(self, connection: Connection, batch: Batch) -> Counter[str]:
+        if isinstance(batch.found, Exception):
+            raise batch.found
         now = self.clock()
-        outcome, refused = take(connection, records, self.kinds, self.agents, now)
+        outcome, refused = take(connection, batch.found, self.agents, now)
         for record, refusal in refused:
             park(connection, record, str(refusal), f"{refusal.field}: {refusal.remedy}", now)
         return outcome + Counter(dead=len(refused))
@@ -105,23 +135,31 @@ def park(connection: Connection, record: dead_letters.Record, reason: str, annou
     log.warning("record_parked", topic=record.topic, partition=record.partition, offset=record.offset, dead_letter=letter)
 
 
+def read(
+    records: Sequence[dead_letters.Record], kinds: Mapping[str, str], agents: Mapping[str, handlers.Agent], now: datetime
+) -> list[Read]:
+    """Parse and check records, topic by topic: all that needs no database."""
+    labels_of = _list_labels(agents)
+    found = []
+    for topic, kind in kinds.items():
+        mine = [record for record in records if record.topic == topic]
+        items = schemas.parse_each([record.value for record in mine], kind)
+        prepared = None if kind == schemas.LABEL else delivery.prepare(items, labels_of, PRODUCER, now)
+        found.append(Read(mine, items, prepared))
+    return found
+
+
 def take(
-    connection: Connection,
-    records: Sequence[dead_letters.Record],
-    kinds: Mapping[str, str],
-    agents: Mapping[str, handlers.Agent],
-    now: datetime,
+    connection: Connection, found: Sequence[Read], agents: Mapping[str, handlers.Agent], now: datetime
 ) -> tuple[Counter[str], list[Refused]]:
     """Store and handle records in the caller's transaction; returns how many ended in each state, and those that can't be taken."""
-    labels_of = {name: agent.labels for name, agent in agents.items()}
     outcome: Counter[str] = Counter()
     refused: list[Refused] = []
     new: list[handlers.Item] = []
-    for topic, kind in kinds.items():
-        mine = [record for record in records if record.topic == topic]
-        parsed = schemas.parse_each([record.value for record in mine], kind)
-        for principal, (sent, items) in _group_by_sender(connection, mine, parsed, kind).items():
-            delivered, stored = delivery.deliver_as(connection, items, labels_of, principal, now, "handled")
+    for one in found:
+        whole = [(one.records, one.prepared)] if one.prepared is not None else _prepare_labels(connection, one, _list_labels(agents), now)
+        for sent, prepared in whole:
+            delivered, stored = delivery.store(connection, prepared, now, "handled")
             new += stored
             outcome["duplicate"] += sum(one.outcome in {"duplicate", "conflict"} for one in delivered)
             refused += [
@@ -132,20 +170,22 @@ def take(
     return outcome + handlers.handle_new(connection, new, agents, now), refused
 
 
-def _group_by_sender(
-    connection: Connection, records: Sequence[dead_letters.Record], items: Sequence[Item], kind: str
-) -> dict[tokens.Principal, tuple[Sequence[dead_letters.Record], Sequence[Item]]]:
-    """Who each event is from: a label is its expert's, who must be known here by a token; everything else is the producer's."""
-    if kind != schemas.LABEL:
-        return {PRODUCER: (records, items)}
+def _list_labels(agents: Mapping[str, handlers.Agent]) -> dict[str, tuple[str, ...]]:
+    return {name: agent.labels for name, agent in agents.items()}
+
+
+def _prepare_labels(
+    connection: Connection, found: Read, labels_of: Mapping[str, Sequence[str]], now: datetime
+) -> list[tuple[Sequence[dead_letters.Record], delivery.Prepared]]:
+    """A label is its expert's, who must be known here by a token."""
     known: dict[str, tokens.Principal | None] = {}
     groups: dict[tokens.Principal, tuple[list[dead_letters.Record], list[Item]]] = {}
-    for record, item in zip(records, items, strict=True):
+    for record, item in zip(found.records, found.items, strict=True):
         principal, checked = _find_sender(connection, item, known)
         sent, theirs = groups.setdefault(principal, ([], []))
         sent.append(record)
         theirs.append(checked)
-    return dict(groups)
+    return [(sent, delivery.prepare(items, labels_of, principal, now)) for principal, (sent, items) in groups.items()]
 
 
 def _find_sender(connection: Connection, item: Item, known: dict[str, tokens.Principal | None]) -> tuple[tokens.Principal, Item]:

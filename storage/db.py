@@ -332,9 +332,10 @@ def _write_insert(dialect: str, table: type[Table], names: tuple[str, ...]) -> s
 @functools.lru_cache(maxsize=64)
 def _write_insert_of_many(table: type[Table], same: tuple[str, ...], own: tuple[str, ...], rows: int) -> str:
     """An INSERT that takes the values of `same` once, then those of `own` row by row."""
-    numbers = range(len(same) + 1, len(same) + 1 + rows * len(own), len(own))
-    first = "".join(f"?{number}, " for number in range(1, len(same) + 1))
-    written = ", ".join(f"({first}{', '.join(f'?{start + place}' for place in range(len(own)))})" for start in numbers)
+    row = ", ".join(
+        [*(f"?{number}" for number in range(1, len(same) + 1)), *"?" * len(own)]
+    )  # a number for each would take 12 ms to prepare
+    written = ", ".join([f"({row})"] * rows)
     return f"INSERT INTO {table.__tablename__} ({', '.join(same + own)}) VALUES {written} ON CONFLICT DO NOTHING"  # noqa: S608  the same
 
 

@@ -101,7 +101,7 @@ def test_a_stream_that_hangs_ends_the_process_and_says_where_it_is(source, kafka
         monkeypatch.setattr(lag, name, value)
     monkeypatch.setattr(stream, "END_SECONDS", 0.5)
     released = threading.Event()
-    monkeypatch.setattr(records.Inlet, "take_patiently", lambda *_: released.wait(60))
+    monkeypatch.setattr(records.Inlet, "store_patiently", lambda *_: released.wait(60))
     broker_fixtures.produce(broker, kafka.topics.predictions, [b"1"])
 
     async def run():

@@ -10,6 +10,7 @@ import orjson
 import pytest
 from kafka import KafkaConsumer
 from kafka.errors import KafkaTimeoutError
+from sqlalchemy.exc import OperationalError
 
 from consumers import broker as brokers
 from consumers import poll, records
@@ -43,20 +44,20 @@ def test_the_next_batch_is_read_while_one_is_handled_and_none_is_acknowledged_be
     at = datetime.now(UTC)
     broker_fixtures.produce(broker, kafka.topics.predictions, [orjson.dumps(event_fixtures.make_prediction(n, at)) for n in range(30)])
     gate, read, stopping = threading.Event(), [], threading.Event()
-    genuine_poll, genuine_take = KafkaConsumer.poll, records.Inlet.take
+    genuine_poll, genuine_store = KafkaConsumer.poll, records.Inlet.store
 
     def poll_(consumer, **options):
         found = genuine_poll(consumer, **options)
         read.append(sum(map(len, found.values())))
         return found
 
-    def take(inlet, batch):
+    def store(inlet, batch, committing):
         assert gate.wait(30)
-        genuine_take(inlet, batch)
+        genuine_store(inlet, batch, committing)
 
     monkeypatch.setattr(poll, "BATCH", 10)
     monkeypatch.setattr(KafkaConsumer, "poll", poll_)
-    monkeypatch.setattr(records.Inlet, "take", take)
+    monkeypatch.setattr(records.Inlet, "store", store)
     thread = threading.Thread(target=poll.run, args=[kafka.to_access(), kafka.group, inlet, stopping])
     thread.start()
     wait_until(lambda: len([count for count in read if count]) == 2)
@@ -67,3 +68,27 @@ def test_the_next_batch_is_read_while_one_is_handled_and_none_is_acknowledged_be
     thread.join(30)
     assert not thread.is_alive()
     assert inlet.counters.by_state == {"handled": 30}
+
+
+def test_after_a_batch_that_fails_none_is_stored_or_acknowledged(broker, engine, monkeypatch):
+    kafka, agent = broker_fixtures.make_topics(broker, "fails"), event_fixtures.make_agent()
+    inlet = records.Inlet(engine, {agent.name: agent}, kafka.topics.kinds(), lambda: datetime.now(UTC))
+    at = datetime.now(UTC)
+    broker_fixtures.produce(broker, kafka.topics.predictions, [orjson.dumps(event_fixtures.make_prediction(n, at)) for n in range(30)])
+    genuine, tried = records.Inlet.store, []
+
+    def store(inlet, batch, committing):
+        tried.append(batch)
+        if len(tried) == 2:
+            time.sleep(0.5)  # the next one is polled meanwhile
+            raise OperationalError("", {}, Exception("gone"))
+        genuine(inlet, batch, committing)
+
+    monkeypatch.setattr(poll, "BATCH", 10)
+    monkeypatch.setattr(records, "GIVE_UP_SECONDS", 0)
+    monkeypatch.setattr(records.Inlet, "store", store)
+    with pytest.raises(OperationalError):
+        poll.run(kafka.to_access(), kafka.group, inlet, threading.Event())
+    assert len(tried) == 2
+    assert inlet.counters.by_state == {"handled": 10}
+    assert broker_fixtures.read_lag(kafka, kafka.topics.predictions) == 20

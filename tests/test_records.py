@@ -154,7 +154,7 @@ def test_a_database_that_comes_back_gets_the_batch_it_missed(inlet, now, monkeyp
         return genuine(*arguments)
 
     monkeypatch.setattr(events, "append", fail)
-    inlet.take_patiently(to_records("predictions", [event_fixtures.make_prediction(1, now)]), threading.Event())
+    inlet.store_patiently(inlet.read(to_records("predictions", [event_fixtures.make_prediction(1, now)])), threading.Event())
     assert count(inlet.engine, Prediction) == 1
     assert not inlet.progress.is_waiting_for_database
 
@@ -168,7 +168,7 @@ def test_a_database_that_stays_away_ends_the_wait(inlet, now, monkeypatch):
 
     monkeypatch.setattr(events, "append", fail)
     with pytest.raises(OperationalError):
-        inlet.take_patiently(to_records("predictions", [event_fixtures.make_prediction(1, now)]), threading.Event())
+        inlet.store_patiently(inlet.read(to_records("predictions", [event_fixtures.make_prediction(1, now)])), threading.Event())
 
 
 def test_a_parked_record_is_replayed_when_what_it_lacked_is_there(tmp_path, monkeypatch, capsys, now):

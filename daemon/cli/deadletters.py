@@ -82,7 +82,7 @@ def _replay_record(opened: context.Opened, connection: Connection, letter: str, 
     if record.topic not in kinds:
         raise UnknownTopicError(f"it came from the topic {record.topic}, and [kafka.topics] reads {' and '.join(kinds)}: name it there")
     agents = policies.read_in_force(connection, opened.settings.agents, now)
-    outcome, refused = records.take(connection, [record], kinds, agents, now)
+    outcome, refused = records.take(connection, records.read([record], kinds, agents, now), agents, now)
     for _, refusal in refused:
         typer.echo(f"It stays parked: {refusal}.")
     if not refused:

@@ -1,0 +1,110 @@
+"""What is Faust's and made quicker behaves as Faust's own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import mode
+import pytest
+
+from consumers import kafka
+
+
+class Service(kafka.Prompt):
+    """A service that waits as the consumer does."""
+
+
+def run(work: Callable[[mode.Service], Awaitable[Any]], service: type[mode.Service]) -> Any:
+    async def start() -> Any:
+        async with service() as started:
+            return await work(started)
+
+    return asyncio.run(start())
+
+
+@pytest.fixture(params=[mode.Service, Service])
+def service(request: pytest.FixtureRequest) -> type[mode.Service]:
+    return request.param
+
+
+async def put(queue: asyncio.Queue[int], value: int) -> int:
+    """As Faust delivers a message: at once where there is room, else by a task."""
+    try:
+        queue.put_nowait(value)
+    except asyncio.QueueFull:
+        await asyncio.wait([asyncio.ensure_future(queue.put(value))])
+    return value
+
+
+def test_what_waits_for_room_is_delivered_when_there_is_some(service: type[mode.Service]) -> None:
+    async def work(started: mode.Service) -> list[Any]:
+        queue: asyncio.Queue[int] = asyncio.Queue(1)
+        suspended = asyncio.Event()
+        found = [(await started.wait_first(put(queue, 1), suspended.wait())).results]
+        waiting = asyncio.create_task(started.wait_first(put(queue, 2), suspended.wait()))
+        await asyncio.sleep(0.01)
+        found += [waiting.done(), await queue.get(), (await waiting).results, await queue.get()]
+        return found
+
+    assert run(work, service) == [[1], False, 1, [2], 2]
+
+
+def test_who_waits_for_room_is_let_go_when_the_flow_is_suspended(service: type[mode.Service]) -> None:
+    async def work(started: mode.Service) -> Any:
+        queue: asyncio.Queue[int] = asyncio.Queue(1)
+        suspended = asyncio.Event()
+        await started.wait_first(put(queue, 1), suspended.wait())
+        waiting = asyncio.create_task(started.wait_first(put(queue, 2), suspended.wait()))
+        await asyncio.sleep(0.01)
+        suspended.set()
+        return (await waiting).results
+
+    assert run(work, service) == [True]
+
+
+def test_what_fails_is_raised(service: type[mode.Service]) -> None:
+    async def fail(*, late: bool) -> None:
+        if late:
+            await asyncio.sleep(0)
+        raise ValueError(late)
+
+    async def work(started: mode.Service) -> list[str]:
+        told = []
+        for late in (False, True):
+            with pytest.raises(ValueError, match=str(late)) as raised:
+                await started.wait_first(fail(late=late), asyncio.Event().wait())
+            told.append(str(raised.value))
+        return told
+
+    assert run(work, service) == ["False", "True"]
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3, 9])
+def test_who_is_cancelled_lets_go_of_the_message(service: type[mode.Service], rounds: int) -> None:
+    async def work(started: mode.Service) -> set[asyncio.Task[Any]]:
+        before = asyncio.all_tasks()
+        waiting = asyncio.create_task(started.wait_first(asyncio.sleep(60), asyncio.Event().wait()))
+        for _ in range(rounds):
+            await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        await asyncio.sleep(0.01)
+        return asyncio.all_tasks() - before
+
+    assert run(work, service) == set()
+
+
+def test_what_has_room_begins_one_task() -> None:
+    async def work(started: mode.Service) -> int:
+        queue: asyncio.Queue[int] = asyncio.Queue()
+        before = len(asyncio.all_tasks())
+        made: list[Any] = []
+        loop = asyncio.get_running_loop()
+        loop.set_task_factory(lambda loop, coroutine, **options: made.append(coroutine) or asyncio.Task(coroutine, loop=loop, **options))
+        await started.wait_first(put(queue, 1), asyncio.Event().wait())
+        assert len(asyncio.all_tasks()) == before
+        return len(made)
+
+    assert run(work, Service) == 1

@@ -9,6 +9,7 @@ import re
 import signal
 import threading
 import time
+import zlib
 from datetime import UTC, datetime
 
 import orjson
@@ -74,6 +75,16 @@ def open_reviews(source, numbers):
     at = datetime.now(UTC)
     event_fixtures.send(source.inlet.engine, [event_fixtures.make_prediction(n, at, confidence=0.5) for n in numbers], at)
     event_fixtures.handle(source.inlet.engine, source.inlet.agents["adjudication"], at)
+
+
+def test_all_of_a_key_goes_to_one_partition_by_its_crc(source, kafka, broker):
+    emit(source.inlet.engine, 0, 60)
+    with relaying(source):
+        wait_until_sent(source.inlet.engine)
+    told = broker_fixtures.consume(broker, kafka.topics.events, 60)
+    partitions = {(one.key, one.partition) for one in told}
+    assert {key: zlib.crc32(key) % kafka.topics.partitions for key, _ in partitions} == dict(partitions)
+    assert len(partitions) == 3
 
 
 def test_a_review_is_told_when_it_opens_and_closes_without_the_models_answer(source, kafka, broker):

@@ -3,6 +3,7 @@ import random
 import peft
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
@@ -148,6 +149,11 @@ def test_layers_that_are_computed_again_teach_the_same(model, examples):
         actual = gradients(model, (packing.token_losses(model, packed) * packed.weights).sum() / packed.weights.sum())
     for name, gradient in gradients(model, plain).items():
         assert (actual[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+
+
+def test_a_model_whose_layers_have_other_names_is_packed_too(examples):
+    other = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=2)).eval()
+    torch.testing.assert_close(packed_loss(other, examples, 4096), unpacked_loss(other, examples), rtol=1e-5, atol=1e-5)
 
 
 def test_the_models_own_attention_is_back_after_packing(model):

@@ -16,8 +16,11 @@ NARROWED = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
 
 @contextlib.contextmanager
 def narrowed(model: Any) -> Iterator[None]:
-    """Let a forward pass name the positions that are read of it, `asked`; to the language-model head they are named by `logits_to_keep`."""
-    last = model.get_decoder().layers[-1]
+    """Let a forward pass name the positions that are read of it, `asked`; to the language-model head they are named by `logits_to_keep`.
+
+    A model whose layers have other names than Llama's computes all of them.
+    """
+    last = getattr(model.get_decoder(), "layers", [torch.nn.Identity()])[-1]
     asked: torch.Tensor | None = None
     positions = 0
 

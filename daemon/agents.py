@@ -24,6 +24,8 @@ POLICY = (
     "name",
     "kind",
     "labels",
+    "approved",
+    "denied",
     "threshold",
     "budget",
     "audit_share",
@@ -33,6 +35,8 @@ POLICY = (
     "window",
     "must_review",
     "slices",
+    "exam",
+    "watch",
 )
 """The keys that, with the prompt's digest, make a policy version."""
 LEAST_AUDITED = 0.001
@@ -262,7 +266,7 @@ class Agent(Section):
 
     @property
     def policy(self) -> dict[str, Any]:
-        """All that makes a policy version: what is asked, how, and which cases go to experts."""
+        """All that makes a policy version: what is asked, how, which cases go to experts, and how versions are judged."""
         return {**self.model_dump(mode="json", include=set(POLICY)), "prompt": self.prompt.digest}
 
     @property

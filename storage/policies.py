@@ -1,4 +1,4 @@
-"""Policy versions: which threshold, rules, template and labels were in force when a claim was routed."""
+"""Policy versions: which threshold, rules, template and labels were in force when a claim was routed or a version judged."""
 
 from __future__ import annotations
 

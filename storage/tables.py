@@ -136,7 +136,7 @@ class Event(Table):
 
 
 class Policy(Table):
-    """A version of an agent's routing policy: its threshold, rules, budget, template and labels."""
+    """A version of an agent's policy: its threshold, rules, budget, template and labels, and how its versions are judged."""
 
     __tablename__ = "policies"
     agent: Mapped[str] = mapped_column(primary_key=True)

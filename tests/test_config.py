@@ -249,9 +249,11 @@ def test_every_value_says_where_it_came_from(write):
     assert values["agents.adjudication.labels"][1] == "ratchet.toml"
 
 
-def test_a_changed_threshold_rule_label_or_template_is_another_policy(write, tmp_path):
+def test_a_changed_threshold_rule_limit_label_or_template_is_another_policy(write, tmp_path):
     base = config.load(write(""), {}).agents["adjudication"]
     changes = ["threshold = 0.8", "audit_share = 0.05", "must_review = []", "budget = { share = 0.2 }", 'slices = ["plan"]']
+    changes += ['exam = { rule = "anytime" }', "exam = { gold_limit = 0.01 }", "watch = { alpha = 0.2 }"]
+    changes += ['approved = "APPROVED"\ndenied = "DENIED"']
     digests = {base.policy_digest}
     for change in changes:
         digests.add(config.load(write("", agent=AGENT + change + "\n"), {}).agents["adjudication"].policy_digest)
@@ -262,7 +264,7 @@ def test_a_changed_threshold_rule_label_or_template_is_another_policy(write, tmp
     assert len(digests) == len(changes) + 3
 
 
-def test_what_does_not_route_leaves_the_policy_as_it_is(write):
+def test_what_neither_routes_nor_judges_leaves_the_policy_as_it_is(write):
     base = config.load(write(""), {}).agents["adjudication"]
     other = config.load(write("", agent=AGENT + 'base_model = "elsewhere"\ntraining = { epochs = 9 }\n'), {}).agents["adjudication"]
     assert base.policy_digest == other.policy_digest

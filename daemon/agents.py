@@ -109,10 +109,10 @@ class Triggers(Section):
     """What starts a training run, besides `ratchet train`."""
 
     new_labels: int = Field(default=1000, ge=1, description="So many labels that no dataset has seen start a run by themselves.")
-    new_labels_min: int = Field(default=1, ge=0, description="Without so many new labels neither drift nor the schedule starts a run.")
+    new_labels_min: int = Field(default=1, ge=0, description="Drift, the schedule and a changed threshold or rule need so many.")
     cron: str | None = Field(default=None, description="Five fields, UTC: `0 3 * * sun`.")
     drift: bool = Field(default=True, description="A drift alarm starts a run.")
-    policy_change: bool = Field(default=True, description="A changed prompt or label set starts a run.")
+    policy_change: bool = Field(default=True, description="A changed prompt, label set, base, threshold or rule starts a run.")
 
     @field_validator("cron")
     @classmethod

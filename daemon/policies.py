@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import Connection
 
@@ -20,6 +21,27 @@ def record(connection: Connection, agents: Mapping[str, Agent], now: datetime) -
 def read_in_force(connection: Connection, agents: Mapping[str, Agent], now: datetime) -> dict[str, handlers.Agent]:
     """As `record`, but by the policy that the daemon routes with, whatever this process is configured with; the first one is recorded."""
     return {name: _read_one(connection, agent, now) for name, agent in agents.items()}
+
+
+def read_version(connection: Connection, agent: str) -> int | None:
+    """The number of the policy version in force; None before the first."""
+    current = policies.current(connection, agent)
+    return current and int(current.version)
+
+
+def list_changes(connection: Connection, agent: str, since: int | None) -> tuple[str, ...]:
+    """The keys whose values in the policy in force differ from an earlier version's; one that was not recorded then has not changed."""
+    current = policies.current(connection, agent)
+    known = policies.show(connection, agent, since) if since is not None else None
+    return tuple(_compare(known["body"], current.body)) if known and current else ()
+
+
+def _compare(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    for key in sorted(old.keys() & new.keys()):
+        if isinstance(old[key], dict) and isinstance(new[key], dict):
+            yield from _compare(old[key], new[key], f"{path}{key}.")
+        elif old[key] != new[key]:
+            yield path + key
 
 
 def _record_one(connection: Connection, agent: Agent, now: datetime) -> handlers.Agent:

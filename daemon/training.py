@@ -15,7 +15,7 @@ from apscheduler.triggers.cron import CronTrigger
 from pydantic import ValidationError
 from sqlalchemy import Connection, RowMapping
 
-from daemon import makeup, run_folders, triggers
+from daemon import makeup, policies, run_folders, triggers
 from daemon.agents import Agent
 from daemon.machinery import Machinery, Makeup
 from storage import alarms, artifacts, datasets, db, labels, predictions, registry, runs
@@ -47,7 +47,8 @@ def queue_due(machinery: Machinery, agent: Agent, now: datetime) -> None:
 def queue(connection: Connection, agent: Agent, trigger: str, reason: str, actor: str, overrides: Mapping[str, Any], now: datetime) -> str:
     """Queue a training run; returns its id. Raises `OptionsRefusedError`, and `storage.runs.RunUnderWayError` while one is under way."""
     read_options(agent, overrides)
-    options = {"overrides": dict(overrides), "asks": digest_question(agent)}
+    policy = policies.read_version(connection, agent.name)
+    options = {"overrides": dict(overrides), "asks": digest_question(agent), "policy": policy}
     run = runs.queue(connection, agent.name, "train", trigger, reason, actor, options, now)
     log.info("run_queued", run=run, agent=agent.name, kind="train", trigger=trigger)
     return run
@@ -129,8 +130,9 @@ def read_facts(connection: Connection, agent: Agent, now: datetime) -> triggers.
         last_cron_due_at=_last_due(agent.triggers.cron, began, now),
         drift_alarm_at=alarm["raised_at"] if alarm else None,
         drift_reason=alarm["message"] if alarm else "",
-        policy_digest=digest_question(agent),
-        trained_policy_digest=last["options"].get("asks") if last else None,
+        question_digest=digest_question(agent),
+        trained_question_digest=last["options"].get("asks") if last else None,
+        policy_changes=policies.list_changes(connection, agent.name, last["options"].get("policy")) if last else (),
     )
 
 

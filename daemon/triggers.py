@@ -11,7 +11,7 @@ Kind = Literal["manual", "policy", "drift", "labels", "cron"]
 
 @dataclass(frozen=True, slots=True)
 class TriggerPolicy:
-    """What starts a training. `labels` is how many new ones suffice by themselves; drift and cron need `labels_min` at least."""
+    """What starts a training. `labels` is how many new ones suffice by themselves; but for another question the rest need `labels_min`."""
 
     labels: int = 75
     labels_min: int = 1
@@ -24,6 +24,7 @@ class TriggerFacts:
     """What is known at a tick. `new_labels` are settled and were in no dataset yet; the last training's facts are None before the first.
 
     `last_cron_due_at` is the last time the agent's schedule fell due. `drift_alarm_at` is the last drift alarm's time, with its words.
+    A question is what is asked of the models, and of which base; `policy_changes` are the policy's keys that changed since then.
     """
 
     new_labels: int = 0
@@ -32,8 +33,9 @@ class TriggerFacts:
     last_cron_due_at: datetime | None = None
     drift_alarm_at: datetime | None = None
     drift_reason: str = ""
-    policy_digest: str | None = None
-    trained_policy_digest: str | None = None
+    question_digest: str | None = None
+    trained_question_digest: str | None = None
+    policy_changes: tuple[str, ...] = ()
     manual_reason: str | None = None
 
 
@@ -57,9 +59,13 @@ def _by_hand(facts: TriggerFacts) -> Trigger | None:
 
 def _by_policy(facts: TriggerFacts, policy: TriggerPolicy) -> Trigger | None:
     """A prompt or policy other than the one trained with; before the first training there is nothing that it could have changed from."""
-    if not policy.on_policy_change or facts.trained_policy_digest in (None, facts.policy_digest):
+    if not policy.on_policy_change:
         return None
-    return Trigger("policy", f"The policy or prompt changed from {facts.trained_policy_digest} to {facts.policy_digest}.")
+    if facts.trained_question_digest not in (None, facts.question_digest):
+        return Trigger("policy", f"Prompt, labels or base changed from {facts.trained_question_digest} to {facts.question_digest}.")
+    if facts.policy_changes and facts.new_labels >= policy.labels_min:
+        return Trigger("policy", f"The policy changed in {', '.join(facts.policy_changes)}, with {facts.new_labels} new labels.")
+    return None
 
 
 def _by_drift(facts: TriggerFacts, policy: TriggerPolicy) -> Trigger | None:

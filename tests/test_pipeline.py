@@ -13,15 +13,15 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from pydantic import TypeAdapter
-from sqlalchemy import Connection, Engine, select
+from sqlalchemy import Connection, Engine, select, update
 
 from consumers import announcements
 from daemon import deployments, examination, launch, run_folders, training
 from daemon.agents import Exam, Triggers
 from daemon.launchers import workers
 from daemon.prompts import PromptFile
-from storage import alarms, artifacts, datasets, db, exams, leases, ledger, registry, reviews, runs, scores
-from storage.tables import Event
+from storage import alarms, artifacts, datasets, db, exams, leases, ledger, policies, registry, reviews, runs, scores
+from storage.tables import Event, Policy
 from tests import model_fixtures
 from tests.pipeline_fixtures import ScriptedLauncher, World, always, make_base, make_settings
 from trainers import spec
@@ -283,6 +283,34 @@ def test_a_schedule_that_falls_due_starts_a_training(served: World) -> None:
     assert len(list_runs(served)) == 1
     served.tick(days=7)
     assert list_runs(served)[0]["trigger"] == "cron"
+
+
+@pytest.mark.parametrize(
+    ("named", "change"),
+    [("threshold", {"threshold": 0.8}), ("must_review", {"must_review": ()}), ("exam.claims", {"exam": Exam(claims=9)})],
+)
+def test_a_changed_policy_starts_one_training_once_there_is_something_to_learn(served: World, named: str, change: dict[str, Any]) -> None:
+    served.settings = make_settings(served.settings.home, served.agent.base_model, **change)
+    served.restart()
+    served.settle()
+    assert len(list_runs(served)) == 1, "the same labels would make the same model"
+    served.answer_all()
+    served.settle()
+    last, _ = list_runs(served)
+    assert last["trigger"] == "policy"
+    assert f"changed in {named}, with" in last["reason"]
+
+
+def test_a_policy_that_an_older_ratchet_recorded_with_fewer_keys_has_not_changed(served: World) -> None:
+    with db.writing(served.engine) as connection:
+        body = {key: value for key, value in served.agent.policy.items() if key not in ("exam", "watch")}
+        connection.execute(update(Policy).values(body=body, digest="sha256:older"))
+    served.restart()
+    served.answer_all()
+    served.settle()
+    with db.reading(served.engine) as connection:
+        assert policies.current(connection, AGENT).version == 2
+    assert len(list_runs(served)) == 1
 
 
 def list_runs(world: World) -> list[Any]:

@@ -72,7 +72,7 @@ def gain_interval(
     Half an answer is added to each of the four outcomes before the variance is taken (Agresti and Min, 2005), so that few answers do not
     look sure; the share differing brings its own variance.
     """
-    if not pool:
+    if not differing:
         return 0.0, 0.0, 0.0
     share = differing / pool
     net = (wins - losses) / answered if answered else 0.0

@@ -72,6 +72,11 @@ def test_the_last_look_takes_less_certainty_to_promote_and_as_much_to_reject():
     assert decide(replace(better, is_last=True), ANYTIME).outcome == "inconclusive", "an e-value is valid at every look alike"
 
 
+def test_two_versions_that_never_differ_gain_nothing_and_no_less_than_nothing():
+    numbers = decide(ExamEvidence(pool=500), POLICY).numbers
+    assert json.dumps([numbers["gain_points"], *numbers["gain_points_interval"]]) == "[0.0, 0.0, 0.0]"
+
+
 def test_a_last_look_at_nothing_promotes_nothing():
     assert decide(replace(exam(), is_last=True), POLICY).outcome == "inconclusive"
 

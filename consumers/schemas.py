@@ -44,7 +44,7 @@ LONGEST_INTEGER = 20
 """So many characters a whole number of 64 bits has at most, its sign among them."""
 TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[{\]}]', re.DOTALL)
 """A text or a bracket of JSON."""
-OPENING = re.compile(r"^(Input|String|Dictionary|List|Value) should")
+OPENING = re.compile(r"^(Input|String|Tuple|Dictionary|List|Value) should")
 ADVICE = {
     "missing": "this field is missing: add it",
     "extra_forbidden": "unknown field: correct its name, or leave it out",
@@ -319,8 +319,15 @@ def _refuse(kind: str, first: ErrorDetails) -> Refusal:
 
 def advise(error: ErrorDetails) -> str:
     """What would be right in place of what Pydantic found wrong."""
-    said = OPENING.sub("this should", error["msg"]).replace(" after validation", "")
-    return ADVICE.get(error["type"], said)
+    said = OPENING.sub("should", error["msg"]).removeprefix("Value error, ").replace(" after validation", "")
+    return ADVICE.get(error["type"], said.partition(", unable to")[0])
+
+
+def explain(error: ValidationError) -> str:
+    """The first of what Pydantic found wrong: the key, the value, and what would be right."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    given = f"{'.'.join(map(str, first['loc']))} = {shorten(first['input'])}: " if first["loc"] else ""
+    return given + advise(first)
 
 
 def _has_infinity(value: Any) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import re
 import tomllib
 import types
 import typing
@@ -17,6 +16,7 @@ from typing import Any, Literal
 from pydantic import SecretStr, ValidationError
 from pydantic_core import ErrorDetails
 
+from consumers import schemas
 from daemon.agents import Agent
 from daemon.sections import NAME_PATTERN
 from daemon.settings import AGENT_NAME, Settings, describe
@@ -25,7 +25,6 @@ from trainers import spec
 
 FILE = "ratchet.toml"
 PREFIX = "RATCHET_"
-PYDANTIC = re.compile(r"^(Input|String|Tuple|List|Dictionary) should")
 NO_SETTINGS = frozenset({"RATCHET_CONFIG", "RATCHET_TOKEN", "RATCHET_TEST_DATA"})
 
 
@@ -167,11 +166,9 @@ def _sentence(detail: ErrorDetails, sources: Mapping[tuple[str, ...], str], path
 
 def _advise(detail: ErrorDetails, loc: tuple[str, ...]) -> str:
     """What would be right in place of a wrong value."""
-    if detail["type"] == "string_pattern_mismatch":
-        return (
-            "should hold no line break and no tab" if detail["ctx"]["pattern"] == NAME_PATTERN else f"should be {_describe(_general(loc))}"
-        )
-    return PYDANTIC.sub("should", detail["msg"]).removeprefix("Value error, ").replace(" after validation", "")
+    if detail["type"] != "string_pattern_mismatch":
+        return schemas.advise(detail)
+    return "should hold no line break and no tab" if detail["ctx"]["pattern"] == NAME_PATTERN else f"should be {_describe(_general(loc))}"
 
 
 def _leave_out_followers(found: Sequence[ErrorDetails]) -> Iterator[ErrorDetails]:

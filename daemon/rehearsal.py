@@ -17,6 +17,7 @@ import orjson
 import structlog
 from pydantic import ValidationError
 
+from consumers import schemas
 from daemon import cases, config, plots, simulate, training
 from daemon.agents import Agent, Budget, Publisher
 from daemon.launchers import workers
@@ -146,9 +147,7 @@ def _make_up(asked: Asked, history: Sequence[cases.Case]) -> Agent:
             training=spec.Options(**(TINY_OPTIONS if asked.base == TINY else {})),
         )
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        message = f"no agent can be made from the history: {'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r})"
-        raise simulate.SimulationError(message) from error
+        raise simulate.SimulationError(f"no agent can be made from the history: {schemas.explain(error)}") from error
 
 
 def _make_settings(asked: Asked, agent: Agent) -> Settings:

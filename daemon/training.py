@@ -15,6 +15,7 @@ from apscheduler.triggers.cron import CronTrigger
 from pydantic import ValidationError
 from sqlalchemy import Connection, RowMapping
 
+from consumers import schemas
 from daemon import makeup, policies, run_folders, triggers
 from daemon.agents import Agent
 from daemon.machinery import Machinery, Makeup
@@ -84,10 +85,7 @@ def apply_overrides(agent: Agent, overrides: Mapping[str, Any]) -> tuple[spec.Op
     try:
         chosen = spec.Options.model_validate(options)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        got = f" (got {first['input']!r})" if first["loc"] else ""
-        message = f"{'.'.join(map(str, first['loc'])) or 'options'}: {first['msg'].removeprefix('Value error, ')}{got}"
-        raise OptionsRefusedError(message) from error
+        raise OptionsRefusedError(schemas.explain(error)) from error
     if chosen.method == "pretrain" and agent.texts is None:
         raise OptionsRefusedError(f"agents.{agent.name}.texts is missing: method pretrain reads text files, say where they are")
     return chosen, warm_start

@@ -95,7 +95,7 @@ POISON = {
     "no JSON": (b"\xff{", "not JSON"),
     "two events": (b"{},{}", "one event is wanted (got 2 events)"),
     "half an event": (b'{"specversion": "1.0"', "not JSON"),
-    "a wrong envelope": (b'{"specversion": "0.3"}', "specversion: this should be '1.0'"),
+    "a wrong envelope": (b'{"specversion": "0.3"}', "specversion: should be '1.0'"),
     "an unknown agent": (orjson.dumps(event_fixtures.make_prediction(9, NOW, agent="scribe")), "unknown agent"),
     "an infinity": (b'{"specversion": Infinity}', "JSON has no such number"),
     "nested too deep": (b"[" * 100_000 + b"]" * 100_000, "nests too deep"),

@@ -10,6 +10,7 @@ import re
 import secrets
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -50,6 +51,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from storage.tables import Installation, Table
 
 BUSY_SECONDS = 30
+LOOK_SECONDS = 0.001
 CONNECTIONS, KEPT_CONNECTIONS = 15, 5
 MAX_PORT = 65535
 OLDEST_SERVER = 15
@@ -175,9 +177,30 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    # A transaction that reads first and writes later would fail when another one wrote in between: take the lock at once.
-    is_writing = connection.get_execution_options().get("writes", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if is_writing else "BEGIN")
+    if not connection.get_execution_options().get("writes", False):
+        connection.exec_driver_sql("BEGIN")
+        return
+    # A transaction that reads first and writes later would fail when another one wrote in between: take the lock at once. Who waits for
+    # another process by SQLite's own wait looks up to 100 ms apart, and in most of that time the lock is nobody's.
+    driver: Any = connection.connection.dbapi_connection
+    driver.execute("PRAGMA busy_timeout=0")
+    try:
+        deadline = time.monotonic() + BUSY_SECONDS
+        while not _takes_lock(driver) and time.monotonic() < deadline:
+            time.sleep(LOOK_SECONDS)
+        if not driver.in_transaction:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")  # says what is wrong
+    finally:
+        driver.execute(f"PRAGMA busy_timeout={int(BUSY_SECONDS * 1000)}")
+
+
+def _takes_lock(driver: sqlite3.Connection) -> bool:
+    """Begin to write; False when another process does."""
+    try:
+        driver.execute("BEGIN IMMEDIATE")
+    except sqlite3.OperationalError as error:
+        return error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY
+    return True
 
 
 @contextmanager
@@ -202,7 +225,7 @@ def take_turn(connection: Connection, *, alone: bool) -> None:
 
 @contextmanager
 def _taking_turns(engine: Engine) -> Iterator[None]:
-    """Let one thread write at a time: who waits for SQLite's own lock sleeps up to 100 ms at once, however soon it is free."""
+    """Let one thread write at a time: who waits for SQLite's own lock looks again and again whether it is free."""
     turn = engine.get_execution_options().get("turn")
     # After the time-out SQLite's own lock decides, and says what is wrong.
     is_ours = turn is not None and turn.acquire(timeout=BUSY_SECONDS)

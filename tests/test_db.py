@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
@@ -11,6 +13,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import BigInteger, Engine, inspect, select, text
+from sqlalchemy.exc import OperationalError
 
 from storage import alarms, db, leases, ledger, policies, tokens
 from storage.tables import Installation, Policy, Table
@@ -23,6 +26,25 @@ def test_a_commit_is_synced_to_the_disk_in_wal_mode(engine: Engine) -> None:
     with db.reading(engine) as connection:
         pragmas = {name: connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("journal_mode", "synchronous", "foreign_keys")}
     assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
+
+
+@pytest.mark.databases("sqlite")
+def test_who_writes_waits_for_another_process_and_says_when_that_takes_too_long(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.closing(sqlite3.connect(engine.url.database or "", isolation_level=None, check_same_thread=False)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        release = threading.Timer(0.2, other.rollback)
+        release.start()
+        with db.writing(engine) as connection:
+            alarms.raise_alarm(connection, "adjudication", "drift", "it was released", {}, datetime.now(UTC))
+        release.join()
+        other.execute("BEGIN IMMEDIATE")
+        monkeypatch.setattr(db, "BUSY_SECONDS", 0.05)
+        with pytest.raises(OperationalError, match="database is locked"), db.writing(engine):
+            pass
+        other.rollback()
+    monkeypatch.undo()
+    with db.writing(engine) as connection:
+        assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == db.BUSY_SECONDS * 1000
 
 
 def test_the_migrations_make_exactly_the_tables_of_the_schema(engine: Engine) -> None:

@@ -311,8 +311,9 @@ def park(site):
     send(site.engine, [make_label(1, AT)], AT, ANN)
     agent = site.pick_agent(None)
     with site.writing() as connection:
-        narrow = policies.record(connection, {AGENT: agent.model_copy(update={"labels": ("APPROVED", "PENDING")})}, AT)[AGENT]
-    handle(site.engine, narrow, AT)
+        narrow = agent.model_copy(update={"labels": ("APPROVED", "PENDING"), "approved": None, "denied": None})
+        known = policies.record(connection, {AGENT: narrow}, AT)[AGENT]
+    handle(site.engine, known, AT)
 
 
 def test_a_dead_letter_is_replayed_once_its_cause_is_gone(site, ask, run):

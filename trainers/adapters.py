@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 
 from storage import artifacts
 from trainers.spec import SpecRefusedError
+
+# At its import bitsandbytes asks some CPUs' owners for a package that speeds up what `bases.load_base` switches off.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
+
+from peft import LoraConfig, PeftModel  # noqa: E402  it imports bitsandbytes
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # What a plain LoRA adapter may choose; anything else would change the base's own weights or get lost in an export.

@@ -29,7 +29,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import OneHotEncoder
 
 from consumers import routing
-from daemon import gate
+from daemon import exam_sample, gate
 from storage.sampling import bucket
 from trainers.spec import Options
 
@@ -215,7 +215,7 @@ class Replay:
         columns = self.cases.columns[claims]
         new, old = (model.predict_proba(columns) for model in (candidate.model, self.champion))
         places = np.flatnonzero(new.argmax(axis=1) != old.argmax(axis=1))
-        return {claims[place]: gate.measure_distance(new[place], old[place]) for place in places}
+        return {claims[place]: exam_sample.measure_distance(new[place], old[place]) for place in places}
 
     def name(self, cases: dict[int, float]) -> dict[str, float]:
         return {self.cases.keys[case]: far for case, far in cases.items()}
@@ -226,7 +226,7 @@ class Replay:
         cases = {self.cases.keys[case]: case for case in pool}
         places = routing.count_places(BUDGET, self.window.state(self.read_spent(now))).exam
         allowed = min(places, self.policy.max_asked - len(candidate.asked))
-        for key in gate.choose_items(self.name(pool), self.agent, candidate.name, round(allowed)):
+        for key in exam_sample.choose_items(self.name(pool), self.agent, candidate.name, round(allowed)):
             candidate.asked.append(cases[key])
             self.opened.append(now)
             self.answer(cases[key])
@@ -244,7 +244,7 @@ class Replay:
             {case: differing[case] for case in claims if case in differing}
             for claims in (candidate.audited, candidate.routed, candidate.asked)
         )
-        reached = set(gate.count_in(self.name(routed), self.name(asked), self.agent, candidate.name))
+        reached = set(exam_sample.count_in(self.name(routed), self.name(asked), self.agent, candidate.name))
         judged = sorted({*asked, *audited, *(case for case in routed if self.cases.keys[case] in reached)})
         return gate.ExamEvidence(
             pairs=self.pair(candidate, judged),

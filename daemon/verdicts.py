@@ -13,7 +13,7 @@ import structlog
 from sqlalchemy import Connection, RowMapping
 
 from consumers import handlers, routing
-from daemon import examination, gate, run_folders, watch
+from daemon import exam_sample, examination, gate, run_folders, watch
 from daemon.agents import Agent
 from daemon.machinery import Machinery
 from storage import alarms, db, exams, ids, labels, registry, reviews, scores
@@ -39,7 +39,7 @@ def _ask_about(connection: Connection, exam: RowMapping, agent: Agent, now: date
     pool = _read_pool(connection, exam)
     room = max(0, (agent.exam if exam["kind"] == "exam" else agent.watch).max_asked - asked)
     count = round(min(_count_places(connection, exam["kind"], agent, now), room, len(pool)))
-    for prediction in gate.choose_items(_measure(pool), agent.name, exam["id"], count):
+    for prediction in exam_sample.choose_items(_measure(pool), agent.name, exam["id"], count):
         claim = {"id": prediction, "claim_id": pool[prediction].claim_id}
         reviews.ask_for_exam(connection, claim, agent.name, exam["id"], exam["kind"], now)
     left = len(pool) - count
@@ -52,7 +52,7 @@ def _ask_about(connection: Connection, exam: RowMapping, agent: Agent, now: date
 
 def _measure(differing: Mapping[str, scores.Differing]) -> dict[str, float]:
     """How far apart the two versions are on each of these claims."""
-    return {key: gate.measure_distance(one.candidate_probabilities, one.champion_probabilities) for key, one in differing.items()}
+    return {key: exam_sample.measure_distance(one.candidate_probabilities, one.champion_probabilities) for key, one in differing.items()}
 
 
 def _count_places(connection: Connection, kind: str, agent: Agent, now: datetime) -> float:
@@ -175,7 +175,7 @@ def pair_answers(connection: Connection, exam: RowMapping, agent: Agent, differi
     cut = registry.read(connection, agent.name, exam["candidate"])["dataset"]
     fresh = scores.labelled_after(connection, list(by_key), cut)
     answered, known = ({key: distances[key] for key in distances.keys() & keys} for keys in (fresh, asked))
-    reached = set(gate.count_in(answered, known, agent.name, exam["id"]))
+    reached = set(exam_sample.count_in(answered, known, agent.name, exam["id"]))
     judged = [key for key, one in by_key.items() if key in reached or (key in fresh and routing.AUDIT in one.reasons)]
     answers = labels.of_predictions(connection, judged)
     truths = {key: truth.answer for key in judged if (truth := labels.settle(answers.get(key, [])))}

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
-from daemon import gate, significance
+from daemon import exam_sample, gate, significance
 from daemon.gate import ExamEvidence, ExamPolicy, Pair, decide
 
 POLICY = ExamPolicy()
@@ -211,56 +211,16 @@ def test_holm_multiplies_by_the_number_of_tests_still_open():
     assert significance.adjust_holm({}) == {}
 
 
-def test_the_exam_s_sample_is_random_blind_to_order_and_its_own():
-    differing = {f"c{n}": 0.1 for n in range(200)}
-    chosen = gate.choose_items(differing, "claims", "exam-1", 20)
-    assert chosen == gate.choose_items(dict(reversed(differing.items())), "claims", "exam-1", 20)
-    assert len(set(chosen)) == 20
-    rest = gate.choose_items({claim: 0.1 for claim in differing if claim not in chosen}, "claims", "exam-1", 20)
-    assert chosen + rest == gate.choose_items(differing, "claims", "exam-1", 40)
-    overlaps = [len(set(chosen) & set(gate.choose_items(differing, "claims", f"exam-{n}", 20))) for n in range(2, 200)]
-    assert sum(overlaps) / len(overlaps) == pytest.approx(2, abs=0.4)
-    assert gate.choose_items(differing, "claims", "exam-1", -3) == []
-
-
-def test_answers_that_routing_asked_for_count_as_far_as_the_exam_s_order_has_reached():
-    """A router sends half of the claims, the uncertain ones: of the evidence they are half as well, not more."""
-    shares = []
-    for salt in range(200):
-        claims, exam_id = {f"c{n}": 0.1 for n in range(100)}, f"exam-{salt}"
-        routed, others = dict(list(claims.items())[::2]), dict(list(claims.items())[1::2])
-        asked = dict.fromkeys(gate.choose_items(others, "claims", exam_id, 20), 0.1)
-        evidence = gate.count_in(routed | asked, asked, "claims", exam_id)
-        assert asked.keys() <= set(evidence)
-        shares.append(len(set(evidence) & set(routed)) / len(evidence))
-    assert sum(shares) / len(shares) == pytest.approx(0.5, abs=0.02)
-    assert gate.count_in(claims, {}, "claims", exam_id) == [], "an exam that asked nothing yet has no evidence"
-
-
-def test_an_exam_asks_in_preference_where_the_models_are_far_apart():
-    near, far = {f"near-{n}": 0.1 for n in range(500)}, {f"far-{n}": 0.3 for n in range(500)}
-    chosen = gate.choose_items(near | far, "claims", "exam-1", 200)
-    assert sum(claim in far for claim in chosen) == pytest.approx(145, abs=15)
-
-
 def test_the_gain_in_points_is_that_of_an_even_sample_though_far_claims_are_preferred():
     """Candidates are right in 80 % of the far claims and in 40 % of the near ones: a fifth more wins than losses over both."""
     claims = {f"{kind}-{n}": distance for n in range(200) for kind, distance in (("near", 0.1), ("far", 0.3))}
     right = {claim: int(claim.partition("-")[2]) % 5 < (4 if claim.startswith("far") else 2) for claim in claims}
     gains = []
     for salt in range(200):
-        chosen = gate.choose_items(claims, "claims", f"exam-{salt}", 40)
+        chosen = exam_sample.choose_items(claims, "claims", f"exam-{salt}", 40)
         answered = tuple(Pair("C", "D", "C" if right[claim] else "D", distance=claims[claim]) for claim in chosen)
         gains.append(gate.report_exam(ExamEvidence(answered, 1000, 400, 40), POLICY)["gain_points"])
     assert sum(gains) / len(gains) == pytest.approx(100 * 0.4 * 0.2, abs=1)
-
-
-@pytest.mark.parametrize(
-    ("candidate", "champion", "distance"),
-    [([0.9, 0.1], [0.2, 0.8], 0.7), ([0.5001, 0.4999], [0.4999, 0.5001], 0.01), ([0.6, 0.4], [0.2, 0.5, 0.3], 1)],
-)
-def test_the_distance_of_two_models_is_what_would_have_to_move(candidate, champion, distance):
-    assert gate.measure_distance(candidate, champion) == pytest.approx(distance)
 
 
 def test_answers_at_one_distance_count_as_they_are():

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 
-from daemon import plan
+from daemon import plan, shapes
 from storage import runs
 from trainers import spec
 
@@ -44,10 +44,10 @@ def read_model_config(base: Path) -> dict[str, Any]:
 
 
 def make_method(options: spec.Options, kind: str, model_config: Mapping[str, Any], supervised: float = plan.SUPERVISED) -> plan.Method:
-    """A run's options as the plan sees them, and the share of its tokens that are graded. Raises `plan.ShapeUnknownError`."""
+    """A run's options as the plan sees them, and the share of its tokens that are graded. Raises `shapes.ShapeUnknownError`."""
     shared: dict[str, Any] = {
         "rank": options.lora.rank,
-        "row_tokens": min(options.max_row_tokens, plan.read_shape(model_config).context),
+        "row_tokens": min(options.max_row_tokens, shapes.read_shape(model_config).context),
         "max_tokens": options.max_tokens,
         "serves_4bit": options.serve_in_4bit,
     }
@@ -83,7 +83,7 @@ def choose_options(options: spec.Options, settings: plan.Settings) -> dict[str, 
 def plan_run(
     options: spec.Options, kind: str, base: Path, cards: Sequence[plan.Card], supervised: float = plan.SUPERVISED
 ) -> list[plan.MemoryPlan]:
-    """The plan for each card. Raises `plan.ShapeUnknownError` and `ConfigUnreadableError`."""
+    """The plan for each card. Raises `shapes.ShapeUnknownError` and `ConfigUnreadableError`."""
     model_config = read_model_config(base)
     return [plan.plan_memory(model_config, make_method(options, kind, model_config, supervised), card) for card in cards]
 

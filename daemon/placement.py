@@ -7,7 +7,7 @@ from pathlib import Path
 import structlog
 from sqlalchemy import RowMapping
 
-from daemon import devices, estimates, plan
+from daemon import devices, estimates, plan, shapes
 from daemon.devices import Device
 from daemon.machinery import Machinery, Makeup
 from storage import db, runs
@@ -70,7 +70,7 @@ def make_plan(options: spec.Options, kind: str, base: Path, card: plan.Card | No
         return None
     try:
         return estimates.plan_run(options, kind, base, [card], supervised)[0]
-    except (plan.ShapeUnknownError, estimates.ConfigUnreadableError):
+    except (shapes.ShapeUnknownError, estimates.ConfigUnreadableError):
         return None
 
 

@@ -13,12 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from daemon import shapes
+
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 
 GB = 10**9
 CARDS = (12, 24, 48, 80, 141)
 """Sizes of cards in GB that remedies may name."""
-DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 NORM_BYTES, FP32_BYTES = 4, 4
 NF4_BYTES = 0.516
 """Of a weight in NF4 with double quantisation (Dettmers et al. 2023, QLoRA): 4 bits and its share of the blocks' scales."""
@@ -37,50 +38,6 @@ LEAST_ROW = 256
 EVERY = (4, 2, 1)
 MOMENTS: Mapping[Optimizer, int] = {"adamw": 2 * FP32_BYTES, "adamw_8bit": 2, "paged_adamw_8bit": 0}
 """Bytes on the card for a weight's two moments: in fp32, in a byte each, or paged to the host."""
-
-
-class ShapeUnknownError(ValueError):
-    """The `config.json` is of no decoder that can be counted."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """A decoder by its sizes: `keys` is the width of all key heads together, `inner` that of the MLP."""
-
-    layers: int
-    width: int
-    inner: int
-    queries: int
-    keys: int
-    heads: int
-    vocabulary: int
-    is_tied: bool
-    context: int
-
-    @property
-    def linears(self) -> tuple[tuple[int, int], ...]:
-        """Input and output width of each matrix in a layer."""
-        narrow, wide = (self.width, self.keys), (self.width, self.inner)
-        return ((self.width, self.queries), narrow, narrow, (self.queries, self.width), wide, wide, (self.inner, self.width))
-
-    @property
-    def in_layers(self) -> int:
-        """Weights of the layers' matrices: what is quantised, and what adapters lie on."""
-        return self.layers * sum(inputs * outputs for inputs, outputs in self.linears)
-
-    @property
-    def embedded(self) -> int:
-        """Weights of the embedding and, unless it is the same, the language-model head."""
-        return self.vocabulary * self.width * (1 if self.is_tied else 2)
-
-    @property
-    def parameters(self) -> int:
-        """All weights."""
-        return self.in_layers + self.embedded + (2 * self.layers + 1) * self.width
-
-    def count_adapter(self, rank: int) -> int:
-        """Weights of an adapter on every matrix of every layer."""
-        return self.layers * rank * sum(inputs + outputs for inputs, outputs in self.linears)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,37 +145,14 @@ class Pace:
 def plan_memory(model_config: Mapping[str, Any], method: Method, card: Card) -> MemoryPlan:
     """The fastest settings that fit, with what they take; where none fits, the smallest ones and what would help.
 
-    Raises `ShapeUnknownError` when `model_config` is not that of a decoder in `DECODERS`.
+    Raises `shapes.ShapeUnknownError` when `model_config` is not that of a decoder in `shapes.DECODERS`.
     """
-    shape = read_shape(model_config)
+    shape = shapes.read_shape(model_config)
     found = _choose(shape, method, card)
     return found if found.fits else dataclasses.replace(found, remedies=tuple(_find_remedies(shape, method, card)))
 
 
-def read_shape(model_config: Mapping[str, Any]) -> Shape:
-    """The sizes that a `config.json` tells. Raises `ShapeUnknownError`."""
-    config = model_config.get("text_config", model_config)
-    if config.get("model_type") not in DECODERS:
-        raise ShapeUnknownError(f"model_type is {config.get('model_type')!r}: memory can be planned for {', '.join(DECODERS)}")
-    try:
-        width, heads = config["hidden_size"], config["num_attention_heads"]
-        head = config.get("head_dim") or width // heads
-        return Shape(
-            layers=config["num_hidden_layers"],
-            width=width,
-            inner=config["intermediate_size"],
-            queries=heads * head,
-            keys=(config.get("num_key_value_heads") or heads) * head,
-            heads=heads,
-            vocabulary=config["vocab_size"],
-            is_tied=bool(config.get("tie_word_embeddings", False)),
-            context=config["max_position_embeddings"],
-        )
-    except KeyError as error:
-        raise ShapeUnknownError(f"{error.args[0]} is missing in config.json: is this a whole checkpoint?") from error
-
-
-def _choose(shape: Shape, method: Method, card: Card) -> MemoryPlan:
+def _choose(shape: shapes.Shape, method: Method, card: Card) -> MemoryPlan:
     plans = [_weigh(shape, method, settings, card) for settings in list_settings(method, card)]
     return next((plan for plan in plans if plan.fits), min(plans, key=lambda plan: plan.parts.total))
 
@@ -271,7 +205,7 @@ def _list_budgets(method: Method) -> list[int]:
     return budgets
 
 
-def _weigh(shape: Shape, method: Method, settings: Settings, card: Card) -> MemoryPlan:
+def _weigh(shape: shapes.Shape, method: Method, settings: Settings, card: Card) -> MemoryPlan:
     """What these settings take of the card, in training or in the scoring after it, whichever takes more."""
     parts = [estimate(shape, method, settings, card.kind)]
     if method.is_4bit and not method.serves_4bit:
@@ -280,7 +214,7 @@ def _weigh(shape: Shape, method: Method, settings: Settings, card: Card) -> Memo
     return MemoryPlan(card, shape.parameters, settings, max(parts, key=lambda one: one.total))
 
 
-def estimate(shape: Shape, method: Method, settings: Settings, kind: str) -> Parts:
+def estimate(shape: shapes.Shape, method: Method, settings: Settings, kind: str) -> Parts:
     """What a run takes at its peak, part by part, in bytes."""
     value = 2 if kind == "cuda" or settings.is_4bit else 4
     adapter_value = 2 if settings.adapter_dtype == "bfloat16" else 4
@@ -296,7 +230,7 @@ def estimate(shape: Shape, method: Method, settings: Settings, kind: str) -> Par
     return Parts(weights, adapters, optimizer, activations, logits, CONTEXT_BYTES + unpacked + fragments)
 
 
-def _count_optimizer(shape: Shape, method: Method, settings: Settings, value: int, adapters: int) -> int:
+def _count_optimizer(shape: shapes.Shape, method: Method, settings: Settings, value: int, adapters: int) -> int:
     """Gradients as wide as what is trained, and AdamW's two moments.
 
     In the backward pass there is no more than the largest gradient. The update of a weight in bf16 is computed beside it, one weight at a
@@ -310,7 +244,7 @@ def _count_optimizer(shape: Shape, method: Method, settings: Settings, value: in
     return value * gradients + MOMENTS[settings.optimizer] * shape.parameters + beside * largest
 
 
-def _count_saved(shape: Shape, method: Method, settings: Settings, value: int, adapter_value: int) -> int:
+def _count_saved(shape: shapes.Shape, method: Method, settings: Settings, value: int, adapter_value: int) -> int:
     """Bytes for each token of a pass: what all layers keep, the gradients that pass through one, and the last norm."""
     layer = count_layer(shape, method, value, adapter_value)
     passing = value * (3 * shape.inner + 2 * shape.width)
@@ -323,7 +257,7 @@ def _count_saved(shape: Shape, method: Method, settings: Settings, value: int, a
     return (shape.layers - thrown) * layer + thrown * value * shape.width + layer + passing + last
 
 
-def count_layer(shape: Shape, method: Method, value: int, adapter_value: int) -> int:
+def count_layer(shape: shapes.Shape, method: Method, value: int, adapter_value: int) -> int:
     """Bytes that one layer saves for each token, with values of `value` bytes and adapters of `adapter_value`."""
     norms = 2 * NORM_BYTES * shape.width + 2 * value * shape.width
     attention = 2 * value * (shape.queries + shape.keys) + NORM_BYTES * shape.heads
@@ -338,7 +272,7 @@ def count_layer(shape: Shape, method: Method, value: int, adapter_value: int) ->
     return saved + adapter_value * cast - value * (2 * shape.width + shape.inner)
 
 
-def _find_remedies(shape: Shape, method: Method, card: Card) -> Iterator[str]:
+def _find_remedies(shape: shapes.Shape, method: Method, card: Card) -> Iterator[str]:
     """What would make a run fit that does not, each tried: options, the memory that others hold, a larger card."""
     found = [changes for changes in _list_changes(method, card) if _choose(shape, _change(method, changes), card).fits]
     told: set[str] = set()

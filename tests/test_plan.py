@@ -14,7 +14,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from daemon import plan
+from daemon import plan, shapes
 from tests import model_fixtures
 from trainers import attention, data, packing
 
@@ -106,26 +106,14 @@ def test_a_layer_saves_what_the_plan_counts(tmp_path: Path, architecture: str, m
         if method == "lora":
             model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
         saved[layers] = measure_saved(model, pack)
-    shape = plan.read_shape(json.loads((base / "config.json").read_bytes()))
+    shape = shapes.read_shape(json.loads((base / "config.json").read_bytes()))
     counted = plan.count_layer(shape, make_method(method, RANK, ROW, ROW), 4, 4) * pack.tokens
     # Attention over packed rows gathers its result anew where no kernel for rows of different lengths is at hand: 6 % here.
     assert saved[3] - saved[2] == pytest.approx(counted, rel=0.07)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
-def test_the_weights_are_counted_as_they_are(architecture: str) -> None:
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = transformers.AutoConfig.for_model(architecture, **sizes, vocab_size=1000)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    shape = plan.read_shape(config.to_dict())
-    assert shape.parameters == pytest.approx(model.num_parameters(), rel=0.005)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
-    assert shape.count_adapter(RANK) == adapted.get_nb_trainable_parameters()[0]
-
-
 def test_what_was_measured_for_llama_3_8b_is_what_is_counted() -> None:
-    shape = plan.read_shape(LLAMA_8B)
+    shape = shapes.read_shape(LLAMA_8B)
     lora, full = (make_method(name) for name in ("lora", "full"))
     kib = [plan.count_layer(shape, *one) / 1024 for one in ((lora, 2, 2), (lora, 2, 4), (full, 2, 2))]
     assert kib == pytest.approx([180.4, 288.6, 196.1], abs=0.1)
@@ -153,7 +141,7 @@ def test_what_does_not_fit_is_never_chosen_and_what_helps_helps(method: plan.Met
     found = plan.plan_memory(config, method, card)
     assert found.parts.total == sum(dataclasses.astuple(found.parts))
     assert min(dataclasses.astuple(found.parts)) >= 0
-    every = [plan.estimate(plan.read_shape(config), method, one, card.kind).total for one in plan.list_settings(method, card)]
+    every = [plan.estimate(shapes.read_shape(config), method, one, card.kind).total for one in plan.list_settings(method, card)]
     assert found.fits == (min(every) <= card.free)
     assert found.fits or found.parts.total == min(every)
     assert bool(found.remedies) == (not found.fits)
@@ -169,7 +157,7 @@ def test_more_tokens_a_higher_rank_and_more_layers_never_take_less(
     for chosen in plan.list_settings(method, plan.Card("", kind, 0)):
 
         def total(method: plan.Method = method, config: dict[str, Any] = config, chosen: plan.Settings = chosen) -> int:
-            return plan.estimate(plan.read_shape(config), method, chosen, kind).total
+            return plan.estimate(shapes.read_shape(config), method, chosen, kind).total
 
         assert total() < total(chosen=dataclasses.replace(chosen, max_tokens=max(chosen.max_tokens, method.row_tokens) + tokens))
         assert total() < total(config={**config, "num_hidden_layers": config["num_hidden_layers"] + 1})
@@ -179,7 +167,7 @@ def test_more_tokens_a_higher_rank_and_more_layers_never_take_less(
 @settings(max_examples=40, deadline=None)
 @given(METHODS, CONFIGS)
 def test_computing_more_layers_twice_never_takes_more(method: plan.Method, config: dict[str, Any]) -> None:
-    shape = plan.read_shape(config)
+    shape = shapes.read_shape(config)
     chosen = next(plan.list_settings(method, plan.Card("", "cuda", 0)))
     totals = [plan.estimate(shape, method, dataclasses.replace(chosen, checkpoint_every=every), "cuda").activations for every in (1, 2, 4)]
     assert totals == sorted(totals)
@@ -197,19 +185,6 @@ def test_what_does_not_fit_is_told_with_what_would() -> None:
     assert apart.remedies[0] == "set serve_in_4bit = true"
     huge = plan.plan_memory(large, make_method("full"), plan.Card("", "cuda", 141 * plan.GB))
     assert huge.remedies[-1].startswith("FSDP")
-
-
-@pytest.mark.parametrize(
-    ("config", "told"),
-    [({}, "model_type is None"), ({"model_type": "mixtral"}, "'mixtral'"), ({"model_type": "llama"}, "hidden_size is missing")],
-)
-def test_a_shape_that_is_not_known_is_refused(config: dict[str, Any], told: str) -> None:
-    with pytest.raises(plan.ShapeUnknownError, match=told):
-        plan.read_shape(config)
-
-
-def test_a_language_model_inside_another_is_found() -> None:
-    assert plan.read_shape({"model_type": "llava", "text_config": LLAMA_8B}) == plan.read_shape(LLAMA_8B)
 
 
 def test_the_pace_of_another_base_counts_by_its_weights() -> None:

@@ -136,8 +136,11 @@ def fill(engine: Engine, first: int, last: int) -> None:
             for statement in FILL:
                 sql = statement.format(**names, last=last, numbers=NUMBERS[kind].format(first=start, last=end))
                 connection.exec_driver_sql(sql.replace("%", "%%") if kind == "postgresql" else sql)
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.exec_driver_sql("VACUUM ANALYZE" if kind == "postgresql" else "ANALYZE")
+    if kind == "postgresql":
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql("VACUUM ANALYZE")
+    db.analyze(engine)
+    engine.dispose()  # the daemon's connections are opened anew now and then
 
 
 def make_new(name: str, number: int, now: datetime) -> dict[str, Any]:

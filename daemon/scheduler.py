@@ -74,7 +74,12 @@ class Scheduler:
         """
         scheduler = AsyncIOScheduler(timezone="UTC", job_defaults={"max_instances": 1, "coalesce": True, "misfire_grace_time": None})
         # A tick may take longer than the lease: another job renews it meanwhile.
-        jobs = ((self._leader.renew, RENEW_SECONDS), (self._tick, TICK_SECONDS), (self._reconcile, RECONCILE_SECONDS))
+        jobs = (
+            (self._leader.renew, RENEW_SECONDS),
+            (self._tick, TICK_SECONDS),
+            (self._reconcile, RECONCILE_SECONDS),
+            (self._analyze, db.ANALYZE_SECONDS),
+        )
         for work, seconds in jobs:
             scheduler.add_job(self._perform, "interval", [work], seconds=seconds)
         scheduler.start()
@@ -112,6 +117,10 @@ class Scheduler:
     def _reconcile(self) -> None:
         if self._leader.is_leading:
             deployments.reconcile(self._machinery.engine, self._machinery.settings.agents, self._clock())
+
+    def _analyze(self) -> None:
+        if self._leader.is_leading:
+            db.analyze(self._machinery.engine)
 
 
 async def run(pipeline: Pipeline, clock: Callable[[], datetime], stop: asyncio.Event) -> None:

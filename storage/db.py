@@ -52,6 +52,7 @@ from storage.tables import Installation, Table
 
 BUSY_SECONDS = 30
 LOOK_SECONDS = 0.001
+ANALYZE_SECONDS, ANALYZED_ROWS = 3600, 1000
 CONNECTIONS, KEPT_CONNECTIONS = 15, 5
 MAX_PORT = 65535
 OLDEST_SERVER = 15
@@ -126,7 +127,8 @@ def open_engine(url: str, connections: int = CONNECTIONS) -> Engine:
 
 
 def _sqlite_options() -> dict[str, Any]:
-    return {"connect_args": {"timeout": BUSY_SECONDS}, "execution_options": {"turn": threading.Lock()}}
+    """A connection reads what `analyze` found when it is opened, so it is opened anew now and then."""
+    return {"connect_args": {"timeout": BUSY_SECONDS}, "execution_options": {"turn": threading.Lock()}, "pool_recycle": ANALYZE_SECONDS}
 
 
 def _postgresql_options(url: URL, connections: int) -> dict[str, Any]:
@@ -384,6 +386,17 @@ def upgrade(engine: Engine) -> None:
         alembic.command.upgrade(config, "head")
         if connection.execute(select(Installation.id)).first() is None:
             connection.execute(insert(Installation).values(id=1, secret=secrets.token_hex(32), created_at=datetime.now(UTC)))
+
+
+def analyze(engine: Engine) -> None:
+    """Let SQLite look at what its indexes hold (tens of ms however large they are): else it takes any of those that fit.
+
+    A PostgreSQL server does so by itself.
+    """
+    if engine.dialect.name == "sqlite":
+        with writing(engine) as connection:
+            connection.exec_driver_sql(f"PRAGMA analysis_limit={ANALYZED_ROWS}")
+            connection.exec_driver_sql("ANALYZE")
 
 
 def derive_key(connection: Connection, purpose: str) -> bytes:

@@ -121,11 +121,11 @@ def ask_for_exam(connection: Connection, prediction: Mapping[str, Any], agent: s
 def lease_next(connection: Connection, agents: Sequence[str], expert: str, now: datetime, term: timedelta) -> RowMapping | None:
     """The case that the expert should look at now: the one on lease to them, else the most urgent open one they did not skip."""
     return_expired_leases(connection, now)
-    mine = select(Review.id).where(IS_LEASED, Review.leased_by == expert, Review.agent.in_(agents)).limit(1)
-    held = connection.execute(mine).scalar()
+    mine = connection.execute(select(Review.id, Review.agent).where(IS_LEASED, Review.leased_by == expert))
+    held = next((row.id for row in mine if row.agent in agents), None)
     if held is None:
         skipped = select(ReviewStep.review).where(IS_SKIP, ReviewStep.actor == expert)
-        free = select(Review.id).where(IS_OPEN, Review.agent.in_(agents), Review.id.not_in(skipped))
+        free = select(Review.id).where(IS_OPEN, IS_LIVE, Review.agent.in_(agents), Review.id.not_in(skipped))  # live: as its index says
         free = free.order_by(Review.priority.desc(), Review.opened_at, Review.id).limit(1)
         if connection.dialect.name == "postgresql":
             free = free.with_for_update(skip_locked=True)

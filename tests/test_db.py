@@ -47,6 +47,17 @@ def test_who_writes_waits_for_another_process_and_says_when_that_takes_too_long(
         assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == db.BUSY_SECONDS * 1000
 
 
+@pytest.mark.databases("sqlite")
+def test_what_indexes_hold_is_looked_at_and_connections_opened_later_know(engine: Engine) -> None:
+    with db.writing(engine) as connection:
+        for number in range(50):
+            alarms.raise_alarm(connection, f"agent {number}", "drift", "", {}, datetime.now(UTC))
+    db.analyze(engine)
+    with db.reading(engine) as connection:
+        found = connection.exec_driver_sql("SELECT count(*) FROM sqlite_stat1 WHERE tbl = 'alarms'").scalar()
+    assert found
+
+
 def test_the_migrations_make_exactly_the_tables_of_the_schema(engine: Engine) -> None:
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), Table.metadata) == []

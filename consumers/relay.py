@@ -158,12 +158,10 @@ class Relay:
             return []
         deadline = time.monotonic() + DELIVERY_SECONDS + FLUSH_SECONDS
         for promise in flight.promises:
-            while not promise.is_done:
+            while not promise.is_done and time.monotonic() < deadline and not stopping.is_set():
                 with contextlib.suppress(KafkaError):
                     promise.get(timeout=FLUSH_SECONDS)
                 if not promise.is_done:
-                    if stopping.is_set() or time.monotonic() > deadline:
-                        break
                     self._mark([], fence)
         done = [promise.is_done and promise.succeeded() for promise in flight.promises]
         self._mark(select_markable(flight.messages, done), fence)

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 import orjson
 import pytest
 from kafka.admin import ConfigResource, ConfigResourceType
+from kafka.future import Future
 from pydantic import TypeAdapter
 from sqlalchemy import insert
 
@@ -350,3 +351,20 @@ def test_a_relay_that_was_held_up_looks_after_its_lease_before_it_sends(source, 
 
 def test_what_a_producer_holds_is_given_up_before_the_lease_ends():
     assert relay.TERM.total_seconds() > relay.RENEW_SECONDS + relay.DELIVERY_SECONDS + relay.FLUSH_SECONDS
+
+
+def test_a_producer_that_keeps_no_promise_is_given_up_once_not_message_by_message(source, kafka, monkeypatch):
+    class Broken(Future):
+        def get(self, timeout=None):
+            waited.append(timeout)
+            time.sleep(timeout)
+
+    monkeypatch.setattr(relay, "DELIVERY_SECONDS", 0.1)
+    monkeypatch.setattr(relay, "FLUSH_SECONDS", 0.05)
+    with db.writing(source.inlet.engine) as connection:
+        fence = source.lease.acquire(connection, relay.LEASE, source.lease.holder, datetime.now(UTC), relay.TERM)
+    waited, messages = [], [relay.Message(kafka.topics.events, b"k", b"{}") for _ in range(500)]
+    flight = relay.Flight(messages, [Broken() for _ in messages])
+    with pytest.raises(relay.UnacknowledgedError, match="500 messages were not acknowledged"):
+        relay.Relay(source)._land(flight, fence, threading.Event())
+    assert len(waited) < 10

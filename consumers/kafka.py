@@ -155,6 +155,7 @@ class Taker:
             else:
                 for event in batch:
                     event.ack()
+                self.inlet.progress.acknowledged |= {(one.message.topic, one.message.partition): one.message.offset for one in batch}
                 self.inlet.progress.acknowledged_at = time.monotonic()
 
     def _store(self, batch: Sequence[dead_letters.Record]) -> None:

@@ -9,6 +9,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import structlog
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 PERIOD_SECONDS = 5.0
 STALL_SECONDS = 120.0
+LOOKS = 6
 KEPT = 500
 """So many samples are kept; of more, every second one is forgotten."""
 Place = tuple[str, int]
@@ -33,15 +35,16 @@ log = structlog.get_logger()
 
 
 class StalledError(RuntimeError):
-    """Records wait, more and more of them, and none is acknowledged: only a new process helps."""
+    """Records wait, and none of their partition is acknowledged at the broker: only a new process helps."""
 
 
 class Sample(NamedTuple):
-    """At one moment (monotonic seconds), for each partition: the end, and what the group has acknowledged before."""
+    """At one moment (monotonic seconds), for each partition: the end, what the group has acknowledged before, and what we had last."""
 
     at: float
     ends: Mapping[Place, int]
     done: Mapping[Place, int]
+    ours: Mapping[Place, int] = MappingProxyType({})
 
     def lags(self) -> dict[Place, int]:
         """How many records of each partition wait."""
@@ -70,6 +73,19 @@ def find_stalled(samples: Sequence[Sample], acknowledged_at: float | None, now: 
         return []
     first, last = before[-1], samples[-1]
     return [place for place, end in last.ends.items() if first.done.get(place) == last.done[place] < first.ends.get(place, 0) < end]
+
+
+def find_skipped(samples: Sequence[Sample], now: float) -> list[Place]:
+    """The partitions of which we had a record `STALL_SECONDS` ago, and the group has still not acknowledged it.
+
+    Faust commits no further than to the first record that it has not seen. One that it passed over, when partitions were divided anew, is
+    read again only by a new process. After an outage it gets some looks' time to commit.
+    """
+    before = [sample for sample in samples if now - sample.at >= STALL_SECONDS]
+    if not before or samples[-min(LOOKS, len(samples))].at <= before[-1].at:
+        return []
+    done = samples[-1].done
+    return [place for place, offset in before[-1].ours.items() if place in done and done[place] <= offset]
 
 
 def find_oldest(samples: Sequence[Sample], now: float) -> float | None:
@@ -113,7 +129,7 @@ class Watch:
         except KafkaError as error:
             self._close()
             return f"the broker does not tell the lag ({type(error).__name__})"
-        self._samples.append(sample)
+        self._samples.append(sample._replace(ours=dict(self._stream.inlet.progress.acknowledged)))
         if len(self._samples) > KEPT:
             self._samples = deque(list(self._samples)[::2])
         return None
@@ -144,7 +160,8 @@ class Watch:
         incoming, now = self._stream.inlet.progress, time.monotonic()
         if incoming.began_at is None or now - incoming.began_at < STALL_SECONDS:  # a missing topic is waited for: HTTP goes on meanwhile
             return
-        stalled = find_stalled(self._samples, incoming.acknowledged_at, now)
+        skipped = find_skipped(self._samples, now)
+        stalled = find_stalled(self._samples, incoming.acknowledged_at, now) or skipped
         if not stalled or incoming.is_waiting_for_database:  # a database that stays away ends the process by itself
             return
         lags = self._samples[-1].lags()
@@ -156,7 +173,8 @@ class Watch:
             last_batch_seconds=round(incoming.last_seconds, 3),
             threads=describe_threads(),
         )
-        raise StalledError(f"nothing of {len(stalled)} partitions was acknowledged for {STALL_SECONDS:.0f} s while their lag grew")
+        why = "is not committed" if skipped else "was acknowledged"
+        raise StalledError(f"nothing of {len(stalled)} partitions {why} for {STALL_SECONDS:.0f} s, and records wait")
 
     def _close(self) -> None:
         if self._admin is not None:

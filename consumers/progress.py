@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
@@ -16,6 +16,8 @@ class Incoming:
     last_seconds: float = 0.0
     began_at: float | None = None
     acknowledged_at: float | None = None
+    acknowledged: dict[tuple[str, int], int] = field(default_factory=dict)
+    """The last offset of each partition that we told Faust we have; what it commits is its own affair."""
     is_waiting_for_database: bool = False
 
     def add(self, records: int, seconds: float) -> None:

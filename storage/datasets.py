@@ -45,27 +45,27 @@ def build(engine: Engine, agent: str, root: Path, about: dict[str, Any], now: da
         truths = labels.read_settled(connection, agent)
         history = labels.groups_of_history(connection, agent)
         parent = latest(connection, agent)
-    settled = [one for one in truths if one.truth.answer in about.get("labels", (one.truth.answer,))]
-    if not settled:
-        raise EmptyDatasetError(f"agent {agent} has no settled label: import history or answer reviews first")
-    rows = list(_rows(agent, settled, history))
-    digest = snapshots.root_digest(row.digest for row in rows)
-    if parent is not None and _is_same(parent, digest, about):
-        return int(parent["number"])
-    cut = {"labels": len(rows), "left_out": len(truths) - len(rows), "answered_until": rows[-1].answered_at}
-    lineage = {"agent": agent, "parent": parent["root"] if parent else None, "query": "every settled label", "cut": cut, **about}
-    folder = root / agent / hashlib.sha256(orjson.dumps([digest, lineage], option=orjson.OPT_SORT_KEYS)).hexdigest()[:32]
-    manifest = snapshots.write(folder, rows, lineage)
+        settled = [one for one in truths if one.truth.answer in about.get("labels", (one.truth.answer,))]
+        if not settled:
+            raise EmptyDatasetError(f"agent {agent} has no settled label: import history or answer reviews first")
+        digest = snapshots.root_digest(row.digest for row in _rows(connection, agent, settled, history))
+        if parent is not None and _is_same(parent, digest, about):
+            return int(parent["number"])
+        answered_until = settled[-1].answered_at.astimezone(UTC).isoformat()
+        cut = {"labels": len(settled), "left_out": len(truths) - len(settled), "answered_until": answered_until}
+        lineage = {"agent": agent, "parent": parent["root"] if parent else None, "query": "every settled label", "cut": cut, **about}
+        folder = root / agent / hashlib.sha256(orjson.dumps([digest, lineage], option=orjson.OPT_SORT_KEYS)).hexdigest()[:32]
+        manifest = snapshots.write(folder, _rows(connection, agent, settled, history), lineage)
     with db.writing(engine) as connection:
         newest = latest(connection, agent)
         if newest is not None and _is_same(newest, digest, about):
             return int(newest["number"])
         number = int(newest["number"]) + 1 if newest else 1
-        row = {"agent": agent, "number": number, "root": digest, "folder": str(folder), "rows": len(rows), "manifest": manifest}
+        row = {"agent": agent, "number": number, "root": digest, "folder": str(folder), "rows": len(settled), "manifest": manifest}
         parent_number = newest["number"] if newest else None
         connection.execute(insert(DatasetVersion).values(**row, parent=parent_number, created_at=now))
         labels.mark_in_dataset(connection, agent, [label for one in truths for label in one.labels], number)
-        ledger.append(connection, "dataset", agent, {"number": number, "root": digest, "rows": len(rows)}, now)
+        ledger.append(connection, "dataset", agent, {"number": number, "root": digest, "rows": len(settled)}, now)
     return number
 
 
@@ -74,19 +74,19 @@ def _is_same(version: RowMapping, root: str, about: dict[str, Any]) -> bool:
     return bool(version["root"] == root and about.items() <= version["manifest"].items())
 
 
-def _rows(agent: str, settled: Sequence[labels.Settled], history: set[str]) -> Iterator[snapshots.Row]:
-    for truth, case, _ in settled:
+def _rows(connection: Connection, agent: str, settled: Sequence[labels.Settled], history: set[str]) -> Iterator[snapshots.Row]:
+    for (truth, answered_at, _), case in labels.read_cases(connection, settled):
         yield snapshots.Row(
             row_id=hashlib.sha256(f"{agent}\0{case['claim_id']}\0{case['input_digest']}".encode()).hexdigest()[:32],
             group_digest=hashlib.sha256(f"{agent}\0group\0{case['group_key']}".encode()).hexdigest()[:32],
             split=choose_split(agent, case["group_key"], began_as_history=case["group_key"] in history),
             origin=ORIGINS.get(truth.kind, "review"),
-            label_id=case["label_id"],
+            label_id=truth.label_id,
             input=orjson.dumps(case["input"]).decode(),
             attributes=orjson.dumps(case["attributes"], option=orjson.OPT_SORT_KEYS).decode(),
             answer=truth.answer,
             rationale=case["rationale"],
-            answered_at=case["answered_at"].astimezone(UTC).isoformat(),
+            answered_at=answered_at.astimezone(UTC).isoformat(),
         )
 
 

@@ -7,8 +7,9 @@ Imported history is the truth of a claim only while nobody has read it.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ CASE = ("agent", "claim_id", "input_digest")
 """What predictions of the same case share."""
 IS_STANDING_READ = and_(Label.superseded_by.is_(None), Label.kind.in_(bindparam("reads", READS, expanding=True, literal_execute=True)))
 """Written out in the SQL: an index over these alone serves a query only when its text says that it means those."""
+READ_ROWS = 500
 RANKS = (("late_truth",), ("adjudication",), READS, ("import",))
 
 
@@ -138,49 +140,47 @@ def of_review(connection: Connection, review: str, expert: str) -> list[RowMappi
 
 
 class Settled(NamedTuple):
-    """A case whose truth is settled: the row of the label that says so with the case's input, and all labels that stand on it."""
+    """A case whose truth is settled: what it is, since when, and all labels that stand on the case; see `read_cases`."""
 
     truth: Truth
-    case: RowMapping
+    answered_at: datetime
     labels: tuple[str, ...]
 
 
 def read_settled(connection: Connection, agent: str) -> list[Settled]:
-    """Every case of an agent whose truth is settled, in order of the answers.
+    """Every case of an agent whose truth is settled, in order of the answers; without its input, which may be long.
 
     A case that was imported is left out when people have settled the same claim as it was served.
-    Streams nothing: an agent's labelled cases are what experts had the time for.
     """
-    columns = (Label.id.label("label_id"), Label.kind, Label.expert, Label.answer, Label.answered_at, Label.rationale)
-    cases = (
-        select(
-            *columns,
-            Prediction.id.label("prediction"),
-            Prediction.claim_id,
-            Prediction.group_key,
-            Prediction.input,
-            Prediction.input_digest,
-            Prediction.attributes,
-        )
-        .join(Prediction, Prediction.id == Label.prediction)
-        .where(Label.agent == agent, Label.superseded_by.is_(None), Prediction.input.is_not(None))
-        .order_by(Label.answered_at, Label.id)
-    )
-    by_case: dict[tuple[str, str], dict[str, RowMapping]] = {}
-    for row in connection.execute(cases).mappings():
-        by_case.setdefault((row["claim_id"], row["input_digest"]), {})[row["label_id"]] = row
-    settled = [
-        Settled(truth, rows[truth.label_id], tuple(rows))
-        for rows in by_case.values()
-        if (truth := settle(list(map(_to_answer, rows.values()))))
-    ]
-    read = {one.case["claim_id"] for one in settled if one.truth.kind != "import"}
-    kept = [one for one in settled if one.truth.kind != "import" or one.case["claim_id"] not in read]
-    return sorted(kept, key=lambda one: (one.case["answered_at"], one.case["label_id"]))
+    columns = (Label.id, Label.kind, Label.expert, Label.answer, Label.answered_at)
+    query = select(*columns, Prediction.claim_id, Prediction.input_digest).join(Prediction, Prediction.id == Label.prediction)
+    query = query.where(Label.agent == agent, Label.superseded_by.is_(None), Prediction.input.is_not(None))
+    query = query.order_by(Prediction.claim_id, Prediction.input_digest, Label.answered_at, Label.id)
+    answers = connection.execute(query.execution_options(yield_per=READ_ROWS))
+    claims = itertools.groupby(answers, operator.attrgetter("claim_id"))
+    settled = [one for _, rows in claims for one in _settle_claim(rows)]
+    return sorted(settled, key=lambda one: (one.answered_at, one.truth.label_id))
 
 
-def _to_answer(row: RowMapping) -> Answer:
-    return Answer(row["label_id"], row["kind"], row["expert"], row["answer"], row["answered_at"])
+def _settle_claim(rows: Iterable[Any]) -> list[Settled]:
+    """The settled cases of one claim, whose labels come case by case."""
+    settled = []
+    for _, same in itertools.groupby(rows, operator.attrgetter("input_digest")):
+        answers = {row.id: Answer(*row[:5]) for row in same}
+        if truth := settle(list(answers.values())):
+            settled.append(Settled(truth, answers[truth.label_id].answered_at, tuple(answers)))
+    return [one for one in settled if one.truth.kind != "import"] or settled
+
+
+def read_cases(connection: Connection, settled: Iterable[Settled]) -> Iterator[tuple[Settled, RowMapping]]:
+    """Each settled case with its claim, its input and the rationale of its truth, in their order, some hundreds in memory at a time."""
+    columns = (Label.id, Label.rationale, Label.prediction, Prediction.claim_id, Prediction.group_key, Prediction.input)
+    query = select(*columns, Prediction.input_digest, Prediction.attributes).join(Prediction, Prediction.id == Label.prediction)
+    waiting = iter(settled)
+    while part := list(itertools.islice(waiting, READ_ROWS)):
+        ids = [one.truth.label_id for one in part]
+        cases = {row["id"]: row for row in connection.execute(query.where(db.is_one_of(connection, Label.id, ids))).mappings()}
+        yield from ((one, cases[one.truth.label_id]) for one in part)
 
 
 def groups_of_history(connection: Connection, agent: str) -> set[str]:

@@ -1,5 +1,6 @@
 """storage.datasets: what is settled is in, a group never crosses splits, and the same labels are the same dataset."""
 
+import tracemalloc
 from datetime import timedelta
 from pathlib import Path
 
@@ -117,6 +118,20 @@ def test_of_a_claim_that_was_imported_and_read_only_what_was_read_is_in(engine, 
     deliver(engine, [make_label(7, now, claim_id="h7")], now, ANN)
     rows = read_rows(engine, build(engine, tmp_path, now)).values()
     assert sorted(row["origin"] for row in rows) == ["import"] * 59 + ["review"]
+
+
+def test_building_a_dataset_keeps_no_claim_in_memory_however_many_there_are(engine, tmp_path, now, monkeypatch):
+    monkeypatch.setattr(snapshots, "SHARD_ROWS", 20)
+    monkeypatch.setattr(labels, "READ_ROWS", 20)
+    peaks, length = [], 10_000
+    for numbers in range(100), range(100, 400):
+        deliver(engine, [make_history(number, now, input={"text": "x" * length}) for number in numbers], now)
+        tracemalloc.start()
+        number = build(engine, tmp_path, now)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert len(read_rows(engine, number)) == 400
+    assert peaks[1] - peaks[0] < 300 * length / 2
 
 
 def test_an_answer_that_is_no_label_any_more_is_left_out_and_counted(engine, tmp_path, now, history):

@@ -180,7 +180,7 @@ def test_the_first_reader_is_not_their_own_second_reader(engine: Engine, now: da
     send(engine, [make_label(1, now), make_label(1, now + timedelta(minutes=1), kind="second_read", answer="APPROVED")], now, ANN)
     handle(engine, make_agent(), now)
     with db.reading(engine) as connection:
-        [(truth, case, _)] = labels.read_settled(connection, "adjudication")
+        [((truth, *_), case)] = labels.read_cases(connection, labels.read_settled(connection, "adjudication"))
         assert len(labels.of_predictions(connection, [case["prediction"]])[case["prediction"]]) == 1
     assert (truth.answer, truth.kind) == ("APPROVED", "second_read")
 

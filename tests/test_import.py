@@ -51,7 +51,9 @@ def configure(home, text):
 
 def read_cases(opened):
     with opened.reading() as connection:
-        return {case["claim_id"]: (truth.answer, case) for truth, case, _ in labels.read_settled(connection, "adjudication")}
+        settled = labels.read_settled(connection, "adjudication")
+        cases = labels.read_cases(connection, settled)
+        return {case["claim_id"]: (one.truth.answer, {**case, "answered_at": one.answered_at}) for one, case in cases}
 
 
 def test_every_case_becomes_a_settled_label_of_origin_import(home, ask, opened):
@@ -146,7 +148,7 @@ def test_a_row_that_its_handler_can_t_take_is_a_dead_letter_and_refused(home, ru
     monkeypatch.setattr(labels, "insert_imported", fail)
     file = write_jsonl(home / "old.jsonl", [make_case(number) for number in range(6)])
     status, out, err = run("import", file)
-    assert (status, err) == (1, "line 4: parked as a dead letter: ValueError in the handler (test_import.py:143)\n")
+    assert (status, err) == (1, "line 4: parked as a dead letter: ValueError in the handler (test_import.py:145)\n")
     assert "6 rows: 5 imported, 0 known before, 1 refused" in out
     assert len(ask("dead-letters", "list")) == 1
 

@@ -58,8 +58,9 @@ class Bases:
 
     def release(self) -> None:
         """Let the base go, for it is needed no more or was changed by training."""
-        self._loaded = self._model = None
-        gc.collect()  # What was trained may hang in a cycle with its optimizer.
+        if self._loaded:
+            self._loaded = self._model = None
+            gc.collect()  # What was trained may hang in a cycle with its optimizer.
 
 
 def load_base(path: Path, device: str, *, in_4bit: bool = False) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.consumer.fetcher import ConsumerRecord
+from kafka.errors import RetriableError
 
 from consumers import broker as brokers
 from consumers import topics
@@ -151,7 +153,18 @@ def produce(broker: Broker, topic: str, values: Iterable[bytes | None], compress
 
 
 def read_lag(kafka: Kafka, topic: str) -> int:
-    """How many records of a topic the group has not acknowledged."""
+    """How many records of a topic the group has not acknowledged; a broker that was started a moment ago has to find its groups first."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return _ask_lag(kafka, topic)
+        except RetriableError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def _ask_lag(kafka: Kafka, topic: str) -> int:
     places = [TopicPartition(topic, number) for number in range(kafka.topics.partitions)]
     with brokers.connect(kafka.to_access()) as admin:
         done = admin.list_group_offsets({kafka.group: places})[kafka.group]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 PERIOD_SECONDS = 5.0
 STALL_SECONDS = 120.0
 LOOKS = 6
+"""So many looks after an outage the offsets may still be on their way."""
 KEPT = 500
 """So many samples are kept; of more, every second one is forgotten."""
 Place = tuple[str, int]
@@ -68,10 +69,10 @@ def find_stalled(samples: Sequence[Sample], acknowledged_at: float | None, now: 
     """The partitions of which nothing was acknowledged for `STALL_SECONDS` while their lag grew; none while we acknowledge others."""
     if acknowledged_at is not None and now - acknowledged_at < STALL_SECONDS:
         return []
-    before = [sample for sample in samples if now - sample.at >= STALL_SECONDS]
-    if not before or not samples:
+    first = _look_back(samples, now)
+    if first is None:
         return []
-    first, last = before[-1], samples[-1]
+    last = samples[-1]
     return [place for place, end in last.ends.items() if first.done.get(place) == last.done[place] < first.ends.get(place, 0) < end]
 
 
@@ -81,11 +82,16 @@ def find_skipped(samples: Sequence[Sample], now: float) -> list[Place]:
     Faust commits no further than to the first record that it has not seen. One that it passed over, when partitions were divided anew, is
     read again only by a new process. After an outage it gets some looks' time to commit.
     """
-    before = [sample for sample in samples if now - sample.at >= STALL_SECONDS]
-    if not before or samples[-min(LOOKS, len(samples))].at <= before[-1].at:
+    first = _look_back(samples, now)
+    if first is None or samples[-min(LOOKS, len(samples))].at <= first.at:
         return []
     done = samples[-1].done
-    return [place for place, offset in before[-1].ours.items() if place in done and done[place] <= offset]
+    return [place for place, offset in first.ours.items() if place in done and done[place] <= offset]
+
+
+def _look_back(samples: Sequence[Sample], now: float) -> Sample | None:
+    """The latest sample of `STALL_SECONDS` ago or before."""
+    return next((sample for sample in reversed(samples) if now - sample.at >= STALL_SECONDS), None)
 
 
 def find_oldest(samples: Sequence[Sample], now: float) -> float | None:
@@ -160,8 +166,7 @@ class Watch:
         incoming, now = self._stream.inlet.progress, time.monotonic()
         if incoming.began_at is None or now - incoming.began_at < STALL_SECONDS:  # a missing topic is waited for: HTTP goes on meanwhile
             return
-        skipped = find_skipped(self._samples, now)
-        stalled = find_stalled(self._samples, incoming.acknowledged_at, now) or skipped
+        stalled = find_stalled(self._samples, incoming.acknowledged_at, now) or find_skipped(self._samples, now)
         if not stalled or incoming.is_waiting_for_database:  # a database that stays away ends the process by itself
             return
         lags = self._samples[-1].lags()
@@ -173,8 +178,8 @@ class Watch:
             last_batch_seconds=round(incoming.last_seconds, 3),
             threads=describe_threads(),
         )
-        why = "is not committed" if skipped else "was acknowledged"
-        raise StalledError(f"nothing of {len(stalled)} partitions {why} for {STALL_SECONDS:.0f} s, and records wait")
+        told = f"nothing of {len(stalled)} partitions was acknowledged at the broker for {STALL_SECONDS:.0f} s"
+        raise StalledError(f"{told}, and records wait")
 
     def _close(self) -> None:
         if self._admin is not None:

@@ -32,8 +32,10 @@ def read_version(connection: Connection, agent: str) -> int | None:
 def list_changes(connection: Connection, agent: str, since: int | None) -> tuple[str, ...]:
     """The keys whose values in the policy in force differ from an earlier version's; one that was not recorded then has not changed."""
     current = policies.current(connection, agent)
-    known = policies.show(connection, agent, since) if since is not None else None
-    return tuple(_compare(known["body"], current.body)) if known and current else ()
+    if current is None or since is None or current.version == since:  # as at nearly every tick
+        return ()
+    known = policies.show(connection, agent, since)
+    return tuple(_compare(known["body"], current.body)) if known else ()
 
 
 def _compare(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> Iterator[str]:

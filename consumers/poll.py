@@ -79,17 +79,17 @@ def run(access: broker.Access, group: str, inlet: records.Inlet, stopping: threa
 
 
 def _read(consumer: KafkaConsumer, inlet: records.Inlet, stopping: threading.Event) -> None:
-    """Read the next batch while one is handled, and parse it while that one is committed.
+    """Read and parse the next batch while one is committed: then nothing but the disk is waited for, and nobody computes beside.
 
     When the partitions are divided anew what is underway comes again, to whoever has its partition then: it is stored once.
     """
     underway: Batch | None = None
     try:
         while underway is not None or not stopping.is_set():
-            polled = {} if stopping.is_set() else consumer.poll(timeout_ms=POLL_MS)
+            if underway is not None:
+                underway.wait_for_commit()
+            polled = {} if stopping.is_set() else consumer.poll(timeout_ms=POLL_MS if underway is None else 0)
             before, underway = underway, Batch(polled, inlet) if polled else None
-            if before is not None:
-                before.wait_for_commit()
             if underway is not None:
                 underway.begin(before, stopping)
             if before is not None:

@@ -171,7 +171,7 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
         "synchronous=FULL",
         "foreign_keys=ON",
         f"busy_timeout={BUSY_SECONDS * 1000}",
-        "cache_size=-32768",
+        "cache_size=-8192",
         "wal_autocheckpoint=4000",
         "temp_store=MEMORY",
     ):

@@ -38,7 +38,7 @@ def wait_until(holds, seconds=30):
         time.sleep(0.02)
 
 
-def test_the_next_batch_is_read_while_one_is_handled_and_none_is_acknowledged_before_its_transaction(broker, engine, monkeypatch):
+def test_the_next_batch_is_read_while_one_is_committed_and_none_is_acknowledged_before_its_transaction(broker, engine, monkeypatch):
     kafka, agent = broker_fixtures.make_topics(broker, "reads-on"), event_fixtures.make_agent()
     inlet = records.Inlet(engine, {agent.name: agent}, kafka.topics.kinds(), lambda: datetime.now(UTC))
     at = datetime.now(UTC)
@@ -52,8 +52,11 @@ def test_the_next_batch_is_read_while_one_is_handled_and_none_is_acknowledged_be
         return found
 
     def store(inlet, batch, committing):
-        assert gate.wait(30)
-        genuine_store(inlet, batch, committing)
+        def wait_for_the_disk():
+            committing()
+            assert gate.wait(30)
+
+        genuine_store(inlet, batch, wait_for_the_disk)
 
     monkeypatch.setattr(poll, "BATCH", 10)
     monkeypatch.setattr(KafkaConsumer, "poll", poll_)

@@ -38,7 +38,7 @@ from rich.console import Console
 from benchmarks import tables
 from benchmarks.figures import Figure, finish
 from benchmarks.ingest import make_event
-from consumers import broker, kafka, poll, records, relay, schemas, stream, topics
+from consumers import broker, kafka, outbox, poll, records, relay, schemas, stream, topics
 from daemon import holders, service
 from storage import db, dead_letters, reviews
 from tests.broker_fixtures import START, find_port
@@ -228,7 +228,7 @@ def send_by_relay(job: Job, done: Any, tally: Tally) -> None:
 def send_barely(job: Job, done: Any, tally: Tally) -> None:
     """The same bytes by the same producer, already at hand; nothing is read, and nothing marked."""
     with db.reading(db.open_engine(f"sqlite:///{job.database}")) as connection:
-        messages = relay.read_unsent(connection, OUTLETS, 10_000_000)
+        messages = outbox.read_unsent(connection, OUTLETS, 10_000_000)
     producer = KafkaProducer(bootstrap_servers=job.bootstrap, enable_idempotence=True, acks="all", linger_ms=LINGER_MS, batch_size=262_144)
     for first in range(0, len(messages), FLUSH):
         some = messages[first : first + FLUSH]

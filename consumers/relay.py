@@ -10,11 +10,10 @@ import contextlib
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-import orjson
 import structlog
 from kafka import KafkaProducer
 from kafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
@@ -22,10 +21,9 @@ from kafka.future import Future
 from kafka.partitioner.default import DefaultPartitioner
 from sqlalchemy import Connection
 
-from consumers import broker
+from consumers import broker, outbox
 from consumers.stream import Stream
-from consumers.topics import Outlets
-from storage import db, dead_letters, events, leases, reviews
+from storage import db, events, leases, reviews
 
 LEASE = "relay"
 TERM = timedelta(seconds=30)
@@ -35,8 +33,6 @@ DELIVERY_SECONDS = 15
 """What a producer holds for longer it gives up: else one that lost its lease in an outage would go on sending beside the next. It gets
 nothing later than `RENEW_SECONDS` into a `TERM`. A producer that gave up never recovers (seen with kafka-python 3.0), see `_lead`."""
 BOOTSTRAP_SECONDS = 5.0
-MOST_BYTES = 900_000
-"""Below what a broker takes of one record by default."""
 MOST_BYTES_AT_ONCE = 8_000_000
 TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
 
@@ -51,20 +47,10 @@ class UnacknowledgedError(broker.BrokerError):
     """The broker has not taken what was sent."""
 
 
-class Message(NamedTuple):
-    """One row as a record: `event` or `step` says which row is to be marked."""
-
-    topic: str
-    key: bytes
-    value: bytes
-    event: str | None = None
-    step: int | None = None
-
-
 class Flight(NamedTuple):
     """Messages on their way, with what the producer promises of each that it took; `failure` says why it took no more."""
 
-    messages: Sequence[Message] = ()
+    messages: Sequence[outbox.Message] = ()
     promises: Sequence[Future] = ()
     failure: str = "no answer"
 
@@ -109,7 +95,7 @@ class Relay:
         with db.writing(self._engine, alone=False) as connection:
             leases.release(connection, LEASE, self._lease.holder)
 
-    def _send_all(self, producer: KafkaProducer, fence: int, stopping: threading.Event) -> list[Message]:
+    def _send_all(self, producer: KafkaProducer, fence: int, stopping: threading.Event) -> list[outbox.Message]:
         """Send what is unsent, batch after batch, until `stopping`, or until the broker refuses messages for their size: returns those."""
         flight = Flight()
         while flight.messages or not stopping.is_set():
@@ -123,17 +109,17 @@ class Relay:
             flight = following
         return []
 
-    def _read(self, underway: Sequence[Message]) -> list[Message]:
+    def _read(self, underway: Sequence[outbox.Message]) -> list[outbox.Message]:
         """What is to be sent next: fewer rows at once where they are large."""
         with db.reading(self._engine) as connection:
-            messages = read_unsent(connection, self._outlets, self._limit, underway)
+            messages = outbox.read_unsent(connection, self._outlets, self._limit, underway)
         if sum(len(message.value) for message in messages) > MOST_BYTES_AT_ONCE:
             self._limit = max(1, self._limit // 2)
         elif len(messages) >= self._limit:
             self._limit = min(2 * self._limit, BATCH)
         return messages
 
-    def _send(self, producer: KafkaProducer, messages: Sequence[Message], fence: int) -> Flight:
+    def _send(self, producer: KafkaProducer, messages: Sequence[outbox.Message], fence: int) -> Flight:
         """Hand messages to the producer. Whoever was held up may have lost the lease, and looks after it before."""
         if time.monotonic() - self._renewed_at > RENEW_SECONDS:
             self._mark([], fence)
@@ -149,7 +135,7 @@ class Relay:
                 return Flight(messages, promises, f"{type(error).__name__} for {message.topic}")
         return Flight(messages, promises)
 
-    def _land(self, flight: Flight, fence: int, stopping: threading.Event) -> list[Message]:
+    def _land(self, flight: Flight, fence: int, stopping: threading.Event) -> list[outbox.Message]:
         """Wait for the broker, holding the lease, and mark what it acknowledged; returns what it refuses for its size.
 
         Raises `UnacknowledgedError` when something else was not acknowledged: this producer may never recover.
@@ -179,13 +165,13 @@ class Relay:
         missing = len(flight.messages) - sum(done)
         raise UnacknowledgedError(f"{missing} messages were not acknowledged ({failure}): they are sent again, look at the broker")
 
-    def _send_alone(self, message: Message, fence: int) -> None:
+    def _send_alone(self, message: outbox.Message, fence: int) -> None:
         """Send a message that was refused for its size once more, without a claim's input; refused again it is set aside.
 
         What comes after it of its key goes on without it: else nothing would be sent any more.
         """
         self._mark([], fence)
-        short = shorten(message)
+        short = outbox.shorten(message)
         with _producing(self._access) as producer:
             try:
                 producer.send(short.topic, key=short.key, value=short.value).get(timeout=DELIVERY_SECONDS + FLUSH_SECONDS)
@@ -194,15 +180,15 @@ class Relay:
             else:
                 self._mark([short], fence)
 
-    def _set_aside(self, message: Message, fence: int) -> None:
+    def _set_aside(self, message: outbox.Message, fence: int) -> None:
         reason = (
             f"the broker takes no message of {len(message.value)} bytes on {message.topic}: raise max.message.bytes there, and replay it"
         )
         with self._holding(fence) as (connection, now):
-            park(connection, message, reason, now, is_told=message.topic != self._outlets.dead_letters)
+            outbox.park(connection, message, reason, now, is_told=message.topic != self._outlets.dead_letters)
         log.error("message_refused", topic=message.topic, bytes=len(message.value), ulid=message.event, step=message.step)
 
-    def _mark(self, messages: Sequence[Message], fence: int) -> None:
+    def _mark(self, messages: Sequence[outbox.Message], fence: int) -> None:
         with self._holding(fence) as (connection, now):
             events.mark(connection, [one.event for one in messages if one.event is not None], "sent", now)
             reviews.mark_sent(connection, [one.step for one in messages if one.step is not None])
@@ -219,21 +205,7 @@ class Relay:
         self._renewed_at = began
 
 
-def park(connection: Connection, message: Message, reason: str, now: datetime, *, is_told: bool) -> None:
-    """Make a dead letter of a message, and send it no more; where nobody could be told of that one, its event alone says so."""
-    if message.event is None:
-        letter = {"key": f"step/{message.step}", "payload": message.value.decode()}
-        dead_letters.park(connection, message.key.decode(), reason, now, **letter)
-        reviews.mark_sent(connection, [message.step] if message.step is not None else [])
-        return
-    event = events.read(connection, message.event)
-    if event is not None and is_told:
-        dead_letters.park_event(connection, event, reason, now)
-    else:
-        events.mark(connection, [message.event], "dead", now, reason)
-
-
-def select_markable(messages: Sequence[Message], are_acknowledged: Sequence[bool]) -> Sequence[Message]:
+def select_markable(messages: Sequence[outbox.Message], are_acknowledged: Sequence[bool]) -> Sequence[outbox.Message]:
     """What was acknowledged; of a key whose earlier message was not, nothing: sent again it must come after that."""
     if sum(are_acknowledged) == len(messages):
         return messages
@@ -282,52 +254,3 @@ def _producing(access: broker.Access) -> Iterator[KafkaProducer]:
         producer._sender.force_close()  # noqa: SLF001
         with contextlib.suppress(KafkaError):
             producer.close(timeout=0)
-
-
-def read_unsent(connection: Connection, outlets: Outlets, limit: int, underway: Sequence[Message] = ()) -> list[Message]:
-    """What is to be sent next, in order; what is `underway` is not marked yet, and left out."""
-    own = events.read_unsent(connection, limit, [one.event for one in underway if one.event is not None])
-    steps = reviews.read_unsent(connection, limit, [one.step for one in underway if one.step is not None])
-    return [_from_event(one, outlets) for one in own] + [_from_step(step, outlets) for step in steps]
-
-
-def _from_event(one: events.Stored, outlets: Outlets) -> Message:
-    topic = outlets.dead_letters if one.type == dead_letters.PARKED else outlets.events
-    value = _wrap(one.type, one.event_id, one.subject, one.time, orjson.Fragment(one.data or "{}"))
-    return Message(topic, one.subject.encode(), value, event=one.ulid)
-
-
-STEPS = {"opened": "ratchet.review.opened.v1", "answered": "ratchet.review.closed.v1", "expired": "ratchet.review.expired.v1"}
-
-
-def _from_step(one: reviews.Told, outlets: Outlets) -> Message:
-    """A review that was opened, with what an expert may see before answering, or that was closed or expired."""
-    subject, kind = f"{one.agent}/{one.claim_id}", STEPS[one.action]
-    data: dict[str, Any] = {"review": one.review, "agent": one.agent, "claim_id": one.claim_id, "prediction_id": one.prediction_id}
-    if one.action == "opened":
-        data |= {"is_blind": one.is_blind, "expires_at": one.expires_at}
-        data |= {"input": orjson.Fragment(one.input or "null"), "attributes": orjson.Fragment(one.attributes or "null")}
-    message = Message(outlets.queue, subject.encode(), _wrap(kind, f"{kind}/{one.review}", subject, one.at, data), step=one.step)
-    return message if len(message.value) <= MOST_BYTES else shorten(message)
-
-
-def shorten(message: Message) -> Message:
-    """A message without what a claim held; others stay as they are."""
-    told = orjson.loads(message.value)
-    if "input" not in told["data"]:
-        return message
-    return message._replace(value=orjson.dumps({**told, "data": {**told["data"], "input": None, "attributes": None}}))
-
-
-def _wrap(kind: str, event_id: str, subject: str, at: datetime, data: Mapping[str, Any] | orjson.Fragment) -> bytes:
-    envelope = {
-        "specversion": "1.0",
-        "id": event_id,
-        "source": "ratchet",
-        "type": kind,
-        "subject": subject,
-        "time": at,
-        "datacontenttype": "application/json",
-        "data": data,
-    }
-    return orjson.dumps(envelope, option=orjson.OPT_UTC_Z)

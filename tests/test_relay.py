@@ -19,10 +19,10 @@ from kafka.future import Future
 from pydantic import TypeAdapter
 from sqlalchemy import insert
 
-from consumers import announcements, records, relay, stream
+from consumers import announcements, outbox, records, relay, stream
 from consumers import broker as brokers
 from daemon import holders
-from storage import alarms, db, dead_letters, events, reviews
+from storage import db, dead_letters, events, reviews
 from storage.tables import Lease
 from tests import broker_fixtures, event_fixtures
 
@@ -166,26 +166,16 @@ def test_a_relay_that_lost_its_lease_marks_nothing(source):
     one = relay.Relay(source)
     with db.writing(engine) as connection:
         connection.execute(insert(Lease).values(name=relay.LEASE, holder="another", fence=7, expires_at=at))
-        messages = relay.read_unsent(connection, source.outlets, 10)
+        messages = outbox.read_unsent(connection, source.outlets, 10)
     with pytest.raises(relay.LeaseLostError):
         one._mark(messages, 6)
     assert count_unsent(engine) == 2
 
 
 def test_behind_a_message_that_failed_nothing_of_its_key_is_marked():
-    messages = [relay.Message("t", key, b"", event=str(n)) for n, key in enumerate((b"a", b"b", b"a", b"b", b"c"))]
+    messages = [outbox.Message("t", key, b"", event=str(n)) for n, key in enumerate((b"a", b"b", b"a", b"b", b"c"))]
     markable = relay.select_markable(messages, [True, False, True, True])
     assert [one.event for one in markable] == ["0", "2"]
-
-
-def test_a_claim_that_no_broker_would_take_is_told_without_its_input(source):
-    at = datetime.now(UTC)
-    huge = event_fixtures.make_prediction(1, at, confidence=0.5, input={str(n): "x" * 190_000 for n in range(6)})
-    event_fixtures.send(source.inlet.engine, [huge], at)
-    event_fixtures.handle(source.inlet.engine, source.inlet.agents["adjudication"], at)
-    with db.reading(source.inlet.engine) as connection:
-        (message,) = relay.read_unsent(connection, source.outlets, 10)
-    assert orjson.loads(message.value)["data"]["input"] is None
 
 
 def limit_bytes(source, topic, limit):
@@ -258,7 +248,7 @@ def test_a_relay_that_was_stopped_between_two_messages_sends_no_more_of_them(sou
 
     relay_._renewed_at = time.monotonic()
     with pytest.raises(relay.LeaseLostError):
-        relay_._send(Producer(), [relay.Message("t", b"k", b"v")] * 3, 1)
+        relay_._send(Producer(), [outbox.Message("t", b"k", b"v")] * 3, 1)
     assert len(sent) == 1
 
 
@@ -270,13 +260,13 @@ def test_the_next_batch_is_read_and_sent_while_the_last_one_is_underway(source, 
     emit(source.inlet.engine, 0, 20)
     open_reviews(source, range(10))
     underway = []
-    genuine = relay.read_unsent
+    genuine = outbox.read_unsent
 
     def read(connection, outlets, limit, flying=()):
         underway.append(len(flying))
         return genuine(connection, outlets, limit, flying)
 
-    monkeypatch.setattr(relay, "read_unsent", read)
+    monkeypatch.setattr(outbox, "read_unsent", read)
     with relaying(source):
         wait_until_sent(source.inlet.engine)
     assert underway[:3] == [0, 8, 8]
@@ -292,15 +282,6 @@ def test_where_messages_are_large_fewer_are_sent_at_once(source, monkeypatch):
     sizes = [len(one._read(())) for _ in range(8)]
     assert sizes[0] == 40
     assert max(sizes[-2:]) < 7
-
-
-def test_an_alarm_is_announced_once_with_the_ledgers_head(source):
-    with db.writing(source.inlet.engine) as connection:
-        for _ in range(2):
-            alarms.raise_alarm(connection, "adjudication", "drift", "inputs look different", {}, datetime.now(UTC))
-        (message,) = relay.read_unsent(connection, source.outlets, 10)
-    told = orjson.loads(message.value)
-    assert (told["type"], len(told["data"]["ledger"])) == ("ratchet.alarm.raised.v1", 64)
 
 
 @pytest.mark.parametrize("mechanism", ["SCRAM-SHA-512", "PLAIN"])
@@ -363,7 +344,7 @@ def test_a_producer_that_keeps_no_promise_is_given_up_once_not_message_by_messag
     monkeypatch.setattr(relay, "FLUSH_SECONDS", 0.05)
     with db.writing(source.inlet.engine) as connection:
         fence = source.lease.acquire(connection, relay.LEASE, source.lease.holder, datetime.now(UTC), relay.TERM)
-    waited, messages = [], [relay.Message(kafka.topics.events, b"k", b"{}") for _ in range(500)]
+    waited, messages = [], [outbox.Message(kafka.topics.events, b"k", b"{}") for _ in range(500)]
     flight = relay.Flight(messages, [Broken() for _ in messages])
     with pytest.raises(relay.UnacknowledgedError, match="500 messages were not acknowledged"):
         relay.Relay(source)._land(flight, fence, threading.Event())

@@ -27,7 +27,7 @@ from benchmarks.training import make_base
 from daemon import deployments, imr
 from daemon.agents import Exam, Publisher
 from daemon.launchers import processes
-from storage import datasets, db, exams, registry, reviews, runs
+from storage import datasets, db, exams, registry, reviews, runs, schema
 from tests.event_fixtures import handle, make_label, send
 from tests.pipeline_fixtures import World, always, make_settings
 from trainers import spec
@@ -80,7 +80,7 @@ def main() -> None:
 def make_world(folder: Path, base: Path, node: str) -> World:
     """A loop whose trainer is a process for each run, and whose server is the node."""
     engine = db.open_engine(f"sqlite:///{folder}/ratchet.db")
-    db.upgrade(engine)
+    schema.upgrade(engine)
     options = spec.Options(learning_rate=2e-3, epochs=3, batch_rows=32)
     publisher = Publisher(kind="reference", url=node)
     settings = make_settings(folder, base, training=options, exam=Exam(max_asked=40), publisher=publisher)

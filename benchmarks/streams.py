@@ -40,7 +40,7 @@ from benchmarks.figures import Figure, finish
 from benchmarks.ingest import make_event
 from consumers import broker, kafka, outbox, poll, records, relay, schemas, stream, topics
 from daemon import holders, service
-from storage import db, dead_letters, reviews
+from storage import db, dead_letters, reviews, schema
 from tests.broker_fixtures import START, find_port
 from tests.event_fixtures import make_agent
 
@@ -496,7 +496,7 @@ def make_topics(bootstrap: str, names: Sequence[str]) -> None:
 
 def upgrade(path: Path) -> None:
     engine = db.open_engine(f"sqlite:///{path}")
-    db.upgrade(engine)
+    schema.upgrade(engine)
     engine.dispose()
 
 

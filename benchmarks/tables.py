@@ -28,7 +28,7 @@ from benchmarks.figures import Figure, finish
 from consumers import delivery, handlers, routing, schemas
 from daemon import agents, status
 from daemon.prompts import PromptFile
-from storage import db, events, labels, predictions, reviews
+from storage import db, events, labels, predictions, reviews, schema
 from tests.event_fixtures import LABELS, PRODUCER, make_agent, make_prediction
 from tests.postgres_fixtures import Server
 
@@ -96,7 +96,7 @@ def opened(kind: str, parent: Path | None) -> Iterator[Engine]:
             server.call("start", "shared_buffers=512MB", "max_wal_size=4GB", "maintenance_work_mem=256MB")
             server.execute("CREATE DATABASE tables")
         engine = db.open_engine(server.url("tables") if kind == "postgresql" else f"sqlite:///{folder}/ratchet.db")
-        db.upgrade(engine)
+        schema.upgrade(engine)
         yield engine
         engine.dispose()
     finally:
@@ -139,7 +139,7 @@ def fill(engine: Engine, first: int, last: int) -> None:
     if kind == "postgresql":
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.exec_driver_sql("VACUUM ANALYZE")
-    db.analyze(engine)
+    schema.analyze(engine)
     engine.dispose()  # the daemon's connections are opened anew now and then
 
 

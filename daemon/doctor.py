@@ -17,7 +17,7 @@ from daemon import devices, makeup
 from daemon.agents import Agent
 from daemon.kafka import Kafka, SecretMissingError
 from daemon.settings import Settings
-from storage import db, ledger, registry, tokens
+from storage import db, ledger, registry, schema, tokens
 
 MIN_FREE_BYTES = 5 * 1024**3
 CHECKPOINT_FILES = ("config.json", "tokenizer_config.json")
@@ -54,7 +54,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
 def _examine_database(settings: Settings) -> Iterator[Finding]:
     try:
         engine = db.open_engine(settings.database.url)
-        db.check(engine)
+        schema.check(engine)
         with db.writing(engine) as connection:
             valid = tokens.count_valid(connection)
         with db.reading(engine) as connection:

@@ -23,7 +23,7 @@ from daemon.agents import Agent, Budget, Publisher
 from daemon.launchers import workers
 from daemon.prompts import PromptFile
 from daemon.settings import Database, Devices, Settings, Storage, Training
-from storage import artifacts, datasets, db
+from storage import artifacts, datasets, db, schema
 from trainers import spec
 
 PROMPT = "{% for name, value in input.items() %}{{ name }}: {{ value }}\n{% endfor %}decision:\n"
@@ -66,7 +66,7 @@ def run(asked: Asked, on_stage: Callable[[str], None], on_progress: Callable[[in
         _make_tiny(asked, agent, history)
     on_stage("importing the history, training v1.0")
     engine = db.open_engine(settings.database.url)
-    db.upgrade(engine)
+    schema.upgrade(engine)
     trainer = workers.Workers(settings.training.python, waits=True)
     plan = simulate.Plan(history, stream, settings, agent, asked.seed, asked.with_baselines, asked.out, on_progress)
     try:

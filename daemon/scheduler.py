@@ -13,7 +13,7 @@ from sqlalchemy import Engine
 from consumers import outages
 from daemon import deployments, dispatch, holders
 from daemon.pipeline import Pipeline
-from storage import db, leases
+from storage import db, leases, schema
 
 LEASE = "scheduler"
 TERM = timedelta(seconds=30)
@@ -120,7 +120,7 @@ class Scheduler:
 
     def _analyze(self) -> None:
         if self._leader.is_leading:
-            db.analyze(self._machinery.engine)
+            schema.analyze(self._machinery.engine)
 
 
 async def run(pipeline: Pipeline, clock: Callable[[], datetime], stop: asyncio.Event) -> None:

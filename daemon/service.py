@@ -27,7 +27,7 @@ from daemon.launchers import choice
 from daemon.settings import Settings
 from daemon.web import app
 from daemon.web.metrics import Metrics
-from storage import db, tokens
+from storage import db, schema, tokens
 
 STOP_SECONDS = 28
 REMEDIES = {
@@ -105,7 +105,7 @@ def start(settings: Settings, roles: Sequence[str]) -> int:
             settings.kafka.to_access()  # a password that can't be read is said at once
     engine = db.open_engine(settings.database.url, settings.database.connections)
     try:
-        db.check(engine)
+        schema.check(engine)
         check_bind(settings, engine)
         server = settings.server
         listeners = {"operate": listen(server.host, "ops_port", server.ops_port)}

@@ -24,7 +24,7 @@ from pydantic_core import PydanticUndefined
 from consumers import announcements, schemas
 from daemon import agents, cli, estimates, plan, settings
 from daemon.web import app as web
-from storage import db
+from storage import db, schema
 from trainers import spec
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -200,9 +200,9 @@ def write_http_api() -> str:
         for method, operation in item.items():
             lines += [f"## `{method.upper()} {path}`", "", *_operation(operation, roles.get((method.upper(), path), ())), ""]
     lines += ["## What is sent and answered", ""]
-    for name, schema in sorted(api["components"]["schemas"].items()):
-        if "description" in schema:
-            lines += [f"### {name}", "", *_schema(schema), ""]
+    for name, told in sorted(api["components"]["schemas"].items()):
+        if "description" in told:
+            lines += [f"### {name}", "", *_schema(told), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -210,7 +210,7 @@ def create_api() -> FastAPI:
     """The application of an installation without agents."""
     with tempfile.TemporaryDirectory() as folder:
         engine = db.open_engine(f"sqlite:///{folder}/docs.db")
-        db.upgrade(engine)
+        schema.upgrade(engine)
         app = web.create_app(engine, settings.Settings(), {}, lambda: datetime.now(UTC), lambda: None)
         engine.dispose()
     return app

@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, RowMapping, select, update
 
-from storage import db, events, ids, ledger
+from storage import bulk, events, ids, ledger
 from storage.tables import Alarm
 
 
@@ -28,7 +28,7 @@ def raise_alarm(
         "detail": dict(detail),
         "raised_at": now,
     }
-    is_new = db.insert_new(connection, Alarm, row)
+    is_new = bulk.insert_new(connection, Alarm, row)
     if is_new:
         head = ledger.append(connection, "alarm", agent, {"kind": kind, "message": message}, now)
         told = {"agent": agent, "kind": kind, "message": message, "ledger": head}

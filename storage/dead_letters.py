@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, RowMapping, case, func, select, update
 
-from storage import db, events, ids
+from storage import bulk, events, ids
 from storage.tables import DeadLetter, Event
 
 PARKED = "ratchet.dead-letter.parked.v1"
@@ -51,7 +51,7 @@ def park_record(connection: Connection, record: Record, reason: str, announced: 
 def _park(connection: Connection, key: str, reason: str, now: datetime, told: dict[str, Any], announced: str | None = None) -> str:
     letter = ids.make_ulid(now, "dead letter", key)
     row = {"id": letter, "key": key, "reason": reason, "state": "parked", "at": now, **told}
-    if db.insert_new(connection, DeadLetter, row):
+    if bulk.insert_new(connection, DeadLetter, row):
         events.emit(connection, PARKED, letter, letter, {"letter": letter, "reason": announced or reason}, now)
     parked = select(DeadLetter.id).where(DeadLetter.key == key, DeadLetter.state == "parked")
     return connection.execute(parked).scalar_one()

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import orjson
 from sqlalchemy import Connection, func, literal, select, tuple_, update
 
-from storage import db, ids
+from storage import bulk, ids
 from storage.tables import Event
 
 Outcome = Literal["stored", "duplicate", "conflict"]
@@ -73,7 +73,7 @@ def append(connection: Connection, incoming: Sequence[Incoming], now: datetime, 
     columns = dict(zip(Incoming._fields, zip(*incoming, strict=True), strict=True))
     shared = {"received_at": now, "state": state} | ({"handled_at": now} if state == "handled" else {})
     same = {name: [value] * len(ulids) for name, value in shared.items()}
-    if db.insert_columns(connection, Event, _sort(connection, {"ulid": ulids, **columns, **same}, identities)) == len(ulids):
+    if bulk.insert_columns(connection, Event, _sort(connection, {"ulid": ulids, **columns, **same}, identities)) == len(ulids):
         return [Receipt(ulid, "stored") for ulid in ulids]
     found = select(Event.source, Event.event_id, Event.ulid, Event.digest).where(tuple_(Event.source, Event.event_id).in_(identities))
     known = {(row.source, row.event_id): (row.ulid, row.digest) for row in connection.execute(found)}
@@ -112,7 +112,7 @@ def read_unsent(connection: Connection, limit: int, but: Sequence[str] = ()) -> 
     """The oldest events of our own that nobody has sent yet, in the order in which they were emitted and but for some."""
     query = select(*COLUMNS).where(IS_UNSENT)
     if but:
-        query = query.where(db.is_none_of(connection, Event.ulid, but))
+        query = query.where(bulk.is_none_of(connection, Event.ulid, but))
     return [Stored._make(row) for row in connection.execute(query.order_by(Event.number, Event.ulid).limit(limit))]
 
 
@@ -123,7 +123,7 @@ def has_waiting(connection: Connection) -> bool:
 
 def read_waiting(connection: Connection, subjects: Iterable[str]) -> list[Stored]:
     """Labels that came before their prediction, for claims that are known now, in order of arrival."""
-    query = select(*COLUMNS).where(Event.state == "waiting", db.is_one_of(connection, Event.subject, subjects)).order_by(Event.ulid)
+    query = select(*COLUMNS).where(Event.state == "waiting", bulk.is_one_of(connection, Event.subject, subjects)).order_by(Event.ulid)
     query = query.with_for_update()  # two predictions of one claim: on PostgreSQL the second finds it handled
     return [Stored._make(row) for row in connection.execute(query)]
 
@@ -142,20 +142,20 @@ def read(connection: Connection, ulid: str) -> Stored | None:
 
 def read_unhandled(connection: Connection, ulids: Iterable[str]) -> list[Stored]:
     """Those of these events that nobody has handled yet, in order of arrival."""
-    query = select(*COLUMNS).where(Event.state == "received", db.is_one_of(connection, Event.ulid, ulids)).order_by(Event.ulid)
+    query = select(*COLUMNS).where(Event.state == "received", bulk.is_one_of(connection, Event.ulid, ulids)).order_by(Event.ulid)
     return [Stored._make(row) for row in connection.execute(query)]
 
 
 def unhandle(connection: Connection, ulids: Sequence[str]) -> None:
     """Leave events to the consumer after all."""
-    connection.execute(update(Event).where(db.is_one_of(connection, Event.ulid, ulids)).values(state="received", handled_at=None))
+    connection.execute(update(Event).where(bulk.is_one_of(connection, Event.ulid, ulids)).values(state="received", handled_at=None))
 
 
 def mark(connection: Connection, ulids: Sequence[str], state: str, now: datetime, reason: str | None = None) -> None:
     """Say what became of events."""
     if ulids:
         values: dict[str, Any] = {"state": state, "reason": reason, "handled_at": now}
-        connection.execute(update(Event).where(db.is_one_of(connection, Event.ulid, ulids)).values(values))
+        connection.execute(update(Event).where(bulk.is_one_of(connection, Event.ulid, ulids)).values(values))
 
 
 def count_by_state(connection: Connection) -> dict[str, int]:
@@ -191,4 +191,4 @@ def emit(connection: Connection, type_: str, subject: str, key: str, data: Mappi
         "state": "unsent",
         "number": (last or 0) + 1,
     }
-    db.insert_new(connection, Event, row)
+    bulk.insert_new(connection, Event, row)

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 
 from sqlalchemy import Connection, RowMapping, func, select, update
 
-from storage import db, events, ids, ledger, reviews
+from storage import bulk, events, ids, ledger, reviews
 from storage.tables import Exam, Review
 
 Kind = Literal["exam", "watch"]
@@ -30,7 +30,7 @@ def open_new(
         "opened_at": now,
         "report": dict(report or {}),
     }
-    db.insert_new(connection, Exam, row)
+    bulk.insert_new(connection, Exam, row)
     current = read_open(connection, agent, kind)
     if current is None or (current["candidate"], current["champion"]) != (candidate, champion):
         raise ValueError(f"agent {agent} has another open {kind}: close it before {candidate} against {champion}")

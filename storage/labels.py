@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, RowMapping, and_, bindparam, case, func, select, update
 from sqlalchemy.orm import aliased
 
-from storage import db
+from storage import bulk
 from storage.sampling import slice_key
 from storage.tables import Label, Prediction
 
@@ -79,7 +79,7 @@ def insert_new(connection: Connection, row: Mapping[str, Any]) -> bool:
 
     First and second reads are one kind here: nobody is their own second reader.
     """
-    if not db.insert_new(connection, Label, row):
+    if not bulk.insert_new(connection, Label, row):
         return False
     same = (
         (Label.prediction == row["prediction"])
@@ -95,13 +95,13 @@ def insert_new(connection: Connection, row: Mapping[str, Any]) -> bool:
 
 def insert_imported(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
     """Store labels of imported history, many at once; of those on one claim the latest decision stands, then the one imported last."""
-    db.insert_many(connection, Label, rows)
+    bulk.insert_many(connection, Label, rows)
     for agent in {row["agent"] for row in rows}:
         _supersede_imported(connection, agent, {row["claim_id"] for row in rows if row["agent"] == agent})
 
 
 def _supersede_imported(connection: Connection, agent: str, claims: Iterable[str]) -> None:
-    standing = select(Label.id, Label.claim_id).where(Label.agent == agent, db.is_one_of(connection, Label.claim_id, claims))
+    standing = select(Label.id, Label.claim_id).where(Label.agent == agent, bulk.is_one_of(connection, Label.claim_id, claims))
     standing = standing.where(Label.kind == "import", Label.superseded_by.is_(None))
     by_claim: dict[str, list[str]] = {}
     for row in connection.execute(standing.order_by(Label.answered_at, Label.received_at, Label.id)):
@@ -117,7 +117,7 @@ def of_predictions(connection: Connection, predictions: Iterable[str]) -> dict[s
     query = select(Prediction.id, Label.id, Label.kind, Label.expert, Label.answer, Label.answered_at)
     is_same_case = and_(*(getattr(labelled, name) == getattr(Prediction, name) for name in CASE))
     query = query.join(labelled, is_same_case).join(Label, Label.prediction == labelled.id)
-    query = query.where(db.is_one_of(connection, Prediction.id, predictions), Label.superseded_by.is_(None))
+    query = query.where(bulk.is_one_of(connection, Prediction.id, predictions), Label.superseded_by.is_(None))
     found: dict[str, list[Answer]] = {}
     for row in connection.execute(query):
         found.setdefault(row[0], []).append(Answer(*row[1:]))
@@ -179,7 +179,7 @@ def read_cases(connection: Connection, settled: Iterable[Settled]) -> Iterator[t
     waiting = iter(settled)
     while part := list(itertools.islice(waiting, READ_ROWS)):
         ids = [one.truth.label_id for one in part]
-        cases = {row["id"]: row for row in connection.execute(query.where(db.is_one_of(connection, Label.id, ids))).mappings()}
+        cases = {row["id"]: row for row in connection.execute(query.where(bulk.is_one_of(connection, Label.id, ids))).mappings()}
         yield from ((one, cases[one.truth.label_id]) for one in part)
 
 

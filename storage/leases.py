@@ -9,14 +9,14 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import Connection, or_, select, update
 
-from storage import db
+from storage import bulk
 from storage.tables import Lease
 
 
 def acquire(connection: Connection, name: str, holder: str, now: datetime, term: timedelta) -> int | None:
     """Take or renew a lease; returns the fence, or None while somebody else holds it."""
     free = {"name": name, "holder": None, "fence": 0, "expires_at": now}
-    db.insert_new(connection, Lease, free)
+    bulk.insert_new(connection, Lease, free)
     renewed = update(Lease).where(Lease.name == name, Lease.holder == holder, Lease.expires_at > now)
     row = connection.execute(renewed.values(expires_at=now + term).returning(Lease.fence)).first()
     if row is None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, RowMapping, Text, bindparam, cast, exists, func, select
 
-from storage import db, ids
+from storage import bulk, ids
 from storage.tables import Label, Prediction
 
 
@@ -40,7 +40,7 @@ def insert_new(connection: Connection, rows: Sequence[New]) -> int:
     """Store predictions; one that is there already stays as it is. Returns how many are new."""
     if not rows:
         return 0
-    return db.insert_columns(connection, Prediction, dict(zip(New._fields, zip(*rows, strict=True), strict=True)))
+    return bulk.insert_columns(connection, Prediction, dict(zip(New._fields, zip(*rows, strict=True), strict=True)))
 
 
 def read(connection: Connection, prediction: str) -> RowMapping | None:
@@ -51,7 +51,7 @@ def read(connection: Connection, prediction: str) -> RowMapping | None:
 def find_known(connection: Connection, agent: str, prediction_ids: Sequence[str]) -> dict[str, str]:
     """Our keys of the predictions of an agent that are stored already, by the producer's prediction id."""
     query = select(Prediction.prediction_id, Prediction.id).where(
-        Prediction.agent == agent, db.is_one_of(connection, Prediction.prediction_id, prediction_ids)
+        Prediction.agent == agent, bulk.is_one_of(connection, Prediction.prediction_id, prediction_ids)
     )
     return {row.prediction_id: row.id for row in connection.execute(query)}
 
@@ -150,4 +150,4 @@ def of_claim(connection: Connection, claim_id: str, agent: str | None = None) ->
 def read_inputs(connection: Connection, predictions: Iterable[str]) -> dict[str, RowMapping]:
     """Input, attributes and group of predictions, by our own key."""
     columns = select(Prediction.id, Prediction.input, Prediction.attributes, Prediction.group_key, Prediction.claim_id)
-    return {row["id"]: row for row in connection.execute(columns.where(db.is_one_of(connection, Prediction.id, predictions))).mappings()}
+    return {row["id"]: row for row in connection.execute(columns.where(bulk.is_one_of(connection, Prediction.id, predictions))).mappings()}

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from sqlalchemy import Connection, RowMapping, exists, func, insert, select, update
 from sqlalchemy.orm import aliased
 
-from storage import db, events, ids, ledger
+from storage import bulk, events, ids, ledger
 from storage.tables import Alias, Deployment, Version
 
 CHAMPION = "champion"
@@ -60,7 +60,7 @@ class Made:
 def register_bare(connection: Connection, agent: str, made: Made, now: datetime) -> None:
     """Register the bare base as v0 and put it into service where nothing is."""
     row = {**_columns(made), "agent": agent, "name": BARE, "major": 0, "minor": 0, "is_forced": False, "created_at": now}
-    if db.insert_new(connection, Version, row) and champion(connection, agent) is None:
+    if bulk.insert_new(connection, Version, row) and champion(connection, agent) is None:
         change_champion(connection, agent, BARE, None, "promote", "ratchet", "the base is in service before anything is trained", now)
 
 
@@ -161,7 +161,7 @@ def change_champion(
     deployment = ids.make_ulid(now, agent, str(number))
     if expected is None:
         row = {"agent": agent, "alias": CHAMPION, "version": version, "deployment": deployment, "changed_at": now}
-        moved = db.insert_new(connection, Alias, row)
+        moved = bulk.insert_new(connection, Alias, row)
     else:
         alias = update(Alias).where(Alias.agent == agent, Alias.alias == CHAMPION, Alias.version == expected)
         moved = connection.execute(alias.values(version=version, deployment=deployment, changed_at=now)).rowcount == 1

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, RowMapping, Text, bindparam, case, cast, func, insert, literal, select, text, update
 
-from storage import db, ids
+from storage import bulk, ids
 from storage.tables import Prediction, Review, ReviewStep
 
 LIVE = ("open", "leased")
@@ -65,12 +65,12 @@ def open_new(connection: Connection, rows: Sequence[Mapping[str, Any]], now: dat
     keys = ids.make_ulids(now, map(_about, columns["prediction"], columns["exam"]))
     columns |= {"id": keys, "state": ["open"] * count, "opened_at": [now] * count}
     opened = list(zip(keys, columns["reasons"], strict=True))
-    if db.insert_columns(connection, Review, columns) < count:
-        query = select(Review.id).where(db.is_one_of(connection, Review.id, keys))
+    if bulk.insert_columns(connection, Review, columns) < count:
+        query = select(Review.id).where(bulk.is_one_of(connection, Review.id, keys))
         present = set(connection.execute(query).scalars())
         opened = [one for one in opened if one[0] in present]
     same = {"at": now, "actor": actor, "action": "opened", "is_unsent": True}
-    db.insert_many(connection, ReviewStep, [{"review": key, **same, "note": ", ".join(reasons)} for key, reasons in opened])
+    bulk.insert_many(connection, ReviewStep, [{"review": key, **same, "note": ", ".join(reasons)} for key, reasons in opened])
 
 
 def make_case_key(agent: str, claim_id: str, input_digest: str) -> int:
@@ -82,7 +82,8 @@ def make_case_key(agent: str, claim_id: str, input_digest: str) -> int:
 def find_live_cases(connection: Connection, claims: Iterable[str], but: Collection[str]) -> set[tuple[str, str, str]]:
     """The cases of these claims that wait for an expert, by other predictions than those in `but`: agent, claim, digest of the input."""
     query = select(Prediction.id, Prediction.agent, Prediction.claim_id, Prediction.input_digest)
-    query = query.join(Review, (Review.prediction == Prediction.id) & IS_LIVE).where(db.is_one_of(connection, Prediction.claim_id, claims))
+    query = query.join(Review, (Review.prediction == Prediction.id) & IS_LIVE)
+    query = query.where(bulk.is_one_of(connection, Prediction.claim_id, claims))
     return {(agent, claim, digest) for prediction, agent, claim, digest in connection.execute(query) if prediction not in but}
 
 
@@ -278,7 +279,7 @@ def read_unsent(connection: Connection, limit: int, but: Sequence[int] = ()) -> 
     whole = case_.add_columns(Prediction.prediction_id, cast(Prediction.input, Text), cast(Prediction.attributes, Text))
     joined = whole.join(Review, Review.id == ReviewStep.review).join(Prediction, Prediction.id == Review.prediction).where(IS_UNSENT)
     if but:
-        joined = joined.where(db.is_none_of(connection, ReviewStep.id, but))
+        joined = joined.where(bulk.is_none_of(connection, ReviewStep.id, but))
     return list(map(Told._make, connection.execute(joined.order_by(ReviewStep.id).limit(limit))))
 
 
@@ -290,7 +291,7 @@ def count_unsent(connection: Connection) -> int:
 def mark_sent(connection: Connection, steps: Sequence[int]) -> None:
     """Say that these steps were sent."""
     if steps:
-        connection.execute(update(ReviewStep).where(db.is_one_of(connection, ReviewStep.id, steps)).values(is_unsent=False))
+        connection.execute(update(ReviewStep).where(bulk.is_one_of(connection, ReviewStep.id, steps)).values(is_unsent=False))
 
 
 def _step(connection: Connection, review: str, at: datetime, actor: str, action: str, note: str | None) -> None:

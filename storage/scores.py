@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, Text, and_, cast, exists, func, select
 from sqlalchemy.orm import aliased
 
-from storage import db
+from storage import bulk
 from storage.tables import Label, Prediction, Score
 
 
@@ -29,7 +29,7 @@ class Differing:
 
 def insert_new(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
     """Store scores; a version's answer on a claim is stored once."""
-    db.insert_many(connection, Score, rows)
+    bulk.insert_many(connection, Score, rows)
 
 
 def count_common(connection: Connection, agent: str, candidate: str, champion: str, since: str = "") -> int:

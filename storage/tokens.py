@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import secrets
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,7 +12,7 @@ from typing import Literal, get_args
 from sqlalchemy import Connection, RowMapping, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from storage.tables import Token
+from storage.tables import Installation, Token
 
 Role = Literal["producer", "reviewer", "operator"]
 PREFIX = "rat_"
@@ -73,6 +74,12 @@ def list_all(connection: Connection) -> list[RowMapping]:
     """Names, roles and times; never a secret or its digest."""
     query = select(Token.name, Token.role, Token.created_at, Token.revoked_at).order_by(Token.created_at)
     return list(connection.execute(query).mappings())
+
+
+def derive_key(connection: Connection, purpose: str) -> bytes:
+    """A key for one purpose, the same for ever on this installation."""
+    secret = connection.execute(select(Installation.secret)).scalar_one()
+    return hmac.digest(secret.encode(), purpose.encode(), "sha256")
 
 
 def _digest(secret: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine
 
-from storage import db
+from storage import db, schema
 from tests import broker_fixtures
 from tests.postgres_fixtures import Server, running_server
 
@@ -51,7 +51,7 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An SQLite database with the current schema, to be copied."""
     path = tmp_path_factory.mktemp("migrated") / "ratchet.db"
     engine = db.open_engine(f"sqlite:///{path}")
-    db.upgrade(engine)
+    schema.upgrade(engine)
     engine.dispose()
     return path
 

@@ -18,7 +18,7 @@ from typing import Any, Self
 from sqlalchemy import Engine
 
 from daemon import cli
-from storage import db, tokens
+from storage import db, schema, tokens
 
 RATCHET = Path(sys.executable).with_name("ratchet")
 ROLES: Mapping[str, tokens.Role] = {"node": "producer", "ann": "reviewer", "ben": "reviewer", "ops": "operator"}
@@ -39,7 +39,7 @@ def make_home(folder: Path, url: str | None = None) -> dict[str, str]:
 
 def prepare(engine: Engine) -> dict[str, str]:
     """Bring the schema up to date and make the tokens of `ROLES`; returns their secrets by name."""
-    db.upgrade(engine)
+    schema.upgrade(engine)
     with db.writing(engine) as connection:
         return {name: tokens.add(connection, name, role, datetime.now(UTC)) for name, role in ROLES.items()}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from storage import db
+from storage import db, schema
 from storage.tables import Table
 
 SCRIPT = Path(__file__).parents[1] / "deploy" / "postgres.sh"
@@ -56,7 +56,7 @@ class Server:
         """Migrate the database that the others are copied from."""
         self.execute(f"CREATE DATABASE {TEMPLATE}")
         engine = db.open_engine(self.url(TEMPLATE))
-        db.upgrade(engine)
+        schema.upgrade(engine)
         engine.dispose()
 
     def make_database(self) -> str:

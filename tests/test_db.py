@@ -1,22 +1,18 @@
-"""The database is opened, migrated and locked so that a commit is on the disk and nothing is half-written."""
+"""The database is opened and locked so that a commit is on the disk and nothing is half-written."""
 
 from __future__ import annotations
 
 import contextlib
 import sqlite3
 import threading
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-from alembic.autogenerate import compare_metadata
-from alembic.runtime.migration import MigrationContext
-from sqlalchemy import BigInteger, Engine, inspect, select, text
+from sqlalchemy import Engine, text
 from sqlalchemy.exc import OperationalError
 
 from storage import alarms, db, leases, ledger, policies, tokens
-from storage.tables import Installation, Policy, Table
 
 pytestmark = pytest.mark.databases("sqlite", "postgresql")
 
@@ -45,38 +41,6 @@ def test_who_writes_waits_for_another_process_and_says_when_that_takes_too_long(
     monkeypatch.undo()
     with db.writing(engine) as connection:
         assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == db.BUSY_SECONDS * 1000
-
-
-@pytest.mark.databases("sqlite")
-def test_what_indexes_hold_is_looked_at_and_connections_opened_later_know(engine: Engine) -> None:
-    with db.writing(engine) as connection:
-        for number in range(50):
-            alarms.raise_alarm(connection, f"agent {number}", "drift", "", {}, datetime.now(UTC))
-    db.analyze(engine)
-    with db.reading(engine) as connection:
-        found = connection.exec_driver_sql("SELECT count(*) FROM sqlite_stat1 WHERE tbl = 'alarms'").scalar()
-    assert found
-
-
-def test_the_migrations_make_exactly_the_tables_of_the_schema(engine: Engine) -> None:
-    with engine.connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), Table.metadata) == []
-
-
-def test_upgrading_twice_keeps_the_installation(engine: Engine) -> None:
-    with db.reading(engine) as connection:
-        before = connection.execute(select(Installation.secret)).scalars().all()
-    db.upgrade(engine)
-    with db.reading(engine) as connection:
-        assert connection.execute(select(Installation.secret)).scalars().all() == before
-    assert len(before) == 1
-
-
-def test_a_database_without_schema_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    empty = db.open_engine(f"sqlite:///{tmp_path}/empty.db")
-    with pytest.raises(db.SchemaOutdatedError, match="ratchet db upgrade"):
-        db.check(empty)
-    empty.dispose()
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
@@ -173,27 +137,6 @@ def test_a_drift_alarm_keeps_the_windows_that_it_was_raised_for(engine: Engine, 
         assert [(one["message"], one["detail"]["first"]) for one in alarms.list_open(connection)] == [("since a", "a")]
 
 
-def test_the_migrations_make_the_same_checks_as_the_schema(new_engine: Callable[[], Engine]) -> None:
-    migrated, fresh = new_engine(), new_engine()
-    Table.metadata.drop_all(fresh)
-    Table.metadata.create_all(fresh)
-    for name in Table.metadata.tables:
-        ours, theirs = (
-            {check["name"]: check["sqltext"] for check in inspect(one).get_check_constraints(name)} for one in (migrated, fresh)
-        )
-        assert ours == theirs, name
-    db.upgrade(fresh)
-
-
-def test_rows_in_hundreds_are_stored_once_and_counted(engine: Engine, now: datetime) -> None:
-    rows = [{"agent": f"agent-{number}", "version": 1, "digest": "d", "body": {"n": number}, "created_at": now} for number in range(250)]
-    with db.writing(engine) as connection:
-        stored = [db.insert_many(connection, Policy, some) for some in (rows[:7], rows[:230], rows[5:], [])]
-        kept = connection.execute(select(Policy.agent, Policy.body, Policy.created_at)).all()
-    assert stored == [7, 223, 20, 0]
-    assert sorted(kept) == sorted((row["agent"], row["body"], now) for row in rows)
-
-
 @pytest.mark.databases("postgresql")
 def test_what_waited_for_a_lock_sees_what_was_written_whatever_the_server_is_set_to(engine: Engine) -> None:
     url = engine.url.update_query_dict({"options": "-c default_transaction_isolation=serializable"})
@@ -205,9 +148,3 @@ def test_what_waited_for_a_lock_sees_what_was_written_whatever_the_server_is_set
             assert connection.execute(text("SHOW transaction_isolation")).scalar() == "read committed"
     finally:
         other.dispose()
-
-
-@pytest.mark.databases("postgresql")
-def test_there_is_room_for_more_steps_of_reviews_than_32_bits_count(engine: Engine) -> None:
-    columns = {column["name"]: column["type"] for column in inspect(engine).get_columns("review_steps")}
-    assert isinstance(columns["id"], BigInteger)

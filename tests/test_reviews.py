@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, event
 
-from storage import db, predictions, reviews
+from storage import db, predictions, reviews, schema
 from tests.event_fixtures import ANN, handle, make_agent, make_label, make_prediction, send
 
 pytestmark = pytest.mark.databases("sqlite", "postgresql")
@@ -98,7 +98,7 @@ def test_an_answer_takes_the_case_out_of_the_queue(queued: Engine, now: datetime
 
 def test_what_is_due_is_found_by_an_index_however_many_reviews_there_are(tmp_path: Path, now: datetime) -> None:
     engine = db.open_engine(f"sqlite:///{tmp_path}/plans.db")
-    db.upgrade(engine)
+    schema.upgrade(engine)
     plans = []
 
     def explain(_: Any, cursor: Any, statement: str, parameters: Any, *__: Any) -> None:

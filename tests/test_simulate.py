@@ -18,7 +18,7 @@ from daemon import cases, plots, report, simulate
 from daemon.agents import Agent, Budget, Publisher, Triggers
 from daemon.prompts import PromptFile
 from daemon.settings import Database, Devices, Settings, Storage, Training
-from storage import db
+from storage import db, schema
 from storage.tables import DatasetVersion, Prediction, Version
 from tests.model_fixtures import tiny_base
 from tests.replay_fixtures import InProcess, make_cases
@@ -70,7 +70,7 @@ def make_plan(
 
 def replay(plan: simulate.Plan) -> dict[str, Any]:
     engine = db.open_engine(plan.settings.database.url)
-    db.upgrade(engine)
+    schema.upgrade(engine)
     try:
         return simulate.Replay(plan, engine, InProcess(), lambda _stage: None).run()
     finally:

@@ -16,7 +16,7 @@ from sqlalchemy import Engine, func, select
 
 from consumers import delivery, embedded, handlers, schemas
 from daemon import devices, holders
-from storage import db, events, leases, ledger, registry, reviews, runs
+from storage import db, events, leases, ledger, registry, reviews, runs, schema
 from storage.tables import DeadLetter, Event, Label, LedgerEntry, Prediction, Review
 from tests.event_fixtures import ANN, LABELS, PRODUCER, handle, make_agent, make_label, make_prediction, send
 from tests.version_fixtures import register
@@ -246,11 +246,11 @@ def test_two_who_upgrade_at_once_make_one_schema(postgres: Any) -> None:
     postgres.execute("DROP DATABASE IF EXISTS fresh WITH (FORCE)")
     postgres.execute("CREATE DATABASE fresh")
     engines = [db.open_engine(postgres.url("fresh")) for _ in range(2)]
-    with pytest.raises(db.SchemaOutdatedError, match=r"schema none.*ratchet db upgrade"):
-        db.check(engines[0])
-    assert at_once(*(lambda engine=engine: db.upgrade(engine) for engine in engines)) == [None, None]
+    with pytest.raises(schema.SchemaOutdatedError, match=r"schema none.*ratchet db upgrade"):
+        schema.check(engines[0])
+    assert at_once(*(lambda engine=engine: schema.upgrade(engine) for engine in engines)) == [None, None]
     for engine in engines:
-        db.check(engine)
+        schema.check(engine)
         engine.dispose()
 
 
@@ -258,8 +258,8 @@ def test_a_database_that_keeps_no_unicode_is_refused(postgres: Any) -> None:
     postgres.execute("DROP DATABASE IF EXISTS latin")
     postgres.execute("CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
     engine = db.open_engine(postgres.url("latin"))
-    with pytest.raises(db.DatabaseUnfitError, match=r"encoding LATIN1: make it anew with ENCODING 'UTF8'"):
-        db.check(engine)
+    with pytest.raises(schema.DatabaseUnfitError, match=r"encoding LATIN1: make it anew with ENCODING 'UTF8'"):
+        schema.check(engine)
     engine.dispose()
 
 

@@ -104,12 +104,12 @@ def load_settings(path: Path) -> Settings:
 @contextmanager
 def opened(path: Path) -> Iterator[Opened]:
     """The configuration and its database, which has the schema of this version; closed afterwards."""
-    from storage import db  # noqa: PLC0415 — `ratchet --help` needs none of it
+    from storage import db, schema  # noqa: PLC0415 — `ratchet --help` needs none of it
 
     settings = load_settings(path)
     engine = db.open_engine(settings.database.url)
     try:
-        db.check(engine)
+        schema.check(engine)
         yield Opened(settings, engine)
     finally:
         engine.dispose()

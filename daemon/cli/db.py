@@ -12,11 +12,11 @@ app = typer.Typer(help="Look after the database.", no_args_is_help=True)
 @app.command()
 def upgrade(config: context.ConfigFile = context.CONFIG_FILE) -> None:
     """Bring the database to this version of Ratchet; doing so twice changes nothing. Take a backup first."""
-    from storage import db  # noqa: PLC0415 — `ratchet --help` needs none of it
+    from storage import db, schema  # noqa: PLC0415 — `ratchet --help` needs none of it
 
     engine = db.open_engine(context.load_settings(config).database.url)
     try:
-        db.upgrade(engine)
+        schema.upgrade(engine)
     finally:
         engine.dispose()
     typer.echo("The database is up to date.")

@@ -18,7 +18,7 @@ class AlreadyThereError(FileExistsError):
 def init(folder: Folder) -> None:
     """Write a commented `ratchet.toml`, a prompt template, the folders and the database; it works as it is."""
     from daemon import config  # noqa: PLC0415 — `ratchet --help` needs none of it
-    from storage import db  # noqa: PLC0415
+    from storage import db, schema  # noqa: PLC0415
 
     target = folder / config.FILE
     if target.exists():
@@ -35,7 +35,7 @@ def init(folder: Folder) -> None:
         place.mkdir(parents=True, exist_ok=True)
     engine = db.open_engine(settings.database.url)
     try:
-        db.upgrade(engine)
+        schema.upgrade(engine)
     finally:
         engine.dispose()
     partial.rename(target)

@@ -23,7 +23,7 @@ from daemon.web import access, desk, drafts, events, health, intake, limits, pag
 from daemon.web.metrics import Metrics
 from daemon.web.site import Site
 from daemon.web.traffic import Traffic
-from storage import db
+from storage import db, tokens
 
 TEXT = """Predictions come in, unsure ones become reviews, experts' answers become labels. Events are CloudEvents 1.0.
 Every refusal names the field, the value and the remedy."""
@@ -48,7 +48,7 @@ def create_app(
     metrics = metrics or Metrics(engine, settings.agents, clock)
     leases = {name: timedelta(seconds=settings.agents[name].review.lease_seconds) for name in agents}
     with db.reading(engine) as connection:
-        key = db.derive_key(connection, "session")
+        key = tokens.derive_key(connection, "session")
     site = Site(
         engine=engine,
         agents=settings.agents,

@@ -1,4 +1,4 @@
-"""Runs the migrations on the connection that `storage.db.upgrade` passes in."""
+"""Runs the migrations on the connection that `storage.schema.upgrade` passes in."""
 
 from alembic import context
 

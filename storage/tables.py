@@ -5,14 +5,13 @@ Times are aware UTC. Identifiers are ULIDs made from a time and what the row is 
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Any, ClassVar
 
 from sqlalchemy import (
     JSON,
     BigInteger,
     CheckConstraint,
-    Dialect,
     ForeignKey,
     ForeignKeyConstraint,
     Index,
@@ -22,70 +21,10 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     select,
-    text,
 )
-from sqlalchemy.dialects.postgresql import TIMESTAMP
-from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, mapped_column
-from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.types import TypeDecorator, TypeEngine
 
-EPOCH, MICROSECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(microseconds=1)
-
-
-class UtcTime(TypeDecorator[datetime]):
-    """An aware time in UTC: `timestamptz` on PostgreSQL, microseconds since 1970 on SQLite, a quarter of the bytes of a text."""
-
-    impl = BigInteger
-    cache_ok = True
-
-    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        """The column type of the database in use."""
-        return dialect.type_descriptor(TIMESTAMP(timezone=True) if dialect.name == "postgresql" else BigInteger())
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:
-        """Refuse a time without a zone: what it means would depend on the machine."""
-        if value is None:
-            return None
-        if value.tzinfo is None:
-            raise ValueError(f"{value!r} has no time zone: pass an aware time")
-        return value.astimezone(UTC) if dialect.name == "postgresql" else (value - EPOCH) // MICROSECOND
-
-    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
-        """The time as it was stored, in UTC."""
-        if value is None:
-            return None
-        at: datetime = value.astimezone(UTC) if dialect.name == "postgresql" else EPOCH + value * MICROSECOND
-        return at
-
-
-class InputOf(FunctionElement[dict[str, Any]]):
-    """The field `input` of an event's JSON text."""
-
-    type = JSON()
-    inherit_cache = True
-
-
-@compiles(InputOf, "sqlite")
-def _write_for_sqlite(element: InputOf, compiler: SQLCompiler, **options: Any) -> str:
-    return f"json_extract({compiler.process(element.clauses, **options)}, '$.input')"
-
-
-@compiles(InputOf, "postgresql")
-def _write_for_postgresql(element: InputOf, compiler: SQLCompiler, **options: Any) -> str:
-    return f"(CAST({compiler.process(element.clauses, **options)} AS JSON) -> 'input')"
-
-
-def states(column: str, *allowed: str) -> CheckConstraint:
-    """The states a row may be in, enforced by the database."""
-    # Not as IN: SQLite would sort the list of allowed states anew for every row.
-    return CheckConstraint(" OR ".join(f"{column} = {state!r}" for state in allowed), name=f"{column}_is_known")
-
-
-def partial(name: str, *columns: str, where: str, unique: bool = False) -> Index:
-    """An index over the few rows that `where` holds for, so that finding work stays fast in a big table."""
-    return Index(name, *columns, unique=unique, sqlite_where=text(where), postgresql_where=text(where))
+from storage.columns import InputOf, UtcTime, partial, states
 
 
 class Table(DeclarativeBase):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import threading
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -46,17 +46,6 @@ def test_who_writes_waits_for_another_process_and_says_when_that_takes_too_long(
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(db.UrlRefusedError, match=r"nowhere/ratchet.db does not exist: create it, or correct database.url"):
         db.open_engine(f"sqlite:///{tmp_path}/nowhere/ratchet.db")
-
-
-def test_a_time_without_zone_is_refused_and_others_come_back_in_utc(engine: Engine) -> None:
-    with db.writing(engine) as connection, pytest.raises(Exception, match="no time zone"):
-        tokens.add(connection, "ann", "reviewer", datetime(2026, 1, 1))  # noqa: DTZ001
-    east = datetime(2026, 1, 1, 2, tzinfo=timezone(timedelta(hours=2)))
-    with db.writing(engine) as connection:
-        tokens.add(connection, "ben", "reviewer", east)
-        [row] = tokens.list_all(connection)
-    assert row["created_at"] == east
-    assert row["created_at"].tzinfo == UTC
 
 
 def test_writers_wait_for_each_other(engine: Engine, now: datetime) -> None:

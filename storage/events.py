@@ -65,7 +65,10 @@ COLUMNS = tuple(getattr(Event, name) for name in Stored._fields)
 
 
 def append(connection: Connection, incoming: Sequence[Incoming], now: datetime, state: State = "received") -> list[Receipt]:
-    """Store events in the caller's transaction, each identity `(source, event_id)` once; `handled` ones it handles before it ends."""
+    """Store events that came in, each identity `(source, event_id)` once; what Ratchet itself tells is for `emit`.
+
+    The caller's transaction stores them, and handles those that are `handled` before it ends.
+    """
     if not incoming:
         return []
     identities = [(one.source, one.event_id) for one in incoming]
@@ -170,10 +173,10 @@ def oldest_received_at(connection: Connection) -> datetime | None:
 
 
 def emit(connection: Connection, type_: str, subject: str, key: str, data: Mapping[str, Any], now: datetime) -> None:
-    """Put an event of our own into the outbox, in the transaction of what it tells about. `key` makes it one event.
+    """Have Ratchet itself tell others of something, in the transaction of what is told; what came in is for `append`.
 
-    Those that are unsent have ascending numbers: several are emitted in a millisecond, and a clock may jump back. Who emits at the very
-    same moment in another transaction may get the same number; neither of the two is then the earlier one.
+    `key` makes it one event. Those that are unsent have ascending numbers: several are emitted in a millisecond, and a clock may jump back.
+    Who emits at the very same moment in another transaction may get the same number; neither of the two is then the earlier one.
     """
     content = orjson.dumps(dict(data), option=orjson.OPT_SORT_KEYS | orjson.OPT_UTC_Z)
     last = connection.execute(select(func.max(Event.number)).where(IS_UNSENT)).scalar()

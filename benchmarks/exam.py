@@ -28,7 +28,7 @@ from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import OneHotEncoder
 
-from consumers import routing
+from consumers import budget, routing, rules
 from daemon import exam_sample, gate
 from storage.sampling import bucket
 from trainers.spec import Options
@@ -41,7 +41,7 @@ FIELDS = ("diagnosis_category", "diagnosis_subcategory", "treatment_category", "
 WINDOW, RECENT, RETRAIN_LABELS, GOLD_SHARE = 250, 500, 75, 0.05
 PRIOR_VARIANCE = 0.6
 TRAINING = Options()
-BUDGET = routing.RoutingPolicy(budget_share=0.1)
+BUDGET = rules.RoutingPolicy(budget_share=0.1)
 PUBLISHED = {  # the table by which the design was chosen: honest, share of the gain, spoiled, null, promotions on null
     "never": (0.587, 0.0, 0.587, 0.663, 0.0),
     "always": (0.610, 1.0, 0.581, 0.650, 22.0),
@@ -130,7 +130,7 @@ class Replay:
         if kind == "spoiled":
             flipped = draw.random(len(cases.keys) - cases.history) < 0.5
             self.taught[cases.history :] ^= flipped
-        self.window = routing.Window(BUDGET.window)
+        self.window = budget.Window(BUDGET.window)
         self.answered: set[int] = set()
         self.fresh = 0
         self.candidate: Candidate | None = None
@@ -171,10 +171,10 @@ class Replay:
                 self.route(case, LABELS[decision], float(confidence), spent)
         return int((decisions == self.truth[claims.start : claims.stop]).sum())
 
-    def route(self, case: int, decision: str, confidence: float, spent: routing.Spent) -> None:
-        prediction = routing.Prediction(self.agent, self.cases.keys[case], decision, confidence)
+    def route(self, case: int, decision: str, confidence: float, spent: budget.Spent) -> None:
+        prediction = rules.Prediction(self.agent, self.cases.keys[case], decision, confidence)
         routed = routing.route(prediction, BUDGET, self.window.state(spent))
-        self.window.add_routed(prediction, routed, BUDGET, {})
+        routing.add_routed(self.window, prediction, routed, BUDGET, {})
         if self.candidate is not None:
             self.candidate.claims.append(case)
             if routing.AUDIT in routed.reasons:
@@ -201,9 +201,9 @@ class Replay:
         if self.rule == "always":
             self.conclude(self.candidate, "promote")
 
-    def read_spent(self, now: int) -> routing.Spent:
+    def read_spent(self, now: int) -> budget.Spent:
         """Exam reviews opened in the last window of claims: the uncertain claims of the next one give way to as many."""
-        return routing.Spent(examined=sum(at > now - WINDOW for at in self.opened))
+        return budget.Spent(examined=sum(at > now - WINDOW for at in self.opened))
 
     def find_pool(self, candidate: Candidate) -> dict[int, float]:
         """The scored claims on which the two differ and nobody has answered yet, and how far apart they are."""
@@ -224,7 +224,7 @@ class Replay:
         """Ask about some of the claims on which the two differ, then judge."""
         pool = self.find_pool(candidate)
         cases = {self.cases.keys[case]: case for case in pool}
-        places = routing.count_places(BUDGET, self.window.state(self.read_spent(now))).exam
+        places = budget.count_places(BUDGET, self.window.state(self.read_spent(now))).exam
         allowed = min(places, self.policy.max_asked - len(candidate.asked))
         for key in exam_sample.choose_items(self.name(pool), self.agent, candidate.name, round(allowed)):
             candidate.asked.append(cases[key])
@@ -267,7 +267,7 @@ class Replay:
         self.verdicts[outcome] += 1
         if outcome == "promote":
             self.champion = candidate.model
-            self.window = routing.Window(BUDGET.window)  # another model's confidences rank on their own
+            self.window = budget.Window(BUDGET.window)  # another model's confidences rank on their own
         self.candidate = None
 
 

@@ -18,7 +18,7 @@ import orjson
 import structlog
 from sqlalchemy import Connection
 
-from consumers import routing, schemas
+from consumers import budget, routing, rules, schemas
 from storage import db, dead_letters, events, exams, labels, ledger, predictions, reviews
 
 PATIENCE = timedelta(days=30)
@@ -37,7 +37,7 @@ class Agent:
 
     name: str
     labels: tuple[str, ...]
-    policy: routing.RoutingPolicy
+    policy: rules.RoutingPolicy
     policy_version: int
     review_days: float = 30.0
 
@@ -215,19 +215,19 @@ def _route_all(connection: Connection, agent: Agent, items: Sequence[Item], now:
     policy = agent.policy
     counts_by_slice = labels.count_by_attributes(connection, agent.name, policy.slice_by) if policy.explore_share else {}
     is_budgeted = policy.budget_share is not None
-    window = read_window(connection, agent.name, policy, counts_by_slice) if is_budgeted else routing.Window(policy.window)
+    window = read_window(connection, agent.name, policy, counts_by_slice) if is_budgeted else budget.Window(policy.window)
     router = routing.Router(policy, window, read_spent(connection, agent.name, policy, now), counts_by_slice)
     rows = []
     for event, data in items:
         attributes = data.get("attributes") or {}
-        asked = routing.Prediction(agent.name, data["claim_id"], data["decision"], data.get("confidence"), data["input"], attributes)
+        asked = rules.Prediction(agent.name, data["claim_id"], data["decision"], data.get("confidence"), data["input"], attributes)
         rows.append(_to_row(event, data, agent, router.route(asked), now))
     return rows
 
 
-def read_window(connection: Connection, agent: str, policy: routing.RoutingPolicy, slice_labels: Mapping[str, int]) -> routing.Window:
+def read_window(connection: Connection, agent: str, policy: rules.RoutingPolicy, slice_labels: Mapping[str, int]) -> budget.Window:
     """The agent's last predictions as the router saw them."""
-    window = routing.Window(policy.window)
+    window = budget.Window(policy.window)
     forced = f'"{routing.MUST_REVIEW}"'
     if policy.explore_share:
         routed = predictions.read_routed(connection, agent, policy.window)
@@ -240,9 +240,9 @@ def read_window(connection: Connection, agent: str, policy: routing.RoutingPolic
     return window
 
 
-def read_spent(connection: Connection, agent: str, policy: routing.RoutingPolicy, now: datetime) -> routing.Spent:
+def read_spent(connection: Connection, agent: str, policy: rules.RoutingPolicy, now: datetime) -> budget.Spent:
     """What the agent's budget went to lately; without a budget nobody needs to know."""
-    spent = routing.NOTHING_SPENT
+    spent = budget.NOTHING_SPENT
     if policy.budget_share is not None:
         asked = exams.count_asked(connection, agent, predictions.find_window_start(connection, agent, policy.window))
         spent = spent._replace(watched=asked["watch"], examined=asked["exam"])

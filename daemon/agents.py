@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from apscheduler.triggers.cron import CronTrigger
 from pydantic import Field, field_validator, model_validator
 
-from consumers import routing
+from consumers import rules
 from daemon.prompts import PromptPath
 from daemon.sections import HomePath, Name, Section, Share
 from daemon.triggers import TriggerPolicy
@@ -275,9 +275,9 @@ class Agent(Section):
         return spec.digest_text(json.dumps(self.policy, sort_keys=True, separators=(",", ":"), ensure_ascii=False))
 
     @property
-    def routing_policy(self) -> routing.RoutingPolicy:
-        """What `consumers.routing` needs to know."""
-        return routing.RoutingPolicy(
+    def routing_policy(self) -> rules.RoutingPolicy:
+        """What routing needs to know."""
+        return rules.RoutingPolicy(
             threshold=self.threshold,
             budget_share=self.budget.share,
             budget_per_day=self.budget.per_day,
@@ -285,7 +285,7 @@ class Agent(Section):
             explore_share=self.explore_share,
             exam_share=self.exam_share,
             watch_share=self.watch_share,
-            must_review=tuple(routing.MustReview(rule.field, rule.op, rule.value) for rule in self.must_review),
+            must_review=tuple(rules.MustReview(rule.field, rule.op, rule.value) for rule in self.must_review),
             slice_by=self.slices,
             window=self.window,
             labels=self.labels,

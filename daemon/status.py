@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, RowMapping
 
-from consumers import routing
+from consumers import budget
 from daemon.agents import Agent
 from storage import alarms, db, dead_letters, events, exams, labels, predictions, registry, reviews, runs, streams
 
@@ -54,7 +54,7 @@ def _describe_agent(connection: Connection, agent: Agent, now: datetime) -> dict
     return {
         "champion": _describe_champion(connection, agent.name),
         "predictions_last_day": predictions.count_since(connection, agent.name, now - timedelta(days=1)),
-        "confidences": routing.confidence_health(confidence for confidence, _ in recent),
+        "confidences": budget.confidence_health(confidence for confidence, _ in recent),
         "reviews": reviews.count_live(connection, agent.name),
         "conflicts": len(labels.list_conflicts(connection, agent.name)),
         "labels": {"fresh": fresh, "until_run": max(agent.triggers.new_labels - fresh, 0)},

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 from sqlalchemy import Engine
 
-from consumers import delivery, handlers, routing, schemas
+from consumers import delivery, handlers, rules, schemas
 from storage import db, events, tokens
 
 LABELS = ("APPROVED", "DENIED", "PENDING")
@@ -21,7 +21,7 @@ ANN, BEN, OPS = tokens.Principal("ann", "reviewer"), tokens.Principal("ben", "re
 
 def make_agent(**policy: Any) -> handlers.Agent:
     """An adjudication agent; keywords change its routing policy."""
-    return handlers.Agent("adjudication", LABELS, routing.RoutingPolicy(**policy), policy_version=1)
+    return handlers.Agent("adjudication", LABELS, rules.RoutingPolicy(**policy), policy_version=1)
 
 
 def make_prediction(number: int, at: datetime, **changes: Any) -> dict[str, Any]:

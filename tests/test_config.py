@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from consumers import routing
+from consumers import rules
 from daemon import agents, config, gate, prompts, settings, triggers, watch
 from trainers import spec
 
@@ -272,7 +272,7 @@ def test_what_neither_routes_nor_judges_leaves_the_policy_as_it_is(write):
 
 def test_the_routers_defaults_are_the_configurations(write):
     agent = config.load(write(""), {}).agents["adjudication"]
-    assert agent.routing_policy == routing.RoutingPolicy(labels=agent.labels)
+    assert agent.routing_policy == rules.RoutingPolicy(labels=agent.labels)
 
 
 def test_the_defaults_of_gate_and_watch_are_the_configurations(write):
@@ -292,7 +292,7 @@ def test_rules_and_budget_reach_the_router(write):
         'must_review = [{ field = "input.amount", op = "above", value = 9 }]\nbudget = { share = 0.1, per_day = 7 }\nslices = ["plan"]\n'
     )
     policy = config.load(write("", agent=AGENT + lines), {}).agents["adjudication"].routing_policy
-    assert policy.must_review == (routing.MustReview("input.amount", "above", 9),)
+    assert policy.must_review == (rules.MustReview("input.amount", "above", 9),)
     assert (policy.budget_share, policy.budget_per_day, policy.slice_by) == (0.1, 7, ("plan",))
 
 

@@ -1,19 +1,19 @@
 """Who goes to an expert: every claim has a chance, the budget holds, and the chance that is stored is the chance that was."""
 
 import itertools
-import math
-import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consumers import routing
-from consumers.routing import MustReview, Prediction, RoutingPolicy, Spent, Window, route
+from consumers import budget, routing, rules
+from consumers.budget import Spent, Window
+from consumers.routing import route
+from consumers.rules import Prediction, RoutingPolicy
 from storage.sampling import bucket
+from tests.routing_fixtures import beta_confidences, confidences, full_window
 
 shares = st.floats(0, 1, allow_nan=False)
-confidences = st.none() | st.sampled_from([0.0, 0.5, 0.85, 1.0]) | st.floats(0, 1, allow_nan=False)
 policies = st.builds(
     RoutingPolicy,
     threshold=shares,
@@ -41,19 +41,19 @@ def states(draw):
         window.add(confidence, is_must_review=is_must_review, rarity=draw(st.sampled_from([0.0, 0.3, 1.0])))
     counts = st.integers(0, 60)
     return window.state(
-        draw(st.builds(routing.Spent, opened_today=counts, watched=counts, examined=counts, is_examining=st.booleans())),
+        draw(st.builds(budget.Spent, opened_today=counts, watched=counts, examined=counts, is_examining=st.booleans())),
         draw(st.dictionaries(st.sampled_from(["region=west", "region=east"]), st.integers(0, 99))),
     )
 
 
-def stream(values, policy, spent=routing.NOTHING_SPENT, *, agent="claims", must_every=0):
+def stream(values, policy, spent=budget.NOTHING_SPENT, *, agent="claims", must_every=0):
     """Route claims with these confidences one after another, as the handler does."""
     window, decisions = Window(policy.window), []
     for number, confidence in enumerate(values):
         word = "PENDING" if must_every and number % must_every == 0 else "DENIED"
         prediction = Prediction(agent, f"c{number}", word, confidence)
         decision = route(prediction, policy, window.state(spent))
-        window.add_routed(prediction, decision, policy, {})
+        routing.add_routed(window, prediction, decision, policy, {})
         decisions.append(decision)
     return decisions
 
@@ -64,11 +64,6 @@ def share(decisions):
 
 def mean_chance(decisions):
     return sum(decision.inclusion_probability for decision in decisions) / len(decisions)
-
-
-def beta_confidences(count, seed=1):
-    draw = random.Random(seed)
-    return [draw.betavariate(4, 2) for _ in range(count)]
 
 
 @given(predictions, policies, states())
@@ -172,17 +167,6 @@ def test_the_uncertain_claims_give_way_to_what_exam_and_watch_asked():
         assert mean_chance(drawn) == pytest.approx(0.02 + left, abs=0.004)
 
 
-def test_a_watch_and_an_exam_ask_at_once_for_their_part_of_a_window_s_budget():
-    policy = RoutingPolicy(budget_share=0.1)
-    assert routing.count_places(policy, _full_window().state()) == pytest.approx((0.4 * 20, 0.8 * 20))
-    assert routing.count_places(policy, Window().state()) == pytest.approx((8, 16)), "also before the first window is full"
-    assert routing.count_places(policy, _full_window().state(Spent(watched=8))) == pytest.approx((0, 0.8 * 12))
-    assert routing.count_places(policy, _full_window().state(Spent(watched=8, examined=9))) == pytest.approx((0, 0.6))
-    assert routing.count_places(policy, _full_window().state(Spent(examined=16))) == pytest.approx((8, 0)), "an exam never bars a watch"
-    assert routing.count_places(RoutingPolicy(), _full_window().state()) == (math.inf, math.inf)
-    assert routing.count_places(RoutingPolicy(exam_share=0), _full_window().state()).exam == 0
-
-
 def test_the_budget_holds_while_exams_ask_whenever_they_may():
     """Ask after every claim for all places there are, as a daemon that ticks often does."""
     policy, window, asked, routed = RoutingPolicy(budget_share=0.1), Window(), [], 0
@@ -190,34 +174,34 @@ def test_the_budget_holds_while_exams_ask_whenever_they_may():
         spent = Spent(examined=sum(at > number - policy.window for at in asked))
         prediction = Prediction("claims", f"c{number}", "DENIED", confidence)
         decision = route(prediction, policy, window.state(spent))
-        window.add_routed(prediction, decision, policy, {})
+        routing.add_routed(window, prediction, decision, policy, {})
         routed += decision.is_routed
         spent = Spent(examined=sum(at > number + 1 - policy.window for at in asked))
-        asked += [number + 1] * round(routing.count_places(policy, window.state(spent)).exam)
+        asked += [number + 1] * round(budget.count_places(policy, window.state(spent)).exam)
     assert len(asked) == pytest.approx(0.8 * 0.08 * 5000, rel=0.06)
     assert (len(asked) + routed) / 5000 == pytest.approx(0.1, abs=0.006)
 
 
 def test_the_day_s_budget_closes_the_lanes_but_not_audit_and_rules():
     policy = RoutingPolicy(budget_per_day=10)
-    closed = _full_window().state(Spent(opened_today=10))
+    closed = full_window().state(Spent(opened_today=10))
     doubtful = [route(Prediction("claims", f"c{n}", "DENIED", 0.1), policy, closed) for n in range(2000)]
     assert {reason for d in doubtful for reason in d.reasons} == {routing.AUDIT}
     assert all(d.inclusion_probability == pytest.approx(0.02) for d in doubtful)
     assert route(Prediction("claims", "c", "PENDING", 0.1), policy, closed).is_routed
     assert (
         routing.BELOW_THRESHOLD
-        in route(Prediction("claims", "c", "DENIED", 0.1), policy, _full_window().state(Spent(opened_today=9))).reasons
+        in route(Prediction("claims", "c", "DENIED", 0.1), policy, full_window().state(Spent(opened_today=9))).reasons
     )
 
 
 def test_a_waiting_exam_keeps_its_part_of_the_day():
     policy = RoutingPolicy(budget_per_day=10)
-    own_part_used = _full_window().state(Spent(opened_today=2, is_examining=True))
+    own_part_used = full_window().state(Spent(opened_today=2, is_examining=True))
     assert not set(route(Prediction("claims", "c", "DENIED", 0.1), policy, own_part_used).reasons) & {routing.BELOW_THRESHOLD}
-    assert routing.count_places(policy, own_part_used) == (4, 8)
-    assert routing.count_places(policy, _full_window().state(Spent(opened_today=10, examined_today=8, is_examining=True))) == (0, 0)
-    assert routing.count_places(policy, _full_window().state(Spent(opened_today=5, examined_today=3))) == (1, 5)
+    assert budget.count_places(policy, own_part_used) == (4, 8)
+    assert budget.count_places(policy, full_window().state(Spent(opened_today=10, examined_today=8, is_examining=True))) == (0, 0)
+    assert budget.count_places(policy, full_window().state(Spent(opened_today=5, examined_today=3))) == (1, 5)
 
 
 def test_without_a_budget_the_threshold_decides_and_a_missing_confidence_is_seen():
@@ -229,29 +213,11 @@ def test_without_a_budget_the_threshold_decides_and_a_missing_confidence_is_seen
     assert missing.inclusion_probability == 1
 
 
-@pytest.mark.parametrize(
-    ("rule", "is_match"),
-    [
-        (MustReview("input.amount", "above", 1000), True),
-        (MustReview("input.amount", "above", 1500), False),
-        (MustReview("input.amount", "below", 2000), True),
-        (MustReview("input.missing", "below", 2000), False),
-        (MustReview("input.note", "above", 3), False),
-        (MustReview("attributes.region", "in", ("west", "east")), True),
-        (MustReview("attributes.region", "equals", "north"), False),
-        (MustReview("decision", "equals", "DENIED"), True),
-    ],
-)
-def test_a_must_review_rule_matches_what_it_says(rule, is_match):
-    prediction = Prediction("claims", "c", "DENIED", 0.99, {"amount": "1500", "note": "n/a"}, {"region": "west"})
-    assert rule.matches(prediction) is is_match
-
-
 def test_a_decision_that_is_no_label_always_goes_to_an_expert():
-    policy = routing.RoutingPolicy(must_review=(), labels=("APPROVED", "DENIED"))
+    policy = rules.RoutingPolicy(must_review=(), labels=("APPROVED", "DENIED"))
     for decision, is_forced in (("APPROVED", False), ("approved", True), (None, True)):
-        prediction = routing.Prediction("adjudication", "c1", decision, 0.99)
-        decided = routing.route(prediction, policy, routing.BudgetState())
+        prediction = rules.Prediction("adjudication", "c1", decision, 0.99)
+        decided = routing.route(prediction, policy, budget.State())
         assert (routing.MUST_REVIEW in decided.reasons) is is_forced
         assert (decided.inclusion_probability == 1.0) is is_forced
 
@@ -264,7 +230,7 @@ def test_exploration_asks_for_slices_that_are_hardly_labelled():
         kind = "new" if number % 10 == 0 else "old"
         prediction = Prediction("claims", f"c{number}", "DENIED", 0.999 if kind == "new" else confidence, {}, {"kind": kind})
         decision = route(prediction, policy, window.state(slice_labels=labels))
-        window.add_routed(prediction, decision, policy, labels)
+        routing.add_routed(window, prediction, decision, policy, labels)
         drawn[kind].append(decision)
     explored = sum(routing.EXPLORE in d.reasons for d in drawn["new"]) / len(drawn["new"])
     assert explored == pytest.approx(0.3, abs=0.06)
@@ -279,73 +245,19 @@ def test_the_buckets_of_different_purposes_are_independent():
         assert quarters / 4000 == pytest.approx(0.25, abs=0.035)
 
 
-@pytest.mark.parametrize(
-    ("values", "health"),
-    [
-        ([0.85] * 50, "constant"),
-        ([None] * 50, "missing"),
-        ([1.0] * 47 + [0.4] * 3, "saturated"),
-        (beta_confidences(50), "ok"),
-        ([None] * 10 + beta_confidences(50), "ok"),
-        ([None] * 3, "ok"),
-    ],
-)
-def test_confidences_that_cannot_rank_are_noticed(values, health):
-    assert routing.confidence_health(values) == health
-
-
-@given(st.integers(1, 20), st.lists(st.tuples(confidences, st.booleans()), max_size=60))
-def test_a_window_knows_the_last_claims_and_nothing_else(size, entries):
-    window, fresh = Window(size), Window(size)
-    for confidence, is_must_review in entries:
-        window.add(confidence, is_must_review=is_must_review)
-    for confidence, is_must_review in entries[-size:]:
-        fresh.add(confidence, is_must_review=is_must_review)
-    assert window.state() == fresh.state()
-    assert window.health() == fresh.health()
-
-
-@pytest.mark.parametrize("wrong", [{"audit_share": 0}, {"budget_share": 1.2}, {"threshold": -0.1}, {"window": 0}, {"budget_per_day": -1}])
-def test_a_policy_that_makes_no_sense_is_refused_with_its_name(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        RoutingPolicy(**wrong)
-
-
-@pytest.mark.parametrize("wrong", [("amount", "above"), ("input.amount", "over")])
-def test_a_rule_that_can_never_match_is_refused(wrong):
-    with pytest.raises(ValueError, match="unknown"):
-        MustReview(*wrong, 1)
-
-
-def _full_window():
-    window = Window()
-    for value in beta_confidences(250):
-        window.add(value, is_must_review=False)
-    return window
-
-
 def _replace(policy, **changes):
     fields = {name: getattr(policy, name) for name in RoutingPolicy.__slots__}
     return RoutingPolicy(**{**fields, **changes})
 
 
-@given(policies, st.lists(predictions, max_size=40), st.builds(routing.Spent, opened_today=st.integers(0, 30)))
+@given(policies, st.lists(predictions, max_size=40), st.builds(budget.Spent, opened_today=st.integers(0, 30)))
 def test_a_router_decides_as_if_the_budget_were_divided_for_each_claim(policy, claims, spent):
     one_by_one, window = Window(policy.window), Window(policy.window)
     labels = {"region=west": 7}
     router = routing.Router(policy, window, spent, labels)
     for claim in claims:
         expected = route(claim, policy, one_by_one.state(spent, labels))
-        one_by_one.add_routed(claim, expected, policy, labels)
+        routing.add_routed(one_by_one, claim, expected, policy, labels)
         spent = spent._replace(opened_today=spent.opened_today + expected.is_routed)
         assert router.route(claim) == expected
     assert policy.budget_share is None or window.state() == one_by_one.state()
-
-
-@given(st.lists(st.tuples(confidences, st.booleans(), st.sampled_from([0.0, 0.25, 1.0])), max_size=30))
-def test_a_window_is_filled_as_one_by_one(entries):
-    filled, added = Window(30), Window(30)
-    filled.fill(entries)
-    for confidence, is_must_review, rarity in entries:
-        added.add(confidence, is_must_review=is_must_review, rarity=rarity)
-    assert filled.state() == added.state()

@@ -25,7 +25,7 @@ from rich.console import Console
 from sqlalchemy import Connection, Engine, event, text
 
 from benchmarks.figures import Figure, finish
-from consumers import delivery, handlers, rules, schemas
+from consumers import delivery, handlers, rules, schemas, windows
 from daemon import agents, status
 from daemon.prompts import PromptFile
 from storage import db, events, labels, predictions, reviews, schema
@@ -177,7 +177,7 @@ def ask_next_review(engine: Engine, _: int) -> None:
 
 def ask_window(engine: Engine, _: int) -> None:
     with db.reading(engine) as connection:
-        handlers.read_window(connection, AGENT, rules.RoutingPolicy(budget_share=0.1), {})
+        windows.read_window(connection, AGENT, rules.RoutingPolicy(budget_share=0.1), {})
 
 
 def ask_waiting_labels(engine: Engine, _: int) -> None:

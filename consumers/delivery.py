@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 
-from consumers import handlers, schemas
+from consumers import schemas, work
 from storage import dead_letters, events, tokens
 
 ROLES_BY_KIND: Mapping[str, tuple[str, ...]] = {
@@ -61,7 +61,7 @@ def deliver_as(
     principal: tokens.Principal,
     now: datetime,
     state: events.State,
-) -> tuple[list[Delivered], list[handlers.Item]]:
+) -> tuple[list[Delivered], list[work.Item]]:
     """`deliver`, and the events that were stored as `handled`: they are the caller's to handle in this transaction."""
     return store(connection, prepare(items, labels_of, principal, now), now, state)
 
@@ -85,7 +85,7 @@ def prepare(
     return Prepared(results, good, contents)
 
 
-def store(connection: Connection, prepared: Prepared, now: datetime, state: events.State) -> tuple[list[Delivered], list[handlers.Item]]:
+def store(connection: Connection, prepared: Prepared, now: datetime, state: events.State) -> tuple[list[Delivered], list[work.Item]]:
     """Store what was prepared in the caller's transaction; returns what `deliver_as` does."""
     results, good, contents = prepared
     receipts = events.append(connection, good, now, state)
@@ -99,7 +99,7 @@ def store(connection: Connection, prepared: Prepared, now: datetime, state: even
 
 def _list_new(
     receipts: Sequence[events.Receipt], good: Sequence[events.Incoming], contents: Sequence[Any], now: datetime
-) -> list[handlers.Item]:
+) -> list[work.Item]:
     """The events that were stored just now, each once."""
     items = zip(events.to_stored(receipts, good, "handled", now), contents, strict=True)
     return list({item[0].ulid: item for item, receipt in zip(items, receipts, strict=True) if receipt.outcome == "stored"}.values())

@@ -12,7 +12,7 @@ from datetime import datetime
 import structlog
 from sqlalchemy import Engine
 
-from consumers import handlers, outages
+from consumers import handlers, outages, rules
 from storage import db, events
 
 BATCH = 500
@@ -35,7 +35,7 @@ class Counters:
         log.debug("batch_handled", **outcome)
 
 
-def handle_next(engine: Engine, agents: Mapping[str, handlers.Agent], now: datetime, limit: int = BATCH) -> Counter[str]:
+def handle_next(engine: Engine, agents: Mapping[str, rules.Agent], now: datetime, limit: int = BATCH) -> Counter[str]:
     """Handle the oldest unhandled events in one transaction; empty when there are none."""
     with db.reading(engine) as connection:
         if events.oldest_received_at(connection) is None:
@@ -47,7 +47,7 @@ def handle_next(engine: Engine, agents: Mapping[str, handlers.Agent], now: datet
 
 async def run(
     engine: Engine,
-    agents: Mapping[str, handlers.Agent],
+    agents: Mapping[str, rules.Agent],
     clock: Callable[[], datetime],
     stop: asyncio.Event,
     wake: asyncio.Event,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import structlog
 from sqlalchemy import Connection, Engine
 
-from consumers import delivery, embedded, handlers, schemas
+from consumers import delivery, embedded, handlers, rules, schemas, work
 from consumers.progress import Incoming
 from storage import db, dead_letters, tokens
 
@@ -54,7 +54,7 @@ class Inlet:
     """Where records come in; `kinds` says which type of event a topic carries."""
 
     engine: Engine
-    agents: Mapping[str, handlers.Agent]
+    agents: Mapping[str, rules.Agent]
     kinds: Mapping[str, str]
     clock: Callable[[], datetime]
     counters: embedded.Counters = field(default_factory=embedded.Counters)
@@ -135,9 +135,7 @@ def park(connection: Connection, record: dead_letters.Record, reason: str, annou
     log.warning("record_parked", topic=record.topic, partition=record.partition, offset=record.offset, dead_letter=letter)
 
 
-def read(
-    records: Sequence[dead_letters.Record], kinds: Mapping[str, str], agents: Mapping[str, handlers.Agent], now: datetime
-) -> list[Read]:
+def read(records: Sequence[dead_letters.Record], kinds: Mapping[str, str], agents: Mapping[str, rules.Agent], now: datetime) -> list[Read]:
     """Parse and check records, topic by topic: all that needs no database."""
     labels_of = _list_labels(agents)
     found = []
@@ -150,12 +148,12 @@ def read(
 
 
 def take(
-    connection: Connection, found: Sequence[Read], agents: Mapping[str, handlers.Agent], now: datetime
+    connection: Connection, found: Sequence[Read], agents: Mapping[str, rules.Agent], now: datetime
 ) -> tuple[Counter[str], list[Refused]]:
     """Store and handle records in the caller's transaction; returns how many ended in each state, and those that can't be taken."""
     outcome: Counter[str] = Counter()
     refused: list[Refused] = []
-    new: list[handlers.Item] = []
+    new: list[work.Item] = []
     for one in found:
         whole = [(one.records, one.prepared)] if one.prepared is not None else _prepare_labels(connection, one, _list_labels(agents), now)
         for sent, prepared in whole:
@@ -170,7 +168,7 @@ def take(
     return outcome + handlers.handle_new(connection, new, agents, now), refused
 
 
-def _list_labels(agents: Mapping[str, handlers.Agent]) -> dict[str, tuple[str, ...]]:
+def _list_labels(agents: Mapping[str, rules.Agent]) -> dict[str, tuple[str, ...]]:
     return {name: agent.labels for name, agent in agents.items()}
 
 

@@ -1,4 +1,4 @@
-"""What is laid down for an agent: its routing policy, and the rules that always send a claim to an expert."""
+"""What is laid down for an agent: its labels, its routing policy, and the rules that always send a claim to an expert."""
 
 from __future__ import annotations
 
@@ -111,3 +111,14 @@ class RoutingPolicy:
             if rule.matches(prediction):
                 return True
         return False
+
+
+@dataclass(frozen=True, slots=True)
+class Agent:
+    """What a handler needs to know of an agent: its labels, the routing policy in force, and how long a review is worth asking."""
+
+    name: str
+    labels: tuple[str, ...]
+    policy: RoutingPolicy
+    policy_version: int
+    review_days: float = 30.0

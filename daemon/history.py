@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 from sqlalchemy import Connection, Engine
 
-from consumers import delivery, handlers, schemas
+from consumers import delivery, handlers, rules, schemas
 from daemon import rowfiles
 from daemon.agents import Agent, Columns
 from daemon.rowfiles import RowRefusedError
@@ -48,7 +48,7 @@ class Importer:
 
     engine: Engine
     agent: Agent
-    handler: handlers.Agent
+    handler: rules.Agent
     principal: tokens.Principal
     clock: Callable[[], datetime]
     on_refused: Callable[[Refused], None]

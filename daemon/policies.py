@@ -8,17 +8,17 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from consumers import handlers
+from consumers import rules
 from daemon.agents import Agent
 from storage import policies
 
 
-def record(connection: Connection, agents: Mapping[str, Agent], now: datetime) -> dict[str, handlers.Agent]:
+def record(connection: Connection, agents: Mapping[str, Agent], now: datetime) -> dict[str, rules.Agent]:
     """What the handlers need to know of every agent; a policy that differs from the last one becomes a new version."""
     return {name: _record_one(connection, agent, now) for name, agent in agents.items()}
 
 
-def read_in_force(connection: Connection, agents: Mapping[str, Agent], now: datetime) -> dict[str, handlers.Agent]:
+def read_in_force(connection: Connection, agents: Mapping[str, Agent], now: datetime) -> dict[str, rules.Agent]:
     """As `record`, but by the policy that the daemon routes with, whatever this process is configured with; the first one is recorded."""
     return {name: _read_one(connection, agent, now) for name, agent in agents.items()}
 
@@ -46,14 +46,14 @@ def _compare(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> 
             yield path + key
 
 
-def _record_one(connection: Connection, agent: Agent, now: datetime) -> handlers.Agent:
+def _record_one(connection: Connection, agent: Agent, now: datetime) -> rules.Agent:
     version = policies.record(connection, agent.name, agent.policy_digest, agent.policy, now)
-    return handlers.Agent(agent.name, agent.labels, agent.routing_policy, version, agent.review.expires_days)
+    return rules.Agent(agent.name, agent.labels, agent.routing_policy, version, agent.review.expires_days)
 
 
-def _read_one(connection: Connection, agent: Agent, now: datetime) -> handlers.Agent:
+def _read_one(connection: Connection, agent: Agent, now: datetime) -> rules.Agent:
     current = policies.current(connection, agent.name)
     if current is None:
         return _record_one(connection, agent, now)
     in_force = Agent.model_validate({**current.body, "prompt": agent.prompt})
-    return handlers.Agent(agent.name, in_force.labels, in_force.routing_policy, current.version, agent.review.expires_days)
+    return rules.Agent(agent.name, in_force.labels, in_force.routing_policy, current.version, agent.review.expires_days)

@@ -21,7 +21,7 @@ import uvicorn
 from fastapi import FastAPI
 from sqlalchemy import Engine
 
-from consumers import broker, embedded, handlers, records, stream
+from consumers import broker, embedded, records, rules, stream
 from daemon import clocks, holders, pipeline, policies, scheduler
 from daemon.launchers import choice
 from daemon.settings import Settings
@@ -53,7 +53,7 @@ class Service:
 
     settings: Settings
     engine: Engine
-    agents: Mapping[str, handlers.Agent]
+    agents: Mapping[str, rules.Agent]
     listeners: Mapping[str, socket.socket]
     roles: Sequence[str]
     clock: Callable[[], datetime]

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sqlalchemy import Engine, RowMapping
 
-from consumers import delivery, handlers, schemas
+from consumers import delivery, handlers, rules, schemas
 from daemon import baselines, launch, pipeline, policies, report, run_folders, training
 from daemon.agents import Agent
 from daemon.cases import Case
@@ -65,7 +65,7 @@ class Replay:
         self.trainer = trainer
         self.loop = pipeline.Pipeline(engine, plan.settings, trainer)
         self.truth = {case.claim_id: case.answer for case in plan.stream}
-        self.agents: dict[str, handlers.Agent] = {}
+        self.agents: dict[str, rules.Agent] = {}
         self.random = baselines.RandomLabels(plan.out / "random", plan.seed, self._perform)
         self.matched: set[str] = {"v1.0"}
 

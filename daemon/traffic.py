@@ -11,7 +11,7 @@ from typing import Any
 import structlog
 from sqlalchemy import Connection, RowMapping
 
-from consumers import handlers
+from consumers import windows
 from daemon import drift, verdicts
 from daemon.agents import Agent
 from daemon.machinery import Machinery
@@ -38,7 +38,7 @@ def look(machinery: Machinery, agent: Agent, now: datetime) -> None:
         # The identifier that was the newest last time is among them.
         if not newest or len(newest) < WINDOW + is_known:
             return
-        window = handlers.read_window(connection, agent.name, agent.routing_policy, {})
+        window = windows.read_window(connection, agent.name, agent.routing_policy, {})
         claims = predictions.read_recent(connection, agent.name, 2 * WINDOW, unlabelled_only=False)
         reference = _read_reference(machinery, connection, agent.name)
     _check_confidences(machinery, agent, window.health(), now)

@@ -12,7 +12,7 @@ from typing import Any
 import structlog
 from sqlalchemy import Connection, RowMapping
 
-from consumers import budget, handlers, routing
+from consumers import budget, routing, windows
 from daemon import exam_sample, examination, gate, run_folders, watch
 from daemon.agents import Agent
 from daemon.machinery import Machinery
@@ -57,8 +57,8 @@ def _measure(differing: Mapping[str, scores.Differing]) -> dict[str, float]:
 
 def _count_places(connection: Connection, kind: str, agent: Agent, now: datetime) -> float:
     policy = agent.routing_policy
-    window = handlers.read_window(connection, agent.name, policy, {})
-    places = budget.count_places(policy, window.state(handlers.read_spent(connection, agent.name, policy, now)))
+    window = windows.read_window(connection, agent.name, policy, {})
+    places = budget.count_places(policy, window.state(windows.read_spent(connection, agent.name, policy, now)))
     return places.exam if kind == "exam" else places.watch
 
 

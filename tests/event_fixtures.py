@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import orjson
-from sqlalchemy import Engine
+from sqlalchemy import Engine, select
 
 from consumers import delivery, handlers, rules, schemas
 from storage import db, events, tokens
@@ -19,9 +19,9 @@ PRODUCER = tokens.Principal("inference-1", "producer")
 ANN, BEN, OPS = tokens.Principal("ann", "reviewer"), tokens.Principal("ben", "reviewer"), tokens.Principal("ops", "operator")
 
 
-def make_agent(**policy: Any) -> handlers.Agent:
+def make_agent(**policy: Any) -> rules.Agent:
     """An adjudication agent; keywords change its routing policy."""
-    return handlers.Agent("adjudication", LABELS, rules.RoutingPolicy(**policy), policy_version=1)
+    return rules.Agent("adjudication", LABELS, rules.RoutingPolicy(**policy), policy_version=1)
 
 
 def make_prediction(number: int, at: datetime, **changes: Any) -> dict[str, Any]:
@@ -74,7 +74,13 @@ def send(engine: Engine, sent: list[dict[str, Any]], now: datetime, principal: t
         return delivery.deliver(connection, items, {"adjudication": LABELS}, principal, now)
 
 
-def handle(engine: Engine, agent: handlers.Agent, now: datetime) -> Counter[str]:
+def handle(engine: Engine, agent: rules.Agent, now: datetime) -> Counter[str]:
     """Handle everything that lies unhandled."""
     with db.writing(engine) as connection:
         return handlers.handle_batch(connection, events.read_received(connection, 1000), {agent.name: agent}, now)
+
+
+def rows(engine: Engine, table: Any, *columns: str) -> list[Any]:
+    """What a table holds in these columns."""
+    with db.reading(engine) as connection:
+        return list(connection.execute(select(*(getattr(table, name) for name in columns))).all())

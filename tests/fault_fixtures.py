@@ -24,7 +24,7 @@ from kafka import KafkaProducer
 from kafka.errors import KafkaError
 from sqlalchemy import Engine, func, select, text
 
-from consumers import handlers, records, schemas
+from consumers import records, rules, schemas
 from daemon import config, policies
 from daemon.kafka import Kafka
 from storage import db, dead_letters
@@ -417,7 +417,7 @@ def to_settings(kafka: Kafka, consumer: str) -> dict[str, str]:
     return {"KAFKA__BOOTSTRAP": str(kafka.bootstrap), "KAFKA__GROUP": kafka.group, "KAFKA__CONSUMER": consumer, **names}
 
 
-def replay(engine: Engine, agents: dict[str, handlers.Agent], kafka: Kafka, made: Made, first: int = 0) -> None:
+def replay(engine: Engine, agents: dict[str, rules.Agent], kafka: Kafka, made: Made, first: int = 0) -> None:
     """Take records in the order in which they were made, from a place on."""
     inlet = records.Inlet(engine, agents, kafka.topics.kinds(), lambda: datetime.now(UTC))
     for start in range(first, len(made), IN_ORDER):

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sqlalchemy import Engine
 
-from consumers import handlers
+from consumers import rules
 from daemon import launch, policies, training
 from daemon.agents import Agent, Budget, Publisher, Triggers
 from daemon.pipeline import Pipeline
@@ -195,7 +195,7 @@ class World:
         return self.settings.agents["adjudication"]
 
     @property
-    def handler(self) -> handlers.Agent:
+    def handler(self) -> rules.Agent:
         with db.writing(self.engine) as connection:
             return policies.record(connection, self.settings.agents, self.now)["adjudication"]
 

@@ -8,7 +8,7 @@ import orjson
 import pytest
 from sqlalchemy import select
 
-from consumers import embedded, handlers
+from consumers import embedded, prediction_handler
 from storage import db, dead_letters
 from storage.tables import Event, Label, Prediction, Review, ReviewStep
 from tests.event_fixtures import make_agent, make_label, make_prediction
@@ -64,14 +64,14 @@ def rows(engine, table, *columns):
 
 
 def break_handling_of(claim, monkeypatch):
-    real = handlers._to_row
+    real = prediction_handler._to_row
 
     def fail(event, data, *rest):
         if data["claim_id"] == claim:
             raise ZeroDivisionError
         return real(event, data, *rest)
 
-    monkeypatch.setattr(handlers, "_to_row", fail)
+    monkeypatch.setattr(prediction_handler, "_to_row", fail)
 
 
 def test_an_event_is_handled_before_it_is_acknowledged(site):

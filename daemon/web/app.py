@@ -17,7 +17,7 @@ from sqlalchemy import Engine
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as RoutingError
 
-from consumers import embedded, handlers
+from consumers import embedded, rules
 from daemon.settings import Settings
 from daemon.web import access, desk, drafts, events, health, intake, limits, pages, problems, reviews, sessions
 from daemon.web.metrics import Metrics
@@ -35,7 +35,7 @@ OURS = ("/v1/", "/openapi.json", "/healthz", "/readyz", "/metrics")
 def create_app(
     engine: Engine,
     settings: Settings,
-    agents: Mapping[str, handlers.Agent],
+    agents: Mapping[str, rules.Agent],
     clock: Callable[[], datetime],
     on_stored: Callable[[], None],
     metrics: Metrics | None = None,

@@ -14,7 +14,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection, Engine, RowMapping
 
-from consumers import delivery, handlers, schemas
+from consumers import delivery, handlers, rules, schemas
 from daemon import status
 from storage import db, events, labels, reviews, tokens
 
@@ -106,7 +106,7 @@ class Desk:
     """Everything that experts do with reviews; `leases` says for each agent how long a case is somebody's."""
 
     engine: Engine
-    agents: Mapping[str, handlers.Agent]
+    agents: Mapping[str, rules.Agent]
     leases: Mapping[str, timedelta]
     clock: Callable[[], datetime]
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import structlog
 from sqlalchemy import Engine
 
-from consumers import delivery, embedded, handlers, schemas
+from consumers import delivery, embedded, handlers, rules, schemas, work
 from storage import db, events, tokens
 
 Form = Literal["single", "batch", "lines"]
@@ -62,7 +62,7 @@ class Intake:
     def __init__(
         self,
         engine: Engine,
-        agents: Mapping[str, handlers.Agent],
+        agents: Mapping[str, rules.Agent],
         clock: Callable[[], datetime],
         counters: embedded.Counters | None = None,
     ) -> None:
@@ -141,7 +141,7 @@ class Intake:
         for arrival, items in group:
             by_principal.setdefault(arrival.principal, []).extend(items)
         results: dict[tokens.Principal, Iterator[delivery.Delivered]] = {}
-        new: list[handlers.Item] = []
+        new: list[work.Item] = []
         state: events.State = "handled" if self.is_handling else "received"
         with db.writing(self._engine, alone=False) as connection:
             for principal, items in by_principal.items():

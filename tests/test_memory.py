@@ -15,7 +15,7 @@ import torch
 from daemon import plan
 from tests import training_fixtures as fixtures
 from tests.model_fixtures import tiny_base
-from trainers import attempts, memory, optimizers, packing, spec, train
+from trainers import attempts, bases, loop, memory, optimizers, packing, spec, stopping, train
 
 CARD = {"card": {"name": "card", "kind": "cpu", "memory": 1, "taken": 0}, "total": 5}
 
@@ -118,6 +118,108 @@ def test_a_run_whose_smallest_pass_finds_no_memory_fails_with_the_remedies(
     limit_passes(monkeypatch, 1)
     assert fixtures.perform(tmp_path / "run", fixtures.make_spec(base, data)) == 1
     assert "options.recompute_layers = 1" in fixtures.result(tmp_path / "run")["reason"]
+
+
+def count_before_steps(monkeypatch: pytest.MonkeyPatch, tried: list[int]) -> list[int]:
+    """How many passes there were before each step."""
+    before: list[int] = []
+    step = loop.Loop.take_step
+
+    def count(self: loop.Loop) -> None:
+        before.append(len(tried))
+        step(self)
+
+    monkeypatch.setattr(loop.Loop, "take_step", count)
+    return before
+
+
+@pytest.fixture
+def scarce(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device on which memory runs out, as on a card."""
+    monkeypatch.setattr(memory, "can_run_out", lambda device: device == "cpu")
+
+
+@pytest.mark.usefixtures("scarce")
+def test_what_finds_no_memory_is_found_out_before_the_first_step(
+    tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = limit_passes(monkeypatch, 150)
+    first = count_before_steps(monkeypatch, tried)
+    assert fixtures.perform(tmp_path / "run", fixtures.make_spec(base, data, {"max_tokens": 512})) == 0
+    assert max(tried[: first[0]]) > 150
+    assert max(tried[first[0] :]) <= 128
+    found = fixtures.result(tmp_path / "run")["memory"]
+    assert (found["max_tokens"], found["halved"]) == (128, 2)
+    assert 10**8 < found["calibrated_bytes"] < 1.01 * found["peak_bytes"]  # the kernel counts pages loosely
+
+
+@pytest.mark.usefixtures("scarce")
+@pytest.mark.parametrize("max_tokens", [16, 128, 512])
+def test_no_pass_of_a_run_is_larger_than_those_that_were_tried(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, max_tokens: int
+) -> None:
+    tried = limit_passes(monkeypatch, 10**6)
+    first = count_before_steps(monkeypatch, tried)
+    asked = fixtures.make_spec(base, fixtures.dataset(tmp_path / "set", dev=0), {"max_tokens": max_tokens, "epochs": 2})
+    assert fixtures.perform(tmp_path / "run", asked) == 0
+    assert first[0] == 2
+    assert max(tried[:2]) >= max(tried[2:])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"epochs": 1}, {"epochs": 1, "optimizer": "adamw_8bit"}, {"epochs": 1, "method": "full", "optimizer_in_backward": True}],
+    ids=["after the step", "8 bits", "in the backward pass"],
+)
+def test_trying_passes_changes_nothing(
+    tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    asked = fixtures.make_spec(base, data, options)
+    assert fixtures.perform(tmp_path / "plain", asked) == 0
+    monkeypatch.setattr(memory, "can_run_out", lambda device: device == "cpu")
+    assert fixtures.perform(tmp_path / "tried", asked) == 0
+    plain, tried = (fixtures.result(tmp_path / name) for name in ("plain", "tried"))
+    made = "model" if "method" in options else "adapter"
+    assert tried[made] == plain[made]
+    assert tried["training"]["final_loss"] == plain["training"]["final_loss"]
+    assert plain["memory"]["calibrated_bytes"] is None
+    assert tried["memory"]["calibrated_bytes"] > 10**8
+
+
+@pytest.mark.usefixtures("scarce")
+def test_a_run_that_can_not_fit_fails_before_its_first_step(
+    tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit_passes(monkeypatch, 1)
+    assert fixtures.perform(tmp_path / "run", fixtures.make_spec(base, data)) == 1
+    assert "find no memory" in fixtures.result(tmp_path / "run")["reason"]
+    assert read_losses(tmp_path / "run") == []
+
+
+@pytest.mark.usefixtures("scarce")
+def test_nothing_is_tried_where_a_checkpoint_is_gone_on_from(tmp_path: Path, base: Path, data: Path) -> None:
+    stop = stopping.Stop()
+    stop.is_requested = True
+    spec.write_spec(tmp_path / "run", fixtures.make_spec(base, data))
+    assert train.run(tmp_path / "run", 1, bases.Bases(), stop)[0] == spec.EXIT_RESUMABLE
+    assert train.run(tmp_path / "run", 2, bases.Bases(), stopping.Stop())[0] == spec.EXIT_DONE
+    assert fixtures.result(tmp_path / "run", 2)["memory"]["calibrated_bytes"] is None
+
+
+@pytest.mark.parametrize(("name", "size"), [("adamw", 8), ("adamw_8bit", 2), ("paged_adamw_8bit", 2)])
+def test_as_much_is_reserved_as_moments_take(name: str, size: int) -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(100, 1000, dtype=torch.bfloat16)), torch.nn.Parameter(torch.zeros(10_000))]
+    options = spec.Options(optimizer=name)
+    reserved = sum(one.nbytes for one in optimizers.reserve_moments(parameters, options))
+    updates = optimizers.choose(parameters, options)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    updates.begin(0, 1e-4)
+    updates.update()
+    taken = sum(
+        state[key].nbytes for state in updates.state.values() for key in state.keys() & {"exp_avg", "exp_avg_sq", "state1", "state2"}
+    )
+    assert reserved == taken == size * 110_000
 
 
 def test_a_checkpoint_is_gone_on_from_with_smaller_passes(base: Path, data: Path) -> None:

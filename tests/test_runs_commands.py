@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from daemon.cli import runs as commands
 from storage import runs
 from tests.cli_fixtures import ask, home, opened, run
 
@@ -57,6 +58,16 @@ def test_what_the_trainer_wrote_is_printed_attempt_by_attempt(run: Any, ask: Any
         (folder / "log.txt").write_text(f"attempt {attempt} speaks\n")
     out = run("runs", "logs")[1]
     assert [line for line in out.splitlines() if "speaks" in line] == [f"attempt {number} speaks" for number in (1, 2, 10)]
+
+
+def test_plan_trial_and_peak_of_a_run_are_told_side_by_side() -> None:
+    planned = {"card": {"name": "RTX 3090", "kind": "cuda", "memory": 24 * 10**9}, "total": 21 * 10**9, "parts": {"overhead": 10**9}}
+    told = {"plan": planned, "calibrated_bytes": 19 * 10**9, "peak_bytes": 195 * 10**8, "max_tokens": 4096, "halved": 0}
+    assert commands.describe_memory({"result": {"memory": told}})["memory"] == (
+        "planned 20.00 GB on RTX 3090 (24 GB), took 19.50 GB at the peak, passes of 4,096 tokens, "
+        "19.00 GB with the heaviest of them before the first step"
+    )
+    assert "heaviest" not in commands.describe_memory({"result": {"memory": told | {"calibrated_bytes": None}}})["memory"]
 
 
 def test_following_ends_with_the_run(run: Any, ask: Any, opened: Any) -> None:

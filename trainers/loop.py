@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import heapq
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from trainers import attention, checkpoints, memory, optimizers, packing, ranks
+from trainers import attention, calibration, checkpoints, memory, optimizers, packing, ranks
 from trainers.attempts import Attempt, Progress
 from trainers.data import Example
 from trainers.spec import Options
@@ -129,8 +130,10 @@ class Loop:
 
     def run(self) -> Counters:
         """Train to the end from wherever the run stopped; raises `StoppedError` (checkpointed), `SupersededError` or `DivergedError`."""
-        self.resume()
+        is_resumed = self.resume()
         with attention.packed(self.model), recomputing(self.model, self.options.recompute_layers):
+            if not is_resumed and memory.can_run_out(self.device):
+                self.calibrate()
             while not self.counters.is_finished:
                 self.take_step()
                 if self.counters.step % self.schedule.steps_per_epoch == 0 or self.counters.step == self.schedule.steps:
@@ -142,12 +145,41 @@ class Loop:
             checkpoints.set_weights(self.model, self.best)
         return self.counters
 
-    def resume(self) -> None:
-        """Go back to the newest checkpoint of this run, if there is one."""
+    def resume(self) -> bool:
+        """Go back to the newest checkpoint of this run; False when there is none."""
         found = checkpoints.load_newest(self.attempt.run_dir, self.counters.signature, self.model, self.updates)
         if found:
             state, self.best = found
             self.counters = Counters(**state)
+        return found is not None
+
+    def calibrate(self) -> None:
+        """Try the heaviest passes of the run and move no weight: what would find no memory in hours is halved now, or fails."""
+        graded, longest = (find(self.examples, self.options.batch_rows) for find in (calibration.find_graded, calibration.find_longest))
+        self.budget.fit(functools.partial(self.try_passes, self.share(graded), self.share(longest)))
+        self.drop_gradients()
+        self.budget.calibrated_bytes = memory.read_peak(self.device)
+        self.progress.write("calibrating", now=True, max_tokens=self.budget.tokens, peak_bytes=self.budget.calibrated_bytes)
+
+    def try_passes(self, graded: Sequence[Example], longest: Sequence[Example], max_tokens: int) -> None:
+        """Forward and backward over a pass with the most graded tokens, and one with the most tokens at all.
+
+        As in the midst of a run, there is room taken for moments, and the second one finds gradients. Nothing is shared in it: a prefix of
+        the longest rows need not be there in every step.
+        """
+        memory.reset_peak(self.device)
+        self.drop_gradients()
+        moments = optimizers.reserve_moments(self.parameters, self.options)
+        filled = calibration.fill_pass(longest, self.limit(longest, max_tokens))
+        passes = [
+            *heapq.nlargest(1, self.pack(graded, max_tokens), key=lambda packed: len(packed.keep)),
+            *packing.pack(filled, sum(example.tokens for example in filled), self.device, share_prefixes=False),
+        ]
+        for packed in passes:
+            if isinstance(self.updates, optimizers.InBackward):
+                self.updates.begin_pass(without=frozenset(self.parameters))
+            torch.autograd.backward(packing.token_losses(self.model, packed).mean())
+        del moments
 
     def take_step(self) -> None:
         """One optimizer step on the next rows, and its line of progress."""
@@ -185,16 +217,23 @@ class Loop:
 
     def take_passes(self, examples: Sequence[Example], max_tokens: int) -> StepLoss:
         """Forward and backward over this process's part of `examples` in passes of at most `max_tokens`; the gradients add up."""
-        for parameter in self.parameters:
-            parameter.grad = None
-        ours = self.together.share(sorted(examples, key=lambda example: example.tokens)) if self.together.size > 1 else examples
-        packs, weight = self.pack(ours, max_tokens), weigh(examples)
+        self.drop_gradients()
+        packs, weight = self.pack(self.share(examples), max_tokens), weigh(examples)
         total = 0.0
         for packed in packs:
             loss = (packing.token_losses(self.model, packed) * packed.weights).sum() / weight
             torch.autograd.backward(loss)
             total += loss.item()
         return sum_up(total, examples, packs)
+
+    def share(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """This process's part of some rows."""
+        return self.together.share(sorted(examples, key=lambda example: example.tokens)) if self.together.size > 1 else examples
+
+    def drop_gradients(self) -> None:
+        """Begin without any."""
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def take_updates(self, examples: Sequence[Example], updates: optimizers.InBackward) -> tuple[StepLoss, float]:
         """Forward and backward over `examples`, each pass an update of its own, down the gradient of the mean over its own tokens.
@@ -227,11 +266,14 @@ class Loop:
         return sum_up(total, examples, done), norm
 
     def pack(self, examples: Sequence[Example], max_tokens: int) -> list[packing.Pack]:
-        """The passes over some rows, as many of them at least as `options.accumulation` says."""
+        """The passes over some rows."""
         if not examples:
             return []
-        budget = min(max_tokens, math.ceil(sum(example.tokens for example in examples) / self.options.accumulation))
-        return packing.pack(examples, budget, self.device, share_prefixes=self.options.share_prefixes)
+        return packing.pack(examples, self.limit(examples, max_tokens), self.device, share_prefixes=self.options.share_prefixes)
+
+    def limit(self, examples: Sequence[Example], max_tokens: int) -> int:
+        """How many tokens a pass over some rows may have: there are as many passes at least as `options.accumulation` says."""
+        return min(max_tokens, math.ceil(sum(example.tokens for example in examples) / self.options.accumulation))
 
     def report(self, loss: float, rate: float) -> None:
         """Write the step's line of progress and its point on the curves."""

@@ -17,10 +17,14 @@ T = TypeVar("T")
 
 
 class Budget:
-    """How many tokens a pass may have: as many as planned, and half of that each time memory runs out."""
+    """How many tokens a pass may have: as many as planned, and half of that each time memory runs out.
+
+    `calibrated_bytes` is the peak of the heaviest passes, where they were tried before the first step.
+    """
 
     def __init__(self, tokens: int) -> None:
         self.tokens, self.halved = tokens, 0
+        self.calibrated_bytes: int | None = None
 
     def fit(self, work: Callable[[int], T]) -> T:
         """Do work that may be done again, with half the tokens when it finds no memory.
@@ -44,6 +48,11 @@ class Budget:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def can_run_out(device: str) -> bool:
+    """Whether a pass that finds no memory raises there. On a CPU the kernel lends memory that it has not got."""
+    return device != "cpu"
 
 
 def reset_peak(device: str) -> None:

@@ -120,13 +120,12 @@ class InBackward:
         begin(self.parts.values(), self.chance, self.seed, step, rate)
 
     def begin_pass(self, without: frozenset[torch.Tensor]) -> None:
-        """Begin a pass whose rows these weights have learned from already."""
-        self.without, self.learned = without, set()
+        """Begin a pass that does not move these weights: they have learned from its rows already."""
+        self.without, self.learned, self.squares = without, set(), 0.0
 
     def update(self) -> float:
         """Close the pass: all is applied already; returns the norm of its gradients."""
-        norm, self.squares = math.sqrt(self.squares), 0.0
-        return norm
+        return math.sqrt(self.squares)
 
     def prepare(self) -> None:
         """Make the state that a checkpoint's is then copied into."""
@@ -155,6 +154,15 @@ def make_optimizer(parameters: Parameters, options: Options) -> torch.optim.Opti
     is_paged = options.optimizer == "paged_adamw_8bit" and parameters[0].device.type == "cuda"
     optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(parameters, is_paged=is_paged, **shared)
     return optimizer
+
+
+def reserve_moments(parameters: Parameters, options: Options) -> list[torch.Tensor]:
+    """As much memory as the two moments of each weight will take from the first update on; paged ones lie on the host."""
+    device = parameters[0].device
+    if options.optimizer == "paged_adamw_8bit" and device.type == "cuda":
+        return []
+    kind = torch.float32 if options.optimizer == "adamw" else torch.uint8
+    return [torch.empty(2 * one.numel(), dtype=kind, device=device) for one in parameters]
 
 
 def begin(parts: Iterable[Adam], chance: torch.Generator, seed: int, step: int, rate: float) -> None:

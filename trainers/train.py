@@ -108,6 +108,7 @@ def describe_memory(work: Work) -> dict[str, Any]:
     budget = work.budget
     return {
         "plan": work.spec.plan,
+        "calibrated_bytes": budget.calibrated_bytes,
         "peak_bytes": memory.read_peak(work.spec.device),
         "max_tokens": budget.tokens,
         "halved": budget.halved,

@@ -58,6 +58,8 @@ def describe_memory(row: Mapping[str, Any]) -> dict[str, str]:
     if not told.get("peak_bytes"):
         return {}
     took = f"{told['peak_bytes'] / 10**9:.2f} GB at the peak, passes of {told['max_tokens']:,} tokens"
+    if told.get("calibrated_bytes"):
+        took += f", {told['calibrated_bytes'] / 10**9:.2f} GB with the heaviest of them before the first step"
     halved = f", halved {told['halved']} times for want of memory" if told["halved"] else ""
     planned = told.get("plan")
     if planned is None:

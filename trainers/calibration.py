@@ -1,0 +1,35 @@
+"""The heaviest passes that a run can come to: what is tried before its first step, so that memory runs out then and not in hours."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+from trainers.data import Example
+
+
+def find_graded(examples: Sequence[Example], rows: int) -> list[Example]:
+    """So many rows with the most graded tokens, the shorter first: more of them share a pass."""
+    return heapq.nlargest(rows, examples, key=lambda example: (len(example.completion), -example.tokens))
+
+
+def find_longest(examples: Sequence[Example], rows: int) -> list[Example]:
+    """So many rows with the most tokens, the longest first."""
+    return heapq.nlargest(rows, examples, key=lambda example: example.tokens)
+
+
+def fill_pass(examples: Sequence[Example], tokens: int) -> list[Example]:
+    """The longest of some rows, the last one cut, so that they have exactly so many tokens: other rows may fit together as well as that.
+
+    The longest one stays whole: with more tokens it has a pass of its own.
+    """
+    filled: list[Example] = []
+    for example in sorted(examples, key=lambda example: example.tokens, reverse=True):
+        left = tokens - sum(one.tokens for one in filled) if filled else max(tokens, example.tokens)
+        filled += [cut(example, left)] if left > 0 else []
+    return filled
+
+
+def cut(example: Example, tokens: int) -> Example:
+    """The first tokens of a row, of which one at least is graded."""
+    return Example(example.prompt[:tokens], example.completion[: 1 + max(0, tokens - len(example.prompt))], example.weight)

@@ -117,7 +117,7 @@ def measure(work: Path, base: Path, task: Task, name: str, method: str, device: 
     try:
         told = training.run_contender(name, job, timeout=left)
     except (subprocess.TimeoutExpired, training.ContenderFailedError) as error:
-        return row | {"result": f"not measured: {str(error)[-300:]}"}
+        return row | {"result": f"not measured: {str(error).strip().splitlines()[-1][-300:]}"}
     figures = {"claims_per_second": len(task.train) * training.EPOCHS / told["seconds"], "peak_gb": told["peak_bytes"] / GB}
     console.print(f"{task.name}, {name}, {method}: {figures}")
     return row | figures
@@ -136,7 +136,7 @@ def measure_planned(work: Path, base: Path, task: Task, method: Method, size: in
     try:
         training.run_contender("ours", out / "spec.json", timeout=ends - time.monotonic())
     except (subprocess.TimeoutExpired, training.ContenderFailedError) as error:
-        return row | {"result": f"not measured: {str(error)[-300:]}"}
+        return row | {"result": f"not measured: {str(error).strip().splitlines()[-1][-300:]}"}
     told = json.loads((out / "attempts" / "1" / "result.json").read_text())
     graded = told["training"]["supervised_tokens"] / told["training"]["tokens"]
     planned = estimates.plan_run(options, "train", base, [card], graded)[0]

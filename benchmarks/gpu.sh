@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-mkdir -p benchmarks/results
-timeout 480 "${PYTHON:-.venv/bin/python}" -m benchmarks.gpu "$@" | tee benchmarks/results/.gpu.partial
-case " $* " in *" --tiny "*) ;; *) tail -n 1 benchmarks/results/.gpu.partial > benchmarks/results/gpu.json ;; esac
-rm -f benchmarks/results/.gpu.partial
+told=$(mktemp)
+trap 'rm -f "$told"' EXIT
+timeout 480 "${PYTHON:-.venv/bin/python}" -m benchmarks.gpu "$@" | tee "$told"
+case " $* " in *" --tiny "*) ;; *) tail -n 1 "$told" > benchmarks/results/gpu.json ;; esac

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,12 +107,28 @@ def expect_time(connection: Connection, agent: str, planned: plan.MemoryPlan) ->
     """How long a training takes on a card, told by the runs that were recorded on it; one of another base counts by its weights."""
     paces: list[plan.Pace] = []
     cards: dict[str, bool] = {}
-    for run in runs.read_in_state(connection, "done"):
-        told = ((run["result"] or {}).get("memory") or {}).get("plan") or {}
-        card = told.get("card")
-        if run["kind"] == "train" and card and plan.matches(planned.card, card["name"], card.get("memory", 0)):
-            paces.append(plan.Pace(run["result"]["training"]["tokens_per_second"], told["parameters"]))
-            cards[card["name"]] = True
+    for result in _read_results_on(connection, planned.card):
+        told = result["memory"]["plan"]
+        paces.append(plan.Pace(result["training"]["tokens_per_second"], told["parameters"]))
+        cards[told["card"]["name"]] = True
     rate = plan.expect_rate(planned.parameters, paces)
     tokens = next((told["tokens"] for told in reversed(_read_trainings(connection, agent)) if told.get("tokens")), None)
     return Duration(len(paces), rate, tokens / rate if rate and tokens else None, tuple(cards))
+
+
+def find_measured(connection: Connection, planned: plan.MemoryPlan) -> int | None:
+    """Bytes at the peak of the last training on such a card with these settings and as large a base; None before there was one."""
+    peak = None
+    for result in _read_results_on(connection, planned.card):
+        told = result["memory"]["plan"]
+        if (told["parameters"], told.get("settings")) == (planned.parameters, dataclasses.asdict(planned.settings)):
+            peak = result["memory"].get("peak_bytes")
+    return peak
+
+
+def _read_results_on(connection: Connection, card: plan.Card) -> Iterator[Mapping[str, Any]]:
+    """What the trainings that were planned for such a card told when they were done, oldest first."""
+    for run in runs.read_in_state(connection, "done"):
+        told = (((run["result"] or {}).get("memory") or {}).get("plan") or {}).get("card")
+        if run["kind"] == "train" and told and plan.matches(card, told["name"], told.get("memory", 0)):
+            yield run["result"]

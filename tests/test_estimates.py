@@ -74,6 +74,25 @@ def test_the_time_is_that_of_runs_on_the_same_card(opened: Any, base: Path, now:
         assert estimates.expect_time(connection, "adjudication", planned) == (1, 500.0, 120.0, ("RTX",))
 
 
+def test_the_estimate_stands_beside_what_the_last_run_with_these_settings_took(
+    run: Any, ask: Any, opened: Any, base: Path, now: Any
+) -> None:
+    card = plan.Card("RTX 3090", "cuda", 24 * plan.GB)
+    planned = [estimates.plan_run(spec.Options(method=method), "train", base, [card])[0] for method in ("lora", "qlora")]
+    with opened.writing() as connection:
+        for one, peak in zip(planned, (19 * plan.GB, 9 * plan.GB), strict=True):
+            asked = runs.queue(connection, "adjudication", "train", "manual", f"took {peak}", "ops", {}, now)
+            runs.lease(connection, runs.read(connection, asked), "cuda:0", 1, "/nowhere")
+            runs.begin(connection, runs.read(connection, asked), now)
+            result = {"training": {"tokens_per_second": 500.0}, "memory": {"plan": one.to_json(), "peak_bytes": peak}}
+            runs.finish(connection, runs.read(connection, asked), result, now)
+    [told] = ask("plan", "--base", base, "--gpu", "24GB", "--method", "lora")
+    assert told["measured"] == 19 * plan.GB
+    lines = dict(line.split(maxsplit=1) for line in run("plan", "--base", base, "--gpu", "24GB", "--method", "qlora")[1].splitlines())
+    assert lines["measured"] == "9.00 GB"
+    assert ask("plan", "--base", base, "--gpu", "48GB")[0]["measured"] is None
+
+
 def test_a_card_that_is_only_a_size_is_every_card_that_is_sold_as_such(opened: Any, base: Path, now: Any) -> None:
     cards = [plan.Card(name, "cuda", memory) for name, memory in (("RTX 3090", 24 * 2**30), ("RTX 3060", 12 * 2**30))]
     planned = estimates.plan_run(spec.Options(), "lora", base, cards)

@@ -47,9 +47,9 @@ def plan(
         with opened.reading() as connection:
             graded = estimates.read_supervised(connection, chosen.name)
             plans = estimates.plan_run(options, "train", base or chosen.base_model, cards, graded)
-            told = [(one, estimates.expect_time(connection, chosen.name, one)) for one in plans]
+            told = [(one, estimates.find_measured(connection, one), estimates.expect_time(connection, chosen.name, one)) for one in plans]
     if as_json:
-        context.print_json([{**one.to_json(), "expected": time._asdict()} for one, time in told])
+        context.print_json([{**one.to_json(), "measured": measured, "expected": time._asdict()} for one, measured, time in told])
     elif gpu:
         context.print_item(describe(*told[0]), as_json=False)
     else:
@@ -84,14 +84,15 @@ def parse_card(size: str) -> planning.Card:
     return make_card(round(float(found[1]) * planning.GB))
 
 
-def describe(planned: planning.MemoryPlan, expected: estimates.Duration) -> dict[str, Any]:
-    """A plan as a person reads it, sizes in GB."""
+def describe(planned: planning.MemoryPlan, measured: int | None, expected: estimates.Duration) -> dict[str, Any]:
+    """A plan as a person reads it, sizes in GB, beside what the last run by such a plan took."""
     settings = planned.settings
     return {
         "card": planned.card.name,
         "fits": "yes" if planned.fits else "no",
         **{name: name_size(size) for name, size in dataclasses.asdict(planned.parts).items()},
         "total": name_size(planned.parts.total),
+        "measured": "no such run yet" if measured is None else name_size(measured),
         "4 bits": "yes" if settings.is_4bit else "no",
         "checkpointing": name_checkpointing(settings.checkpoint_every),
         "tokens": settings.max_tokens,

@@ -74,7 +74,7 @@ def make_rows(count: int) -> Iterator[snapshots.Row]:
 
 def measure(state: str, folder: Path) -> dict[str, float]:
     """Tokenise all rows, or read them, tokenised before, as a run does: batch after batch, packed. Peaks in MB."""
-    from trainers import data, loop, packing, tiny  # noqa: PLC0415  what is imported here is part of what every size takes
+    from trainers import data, packing, schedule, tiny  # noqa: PLC0415  what is imported here is part of what every size takes
     from trainers.spec import Options, Prompt  # noqa: PLC0415
 
     prompt = Prompt(text="{% for name, value in input.items() %}{{ name }}: {{ value }}\n{% endfor %}decision:\n")
@@ -83,9 +83,9 @@ def measure(state: str, folder: Path) -> dict[str, float]:
         began = time.perf_counter()
         lessons = data.read_lessons(folder, tokenizer, prompt, ("APPROVED", "DENIED"), Options(), limit=512, warm=False, seed=1)
         examples = data.list_examples(lessons.train)
-        schedule = loop.Schedule(len(examples), 256, 1, 0.05, 1)
-        for step in range(schedule.steps if state == "read" else 0):
-            packing.pack([examples[row] for row in schedule.batch(step)], 8192, "cpu", share_prefixes=False)
+        order = schedule.Schedule(len(examples), 256, 1, 0.05, 1)
+        for step in range(order.steps if state == "read" else 0):
+            packing.pack([examples[row] for row in order.batch(step)], 8192, "cpu", share_prefixes=False)
         seconds = time.perf_counter() - began
     return {"own": max(own), "resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "seconds": seconds}
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from tests import training_fixtures as fixtures
 from tests.model_fixtures import tiny_base
-from trainers import attempts, attention, bases, data, encoding, loop, memory, ranks, spec, stopping, torchrun, train
+from trainers import attempts, attention, bases, data, encoding, loop, memory, packing, ranks, spec, stopping, torchrun, train
 
 HOME = Path(spec.__file__).parents[1]
 
@@ -109,29 +109,38 @@ class Together(ranks.Ranks):
         return [number + 1 / self.size for number in numbers]
 
 
-def test_processes_end_an_epoch_with_the_same_dev_loss(base: Path, tmp_path: Path) -> None:
+def make_loop(base: Path, folder: Path, together: ranks.Ranks) -> loop.Loop:
+    """A loop over one row, for all weights."""
     model, tokenizer = bases.load_base(base, "cpu")
     rows = [data.Example(encoding.encode_prompt(tokenizer, "a claim"), [5, 6])]
-    attempt = attempts.open_attempt(tmp_path)
-    ours = loop.Loop(
-        model.requires_grad_(True),
-        rows,
-        rows,
-        spec.Options(patience=1),
-        1,
-        "s",
-        attempt,
-        attempts.Progress(attempt),
-        stopping.Stop(),
-        memory.Budget(64),
-        Together(0, 2),
-    )
+    attempt = attempts.open_attempt(folder)
+    progress, stop, budget = attempts.Progress(attempt), stopping.Stop(), memory.Budget(64)
+    return loop.Loop(model.requires_grad_(True), rows, rows, spec.Options(patience=1), 1, "s", attempt, progress, stop, budget, together)
+
+
+def test_processes_end_an_epoch_with_the_same_dev_loss(base: Path, tmp_path: Path) -> None:
+    ours = make_loop(base, tmp_path, Together(0, 2))
     ours.counters.epoch_weight = 1
-    with attention.packed(model):
+    with attention.packed(ours.model):
         ours.end_epoch()
-        alone = loop.mean_loss(model, rows, 64)
+        alone = loop.mean_loss(ours.model, ours.dev, 64)
     ours.progress.close()
     assert ours.counters.best_dev_loss == pytest.approx((alone + 1) / 2)
+
+
+@pytest.mark.parametrize(("rank", "passes"), [(0, 2), (1, 0)])
+def test_each_process_tries_the_heaviest_passes_of_its_own_rows(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, passes: int
+) -> None:
+    tried = []
+    losses = packing.token_losses
+    monkeypatch.setattr(packing, "token_losses", lambda model, packed: (tried.append(packed.tokens), losses(model, packed))[1])
+    ours = make_loop(base, tmp_path, ranks.Ranks(rank, 2))
+    with attention.packed(ours.model):
+        ours.calibrate()
+    ours.progress.close()
+    assert len(tried) == passes
+    assert all(parameter.grad is None for parameter in ours.parameters)
 
 
 def test_rows_are_shared_evenly() -> None:

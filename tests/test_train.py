@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from storage import artifacts, snapshots
 from tests import training_fixtures as runs
 from tests.model_fixtures import tiny_base
-from trainers import bases, loop, score, spec
+from trainers import bases, score, spec
 
 SLOW = {"epochs": 25, "checkpoint_steps": 4}
 
@@ -373,12 +373,3 @@ def test_a_trainer_that_slept_past_its_lease_cannot_publish(tmp_path, base, data
 
 def read_if_there(path):
     return path.read_text() if path.exists() else ""
-
-
-def test_the_schedule_sees_every_row_once_an_epoch_and_ends_near_zero():
-    schedule = loop.Schedule(rows=10, batch_rows=4, epochs=2, warmup=0.34, seed=1)
-    assert (schedule.steps_per_epoch, schedule.steps) == (3, 6)
-    epochs = [sorted(row for step in range(start, start + 3) for row in schedule.batch(step)) for start in (0, 3)]
-    assert epochs == [list(range(10))] * 2
-    assert schedule.batch(0) != schedule.batch(3)
-    assert [round(schedule.rate(step), 3) for step in range(6)] == [0.333, 0.667, 1.0, 0.75, 0.5, 0.25]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import mode
+import orjson
 import pytest
 
-from consumers import kafka
+from consumers import kafka, records
+from tests import broker_fixtures, event_fixtures
 
 
 class Service(kafka.Prompt):
@@ -108,3 +113,49 @@ def test_what_has_room_begins_one_task() -> None:
         return len(made)
 
     assert run(work, Service) == 1
+
+
+def test_all_is_read_when_partitions_are_divided_anew_while_faust_commits(broker, engine, monkeypatch):
+    count, divide_at = 30_000, 12_000  # Faust would commit by itself at 10,000, before it hands a record over
+    settings, agent = broker_fixtures.make_topics(broker, "regroups"), event_fixtures.make_agent()
+    value = orjson.dumps(event_fixtures.make_prediction(0, datetime.now(UTC)))
+    broker_fixtures.produce(broker, settings.topics.predictions, [value] * count)
+    inlet = records.Inlet(engine, {agent.name: agent}, settings.topics.kinds(), lambda: datetime.now(UTC))
+    genuine, found, places, divided = kafka.Consumer.commit, [], set(), threading.Event()
+
+    async def commit(consumer, *arguments, **options):
+        found.append(consumer)
+        if consumer._n_acked == 0 and places:  # only who hands records over begins to count anew
+            await asyncio.to_thread(divided.wait, 40)
+        return await genuine(consumer, *arguments, **options)
+
+    async def follow():
+        stop = asyncio.Event()
+        ending.append((asyncio.get_running_loop(), stop))
+        await kafka.run(settings.to_access(), settings.group, inlet, stop, threading.Event())
+
+    def wait_until(holds):
+        deadline = time.monotonic() + 40
+        while not holds():
+            assert time.monotonic() < deadline, f"{len(places)} were read, it did not happen in time"
+            time.sleep(0.02)
+
+    ending: list[Any] = []
+    monkeypatch.setattr(kafka.Consumer, "commit", commit)
+    monkeypatch.setattr(records.Inlet, "store", lambda _, batch, __: places.update((one.partition, one.offset) for one in batch.records))
+    thread = threading.Thread(target=asyncio.run, args=[follow()], daemon=True)
+    thread.start()
+    try:
+        wait_until(lambda: len(places) >= divide_at)
+        [consumer] = set(found)
+        generation, reading = consumer.app.consumer_generation_id, consumer._thread
+        reading.thread_loop.call_soon_threadsafe(reading._consumer._coordinator.request_rejoin)
+        wait_until(lambda: consumer.app.consumer_generation_id != generation and consumer.flow_active)
+        divided.set()
+        wait_until(lambda: broker_fixtures.read_lag(settings, settings.topics.predictions) == 0)
+    finally:
+        divided.set()
+        [(loop, stop)] = ending
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(30)
+    assert len(places) == count

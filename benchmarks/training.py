@@ -231,7 +231,7 @@ def write_run(
         run_id=run_dir.name,
         kind="train",
         agent="adjudication",
-        base=Base(path=base, digest=artifacts.digest_folder(base)),
+        base=Base(path=base, digest=digest(base)),
         dataset=run_dir / "snapshot",
         dataset_digest=manifest["root"],
         candidate=Model(name="candidate", prompt=task.prompt, labels=LABELS),
@@ -240,6 +240,12 @@ def write_run(
         device=device,
     )
     write_spec(run_dir, spec)
+
+
+@functools.cache
+def digest(base: Path) -> str:
+    """The base's digest: 16 GB take a while."""
+    return artifacts.digest_folder(base)
 
 
 @functools.cache

@@ -39,7 +39,7 @@ class Job:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("name", choices=["ours", "ours-unshared", *CONTENDERS])
+    parser.add_argument("name", choices=["ours", "ours-unshared", "ours-sparing", *CONTENDERS])
     parser.add_argument("job", type=Path)
     asked = parser.parse_args()
     if asked.name.startswith("ours"):

@@ -111,9 +111,10 @@ tensor hooks, rank 16:
 | all weights, bf16 | 196.1 KiB | 196.1 |
 | computed twice | 8.0 KiB | 8.0 |
 
-A test counts a small Llama's and a small Mistral's the same way in the real training loop. On one NVIDIA H200 an 8B-shaped base with rank 16 and
-passes of 4,096 tokens, as planned for 12 GB (`qlora`) and for 24 GB (`lora`), took 8.34 GB of 8.68 planned and 19.49 of 19.66
-(`benchmarks/gpu.sh`, without the context and fragments that the table counts in). `ratchet runs show` puts each run's plan beside what it took.
+A test counts a small Llama's and a small Mistral's the same way in the real training loop. On one NVIDIA H200 an 8B-shaped base with
+rank 16 and passes of 4,096 tokens, as planned for 12 GB (`qlora`) and for 24 GB (`lora`), took 8.34 GB of 8.68 planned and 19.49 of 19.66
+(`benchmarks/gpu.sh`; without the context and the fragments that the table counts in). `ratchet runs show` puts each run's plan beside
+what it took.
 
 ## When it was wrong all the same
 On a card a run tries its heaviest passes before its first step, without moving a weight. Where it finds no memory for them, or for a

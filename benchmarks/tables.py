@@ -120,6 +120,7 @@ def measure(kind: str, engines: Mapping[int, Engine], batches: int) -> list[Figu
         for batch in range(WARMING):
             handle(engine, f"first-{batch}")
         found[size] = time_questions(engine, size) | {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+        engine.dispose()  # the process would go on holding the pages of both
     took = [[handle(engine, f"then-{batch}") for engine in engines.values()] for batch in range(batches)]
     handled_small, handled_big = (BATCH / median(times) for times in zip(*took, strict=True))
     small, big = found.values()

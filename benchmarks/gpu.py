@@ -125,9 +125,9 @@ def measure(work: Path, base: Path, task: Task, name: str, method: str, device: 
     else:
         job = training.write_job(out, base, replace(task, held_out=task.held_out[:4]))
     try:
-        told = training.run_contender(name, job, timeout=left)
+        told = training.run_contender("ours" if name.startswith("ours") else name, job, timeout=left)
     except (subprocess.TimeoutExpired, training.ContenderFailedError) as error:
-        return row | {"result": f"not measured: {str(error).strip().splitlines()[-1][-300:]}"}
+        return row | {"result": explain(error)}
     figures = {"claims_per_second": len(task.train) * training.EPOCHS / told["seconds"], "peak_gb": told["peak_bytes"] / GB}
     console.print(f"{task.name}, {name}, {method}: {figures}")
     return row | figures
@@ -146,13 +146,18 @@ def measure_planned(work: Path, base: Path, task: Task, method: Method, size: in
     try:
         training.run_contender("ours", out / "spec.json", timeout=ends - time.monotonic())
     except (subprocess.TimeoutExpired, training.ContenderFailedError) as error:
-        return row | {"result": f"not measured: {str(error).strip().splitlines()[-1][-300:]}"}
+        return row | {"result": explain(error)}
     told = json.loads((out / "attempts" / "1" / "result.json").read_text())
     graded = told["training"]["supervised_tokens"] / told["training"]["tokens"]
     planned = estimates.plan_run(options, "train", base, [card], graded)[0]
     figures = {"peak_gb": told["memory"]["peak_bytes"] / GB, "planned_gb": planned.parts.allocated / GB, "halved": told["memory"]["halved"]}
     console.print(f"{task.name}, planned for {size} GB, {method}: {figures}")
     return row | figures
+
+
+def explain(error: Exception) -> str:
+    """Why there is no figure: the last line of what was said."""
+    return f"not measured: {str(error).strip().splitlines()[-1][-300:]}"
 
 
 def judge(rows: dict[tuple[str, str], dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -193,3 +193,11 @@ def secure(broker: Broker, mechanism: brokers.Mechanism = "SCRAM-SHA-512") -> br
     """The way to the broker over TLS, as the user that the mechanism knows."""
     user = SCRAM_USER if mechanism.startswith("SCRAM") else PLAIN_USER
     return brokers.Access(broker.secure, tls=True, ca_file=broker.certificate, mechanism=mechanism, user=user, password=PASSWORD)
+
+
+def wait_until(holds: Callable[[], object], seconds: float = 30) -> None:
+    """Look again and again; fails when it does not come to hold in time."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)

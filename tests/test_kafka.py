@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any
@@ -134,25 +133,19 @@ def test_all_is_read_when_partitions_are_divided_anew_while_faust_commits(broker
         ending.append((asyncio.get_running_loop(), stop))
         await kafka.run(settings.to_access(), settings.group, inlet, stop, threading.Event())
 
-    def wait_until(holds):
-        deadline = time.monotonic() + 40
-        while not holds():
-            assert time.monotonic() < deadline, f"{len(places)} were read, it did not happen in time"
-            time.sleep(0.02)
-
     ending: list[Any] = []
     monkeypatch.setattr(kafka.Consumer, "commit", commit)
     monkeypatch.setattr(records.Inlet, "store", lambda _, batch, __: places.update((one.partition, one.offset) for one in batch.records))
     thread = threading.Thread(target=asyncio.run, args=[follow()], daemon=True)
     thread.start()
     try:
-        wait_until(lambda: len(places) >= divide_at)
+        broker_fixtures.wait_until(lambda: len(places) >= divide_at, 40)
         [consumer] = set(found)
         generation, reading = consumer.app.consumer_generation_id, consumer._thread
         reading.thread_loop.call_soon_threadsafe(reading._consumer._coordinator.request_rejoin)
-        wait_until(lambda: consumer.app.consumer_generation_id != generation and consumer.flow_active)
+        broker_fixtures.wait_until(lambda: consumer.app.consumer_generation_id != generation and consumer.flow_active, 40)
         divided.set()
-        wait_until(lambda: broker_fixtures.read_lag(settings, settings.topics.predictions) == 0)
+        broker_fixtures.wait_until(lambda: broker_fixtures.read_lag(settings, settings.topics.predictions) == 0, 40)
     finally:
         divided.set()
         [(loop, stop)] = ending

@@ -31,13 +31,6 @@ def test_a_broker_that_goes_away_as_reading_begins_ends_no_process_and_leaves_no
     assert threading.active_count() == before
 
 
-def wait_until(holds, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
-
-
 def test_the_next_batch_is_read_while_one_is_committed_and_none_is_acknowledged_before_its_transaction(broker, engine, monkeypatch):
     kafka, agent = broker_fixtures.make_topics(broker, "reads-on"), event_fixtures.make_agent()
     inlet = records.Inlet(engine, {agent.name: agent}, kafka.topics.kinds(), lambda: datetime.now(UTC))
@@ -63,10 +56,10 @@ def test_the_next_batch_is_read_while_one_is_committed_and_none_is_acknowledged_
     monkeypatch.setattr(records.Inlet, "store", store)
     thread = threading.Thread(target=poll.run, args=[kafka.to_access(), kafka.group, inlet, stopping])
     thread.start()
-    wait_until(lambda: len([count for count in read if count]) == 2)
+    broker_fixtures.wait_until(lambda: len([count for count in read if count]) == 2)
     assert broker_fixtures.read_lag(kafka, kafka.topics.predictions) == 30
     gate.set()
-    wait_until(lambda: broker_fixtures.read_lag(kafka, kafka.topics.predictions) == 0)
+    broker_fixtures.wait_until(lambda: broker_fixtures.read_lag(kafka, kafka.topics.predictions) == 0)
     stopping.set()
     thread.join(30)
     assert not thread.is_alive()

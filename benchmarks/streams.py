@@ -67,7 +67,7 @@ class Job(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A commit: at which monotonic time, after how much CPU time of the process, and which records (partition, offset)."""
+    """A commit: at which monotonic time, after how much CPU time of the worker, and which records (partition, offset)."""
 
     at: float
     cpu: float
@@ -95,7 +95,7 @@ class Tally:
     batches: list[Batch] = field(default_factory=list)
 
     def note(self, places: list[tuple[int, int]]) -> None:
-        self.batches.append(Batch(time.monotonic(), time.process_time(), places))
+        self.batches.append(Batch(time.monotonic(), measure_cpu(), places))
         with self.total.get_lock():
             self.total.value += len(places)
 
@@ -111,6 +111,13 @@ class TimedInlet(records.Inlet):
         self.tally.note([(one.partition, one.offset) for one in batch.records])
 
 
+def measure_cpu() -> float:
+    """CPU seconds of this process, and of one that it has begun: the poll consumer polls in it."""
+    children = [number for file in Path("/proc/self/task").glob("*/children") for number in file.read_text().split()]
+    ticks = [int(one) for number in children for one in Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[11:13]]
+    return time.process_time() + sum(ticks) / os.sysconf("SC_CLK_TCK")
+
+
 def utc_now() -> datetime:
     return datetime.now(UTC)
 
@@ -124,7 +131,8 @@ def work(job: Job, done: Any, total: Any, told: Connection) -> None:
     service.calm_collector()
     tally = Tally(total)
     WORKERS[job.kind, job.is_bare](job, done, tally)
-    told.send(Work(tally.batches, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    taken = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    told.send(Work(tally.batches, sum(taken) / 1024))
 
 
 def consume_by_faust(job: Job, done: Any, tally: Tally) -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NamedTuple
 
+import orjson
 import structlog
 from sqlalchemy import Connection, Engine
 
 from consumers import delivery, embedded, handlers, rules, schemas, work
 from consumers.progress import Incoming
-from storage import db, dead_letters, tokens
+from storage import db, dead_letters, events, tokens
 
 PRODUCER = tokens.Principal("kafka", "producer")
 """Who sends what names nobody: whoever the broker lets write to the topic."""
@@ -32,6 +33,14 @@ class Refused(NamedTuple):
 
     record: dead_letters.Record
     refusal: schemas.Refusal
+
+
+class Part(NamedTuple):
+    """Records of one topic as another process has read them: their events and the latest time that one tells, where all are good."""
+
+    records: list[dead_letters.Record]
+    events: list[events.Incoming] | None = None
+    latest: datetime | None = None
 
 
 class Read(NamedTuple):
@@ -66,6 +75,14 @@ class Inlet:
             return Batch(records, read(records, self.kinds, self.agents, self.clock()))
         except Exception as error:  # noqa: BLE001  raised in `store`, where each record is tried alone
             return Batch(records, error)
+
+    def receive(self, parts: Sequence[Part]) -> Batch:
+        """`read` records that another process has prepared."""
+        taken = [record for part in parts for record in part.records]
+        try:
+            return Batch(taken, [receive(part, self.kinds, self.agents, self.clock()) for part in parts])
+        except Exception as error:  # noqa: BLE001  as in `read`
+            return Batch(taken, error)
 
     def take(self, records: Sequence[dead_letters.Record]) -> None:
         """`read` and `store`."""
@@ -137,14 +154,45 @@ def park(connection: Connection, record: dead_letters.Record, reason: str, annou
 
 def read(records: Sequence[dead_letters.Record], kinds: Mapping[str, str], agents: Mapping[str, rules.Agent], now: datetime) -> list[Read]:
     """Parse and check records, topic by topic: all that needs no database."""
-    labels_of = _list_labels(agents)
-    found = []
-    for topic, kind in kinds.items():
+    labels_of = list_labels(agents)
+    return [_read(mine, kinds[topic], labels_of, now) for topic, mine in _divide(records, kinds)]
+
+
+def prepare(
+    records: Sequence[dead_letters.Record], kinds: Mapping[str, str], labels_of: Mapping[str, Sequence[str]], now: datetime
+) -> list[Part]:
+    """`read` for another process, whose clock and database decide: labels, and a topic in which anything is wrong, are left to it."""
+    return [_prepare(mine, kinds[topic], labels_of, now) for topic, mine in _divide(records, kinds)]
+
+
+def receive(part: Part, kinds: Mapping[str, str], agents: Mapping[str, rules.Agent], now: datetime) -> Read:
+    """What `read` says of records that another process has prepared."""
+    if part.events is None or part.latest is None or part.latest > now + delivery.AHEAD:
+        return _read(part.records, kinds[part.records[0].topic], list_labels(agents), now)
+    contents = orjson.loads(f"[{','.join([str(event.data) for event in part.events])}]")
+    return Read(part.records, (), delivery.Prepared([None] * len(contents), part.events, contents))
+
+
+def _divide(records: Sequence[dead_letters.Record], topics: Iterable[str]) -> Iterator[tuple[str, list[dead_letters.Record]]]:
+    for topic in topics:
         mine = [record for record in records if record.topic == topic]
-        items = schemas.parse_each([record.value for record in mine], kind)
-        prepared = None if kind == schemas.LABEL else delivery.prepare(items, labels_of, PRODUCER, now)
-        found.append(Read(mine, items, prepared))
-    return found
+        if mine:
+            yield topic, mine
+
+
+def _read(records: Sequence[dead_letters.Record], kind: str, labels_of: Mapping[str, Sequence[str]], now: datetime) -> Read:
+    items = schemas.parse_each([record.value for record in records], kind)
+    return Read(records, items, None if kind == schemas.LABEL else delivery.prepare(items, labels_of, PRODUCER, now))
+
+
+def _prepare(records: list[dead_letters.Record], kind: str, labels_of: Mapping[str, Sequence[str]], now: datetime) -> Part:
+    try:
+        read = None if kind == schemas.LABEL else _read(records, kind, labels_of, now)
+    except Exception:  # noqa: BLE001  it happens again in `receive`, and then each record is tried alone
+        read = None
+    if read is None or read.prepared is None or len(read.prepared.good) < len(records):
+        return Part(records)
+    return Part(records, read.prepared.good, max(data["occurred_at"] for data in read.prepared.contents))
 
 
 def take(
@@ -155,7 +203,7 @@ def take(
     refused: list[Refused] = []
     new: list[work.Item] = []
     for one in found:
-        whole = [(one.records, one.prepared)] if one.prepared is not None else _prepare_labels(connection, one, _list_labels(agents), now)
+        whole = [(one.records, one.prepared)] if one.prepared is not None else _prepare_labels(connection, one, list_labels(agents), now)
         for sent, prepared in whole:
             delivered, stored = delivery.store(connection, prepared, now, "handled")
             new += stored
@@ -168,7 +216,8 @@ def take(
     return outcome + handlers.handle_new(connection, new, agents, now), refused
 
 
-def _list_labels(agents: Mapping[str, rules.Agent]) -> dict[str, tuple[str, ...]]:
+def list_labels(agents: Mapping[str, rules.Agent]) -> dict[str, tuple[str, ...]]:
+    """The labels of each agent."""
     return {name: agent.labels for name, agent in agents.items()}
 
 

@@ -71,7 +71,7 @@ class Broker:
         return self.folder / "broker.pem"
 
     def start(self) -> None:
-        """Start it, or start it again with its data; returns when it answers."""
+        """Start it, or start it again with its data; returns when it answers, at all its ports."""
         if not self.certificate.exists():
             self._make_certificate()
         extra = self.folder / "extra.properties"
@@ -79,6 +79,7 @@ class Broker:
         extra.write_text(EXTRA.format(**names, user=PLAIN_USER, password=PASSWORD, folder=self.folder))
         scram = f"--add-scram SCRAM-SHA-512=[name={SCRAM_USER},password={PASSWORD}]"
         self._call("start", str(self.port), KAFKA_EXTRA=str(extra), KAFKA_FORMAT_ARGS=scram, KAFKA_HEAP="256m")
+        wait_until(lambda: not _is_free(self.port + 1) and not _is_free(self.proxied))
 
     def stop(self) -> None:
         self._call("stop")

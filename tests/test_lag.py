@@ -114,7 +114,7 @@ def test_a_broker_that_is_away_is_told_and_old_news_are_not_shown(source, engine
 
 
 def test_a_stream_that_hangs_ends_the_process_and_says_where_it_is(source, kafka, broker, monkeypatch):
-    for name, value in {"STALL_SECONDS": 1.0, "PERIOD_SECONDS": 0.1}.items():
+    for name, value in {"STALL_SECONDS": 4.0, "PERIOD_SECONDS": 0.1}.items():  # the process that polls takes a second to begin
         monkeypatch.setattr(lag, name, value)
     monkeypatch.setattr(stream, "END_SECONDS", 0.5)
     released = threading.Event()

@@ -223,11 +223,10 @@ class Crc32Partitioner(DefaultPartitioner):  # type: ignore[misc]
     """A key's partition by CRC-32, as librdkafka divides keys (`consistent`): kafka-python's murmur2 is half of what a message costs."""
 
     def partition(self, topic: str, key: object, serialized_key: bytes | None, value: object, serialized: object, cluster: Any) -> int:
-        """The same for a key as long as the topic has as many partitions."""
+        """The same for a key as long as the topic has as many partitions; they are numbered from 0 on."""
         if serialized_key is None:
             return int(super().partition(topic, key, serialized_key, value, serialized, cluster))
-        partitions: list[int] = sorted(cluster.partitions_for_topic(topic))
-        return partitions[zlib.crc32(serialized_key) % len(partitions)]
+        return zlib.crc32(serialized_key) % len(cluster.partitions_for_topic(topic))
 
 
 @contextlib.contextmanager

@@ -9,7 +9,22 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import orjson
-from sqlalchemy import ARRAY, JSON, BigInteger, ColumnElement, Connection, Dialect, Integer, Select, String, any_, func, literal, select
+from sqlalchemy import (
+    ARRAY,
+    JSON,
+    BigInteger,
+    ColumnElement,
+    Connection,
+    Dialect,
+    Integer,
+    Select,
+    String,
+    any_,
+    bindparam,
+    func,
+    literal,
+    select,
+)
 
 from storage.tables import Table
 
@@ -66,6 +81,18 @@ def is_one_of(connection: Connection, column: Any, values: Iterable[str] | Itera
     return cast("ColumnElement[bool]", column.in_(_list(connection, column, values)))
 
 
+def is_one_of_named(dialect: str, column: Any, name: str) -> ColumnElement[bool]:
+    """`is_one_of` for a statement that is put together once: the parameter `name` gets what `write_list` makes of the values."""
+    if dialect != "sqlite":
+        return cast("ColumnElement[bool]", column == any_(bindparam(name, type_=_array_of(column))))
+    return cast("ColumnElement[bool]", column.in_(select(func.json_each(bindparam(name)).table_valued("value").c.value)))
+
+
+def write_list(dialect: str, values: Iterable[str] | Iterable[int]) -> str | list[Any]:
+    """Many values as one parameter: an array, or a JSON text on SQLite."""
+    return orjson.dumps(list(values)).decode() if dialect == "sqlite" else list(values)
+
+
 def is_none_of(connection: Connection, column: Any, values: Iterable[str] | Iterable[int]) -> ColumnElement[bool]:
     """A condition that holds where `column` is none of many values."""
     return cast("ColumnElement[bool]", column.not_in(_list(connection, column, values)))
@@ -74,11 +101,15 @@ def is_none_of(connection: Connection, column: Any, values: Iterable[str] | Iter
 def _list(connection: Connection, column: Any, values: Iterable[str] | Iterable[int]) -> Select[Any]:
     if connection.dialect.name != "sqlite":
         return select(func.unnest(_to_array(column, values)))
-    return select(func.json_each(orjson.dumps(list(values)).decode()).table_valued("value").c.value)
+    return select(func.json_each(write_list("sqlite", values)).table_valued("value").c.value)
 
 
 def _to_array(column: Any, values: Iterable[str] | Iterable[int]) -> ColumnElement[Any]:
-    return literal(list(values), ARRAY(BigInteger if isinstance(column.type, Integer) else String))
+    return literal(list(values), _array_of(column))
+
+
+def _array_of(column: Any) -> ARRAY[Any]:
+    return ARRAY(BigInteger if isinstance(column.type, Integer) else String)
 
 
 def _convert(values: Sequence[Any], convert: Callable[[Any], Any] | None) -> Sequence[Any]:

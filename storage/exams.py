@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Literal, cast
 
-from sqlalchemy import Connection, RowMapping, func, select, update
+from sqlalchemy import Connection, RowMapping, bindparam, func, select, update
 
 from storage import bulk, events, ids, ledger, reviews
 from storage.tables import Exam, Review
@@ -57,10 +57,17 @@ def is_asking(connection: Connection, agent: str) -> bool:
 
 def count_asked(connection: Connection, agent: str, since: datetime) -> Counter[Kind]:
     """How many reviews exam and watch opened since then; those that were withdrawn cost no expert anything."""
-    query = select(Exam.kind, func.count()).join(Review, Review.exam == Exam.id).group_by(Exam.kind)
-    query = query.where(Review.agent == agent, Review.opened_at >= since, Review.state != "expired")
-    rows = connection.execute(query).all()
+    rows = connection.execute(_ASKED, {"agent": agent, "since": since}).all()
     return Counter({cast("Kind", row[0]): row[1] for row in rows})
+
+
+_ASKED = (
+    select(Exam.kind, func.count())
+    .join(Review, Review.exam == Exam.id)
+    .where(Review.agent == bindparam("agent"), Review.opened_at >= bindparam("since"), Review.state != "expired")
+    .group_by(Exam.kind)
+)
+"""Asked for every batch and every single event where there is a budget: put together once."""
 
 
 def update_report(connection: Connection, exam: str, report: Mapping[str, Any]) -> None:

@@ -119,9 +119,18 @@ def has_served(connection: Connection, agent: str, names: Sequence[str]) -> bool
 
 def find_window_start(connection: Connection, agent: str, size: int) -> datetime:
     """When the oldest of the newest `size` served predictions came; the epoch when there are fewer."""
-    query = select(Prediction.received_at).where(Prediction.agent == agent, Prediction.origin == "served")
-    found = connection.execute(query.order_by(Prediction.id.desc()).offset(size - 1).limit(1)).scalar()
+    found = connection.execute(_WINDOW_START, {"agent": agent, "newer": size - 1}).scalar()
     return found or datetime.fromtimestamp(0, UTC)
+
+
+_WINDOW_START = (
+    select(Prediction.received_at)
+    .where(Prediction.agent == bindparam("agent"), Prediction.origin == "served")
+    .order_by(Prediction.id.desc())
+    .offset(bindparam("newer"))
+    .limit(1)
+)
+"""Read as often as `_NEWEST`."""
 
 
 def read_between(connection: Connection, agent: str, first: str, last: str) -> list[RowMapping]:

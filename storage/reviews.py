@@ -5,12 +5,13 @@ open → leased → answered | expired ;  leased → open (the lease ran out, or
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, RowMapping, Text, bindparam, case, cast, func, insert, literal, select, text, update
+from sqlalchemy import Connection, RowMapping, Select, Text, bindparam, case, cast, func, insert, literal, select, text, update
 
 from storage import bulk, ids
 from storage.tables import Prediction, Review, ReviewStep
@@ -81,10 +82,17 @@ def make_case_key(agent: str, claim_id: str, input_digest: str) -> int:
 
 def find_live_cases(connection: Connection, claims: Iterable[str], but: Collection[str]) -> set[tuple[str, str, str]]:
     """The cases of these claims that wait for an expert, by other predictions than those in `but`: agent, claim, digest of the input."""
+    dialect = connection.dialect.name
+    found = connection.execute(_select_live_cases(dialect), {"claims": bulk.write_list(dialect, claims)})
+    return {(agent, claim, digest) for prediction, agent, claim, digest in found if prediction not in but}
+
+
+@functools.cache
+def _select_live_cases(dialect: str) -> Select[str, str, str, str]:
+    """Put together once: it is asked for every batch and every single event."""
     query = select(Prediction.id, Prediction.agent, Prediction.claim_id, Prediction.input_digest)
     query = query.join(Review, (Review.prediction == Prediction.id) & IS_LIVE)
-    query = query.where(bulk.is_one_of(connection, Prediction.claim_id, claims))
-    return {(agent, claim, digest) for prediction, agent, claim, digest in connection.execute(query) if prediction not in but}
+    return query.where(bulk.is_one_of_named(dialect, Prediction.claim_id, "claims"))
 
 
 def _about(prediction: str, exam: str | None) -> str:

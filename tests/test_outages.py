@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 import psycopg
 import pytest
-from sqlalchemy import Engine, event, func, select
+from sqlalchemy import Engine, func, select
 from sqlalchemy.exc import OperationalError
 
 from consumers import embedded
@@ -223,13 +223,14 @@ def test_a_process_that_stood_still_within_a_transaction_holds_up_nobody_for_eve
 
 
 @pytest.mark.databases("sqlite")
-def test_of_sqlite_s_failures_a_lock_and_a_full_disk_pass_and_a_missing_table_does_not(engine: Engine) -> None:
+def test_of_sqlite_s_failures_a_lock_and_a_full_disk_pass_and_a_missing_table_does_not(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db, "BUSY_SECONDS", 0.05)
     found = []
     with engine.connect() as connection, pytest.raises(OperationalError) as missing:
         connection.exec_driver_sql("SELECT * FROM nowhere")
     found.append(db.is_passing(missing.value))
-    event.listen(engine, "connect", lambda driver, _: driver.execute("PRAGMA busy_timeout=10"))
-    engine.dispose()
     with (
         db.writing(engine),
         engine.connect().execution_options(writes=True) as other,

@@ -69,7 +69,8 @@ L
   setsid java "${opts[@]}" ${KAFKA_OPTS:-} kafka.Kafka "$data/server.properties" >> "$data/kafka.out" 2>&1 < /dev/null &
   echo $! > "$pidf"
   for _ in $(seq 1 600); do
-    alive || { echo "broker died:" >&2; tail -20 "$data/kafka.out" >&2; exit 1; }
+    # Not by `alive`: in its first moment the process does not have its own command line.
+    kill -0 "$(cat "$pidf")" 2>/dev/null || { echo "broker died:" >&2; tail -20 "$data/kafka.out" >&2; exit 1; }
     if answers "$port"; then echo "127.0.0.1:$port"; exit 0; fi
     sleep 0.1
   done

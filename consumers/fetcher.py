@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
+import select
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -25,6 +29,9 @@ from storage import dead_letters
 
 POLL_MS, OWING_MS = 200, 10
 """How long a look for records takes at most, and how long while offsets are to be committed soon."""
+MOST_OWED = 2
+"""So many batches are with the daemon at once: the one it stores, and the next. More would be small, each with its own transaction."""
+ORPHANED_SECONDS = 10.0
 COMMIT_MS, CLOSE_MS = 10_000, 5_000
 METADATA_MS, BOOTSTRAP_MS = 30_000, 5_000
 LOG_LINE = "{levelname}\t{name}\t{message}"
@@ -70,12 +77,22 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format=LOG_LINE, style="{")
     gc.freeze()
     with Connection(int(sys.argv[1])) as channel:
+        threading.Thread(target=_end_with, args=[channel], name="end-with", daemon=True).start()
         try:
             failed = work(decode_job(channel.recv_bytes()), channel)
             if failed is not None:
                 channel.send_bytes(encode(failed))
         except (EOFError, ConnectionError):
             pass  # whoever began it is gone
+
+
+def _end_with(channel: Connection) -> None:
+    """End the process when whoever began it is gone, and it has not ended by itself soon after: kafka-python may wait for the broker."""
+    hangup = select.poll()
+    hangup.register(channel.fileno(), 0)  # that is told in any case, and nothing else
+    hangup.poll()
+    time.sleep(ORPHANED_SECONDS)
+    os._exit(1)
 
 
 def work(job: Job, channel: Connection) -> Failed | None:
@@ -105,7 +122,7 @@ def _fetch(job: Job, channel: Connection) -> None:
         consumer.topics()
         owed = 0
         while True:
-            while channel.poll():
+            while channel.poll(None if owed >= MOST_OWED else 0):
                 told = channel.recv_bytes()
                 if not told:
                     return

@@ -24,6 +24,10 @@ from consumers import broker, fetcher, records
 BATCH = 1000
 WAIT_SECONDS, END_SECONDS = 0.2, 17.0
 """How long is waited for records, and for the other process: to commit and to leave the group takes it 15 s where no broker answers."""
+GONE = (EOFError, OSError)
+"""What reading from it and writing to it raise when it has ended, between two messages or in the midst of one."""
+PASSED_ON = ("PATH", "HOME", "TMPDIR", "TZ", "LANG", "LD_LIBRARY_PATH")
+PASSED_ON_PREFIXES = ("PYTHON", "LC_", "SSL_CERT_", "COVERAGE_")
 _ERRORS = {error.__name__: error for error in (broker.BrokerError, broker.BrokerAbsentError, broker.AccessRefusedError)}
 
 log = structlog.get_logger()
@@ -100,18 +104,17 @@ class Fetcher:
     def end(self) -> None:
         """Let it commit what it was told to, leave the group and end."""
         deadline = time.monotonic() + END_SECONDS
-        with contextlib.suppress(EOFError, ConnectionError):
+        with self._channel, contextlib.suppress(*GONE):
             self._channel.send_bytes(b"")
             while self._channel.poll(max(0.0, deadline - time.monotonic())):
                 self._channel.recv_bytes()
-        self._channel.close()
         self._reap(max(1.0, deadline - time.monotonic()))
 
     @contextlib.contextmanager
     def _expecting(self) -> Iterator[None]:
         try:
             yield
-        except (EOFError, ConnectionError) as error:
+        except GONE as error:
             status = self._reap(END_SECONDS)
             raise broker.BrokerError(f"the process that polls ended with status {status}: another one is begun") from error
 
@@ -139,7 +142,8 @@ def _fetching(job: fetcher.Job, inlet: records.Inlet) -> Iterator[Fetcher]:
     with theirs:
         process = subprocess.Popen(  # noqa: S603  our own interpreter and module
             [sys.executable, "-P", "-m", "consumers.fetcher", str(theirs.fileno())],
-            env={name: value for name, value in os.environ.items() if not name.startswith("RATCHET_")},
+            env={name: value for name, value in os.environ.items() if name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)},
+            process_group=0,  # what a terminal sends is for the daemon
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

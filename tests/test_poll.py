@@ -206,6 +206,37 @@ def test_a_process_that_polls_and_is_killed_is_told_and_nothing_was_acknowledged
     assert 300 - broker_fixtures.read_lag(kafka, kafka.topics.predictions) <= inlet.counters.by_state["handled"]
 
 
+def test_a_process_that_ends_in_the_midst_of_a_message_is_told_as_any_other(engine):
+    ours, theirs = multiprocessing.Pipe()
+    process = subprocess.Popen(["true"])
+    source = poll.Fetcher(process, ours, records.Inlet(engine, {}, {}, lambda: datetime.now(UTC)))
+    os.write(theirs.fileno(), b"\0\0\x10\0half of it")
+    theirs.close()
+    with pytest.raises(brokers.BrokerError, match="the process that polls ended with status 0"):
+        source.receive(1)
+    source.end()
+    assert ours.closed
+
+
+def test_no_more_than_two_batches_are_with_the_daemon_at_once(broker, monkeypatch):
+    kafka = broker_fixtures.make_topics(broker, "owed")
+    produce(broker, kafka, 50)
+    ours, theirs = multiprocessing.Pipe()
+    working = threading.Thread(target=fetcher.work, args=[make_job(kafka, size=10), theirs])
+    working.start()
+    received = [fetcher.decode_told(ours.recv_bytes()) for _ in range(2)]
+    assert not ours.poll(1), "the third would wait here, and what comes meanwhile in a fourth"
+    ours.send_bytes(fetcher.encode(received[0].places))
+    assert fetcher.decode_told(ours.recv_bytes()) == fetcher.Committed(None)
+    assert isinstance(fetcher.decode_told(ours.recv_bytes()), fetcher.Polled)
+    ours.send_bytes(b"")
+    working.join(30)
+    assert not working.is_alive()
+    ours.close()
+    theirs.close()
+    assert broker_fixtures.read_lag(kafka, kafka.topics.predictions) == 40
+
+
 def test_a_process_that_polls_does_not_outlive_the_one_that_stores(broker, tmp_path):
     kafka = broker_fixtures.make_topics(broker, "orphaned")
     program = (
@@ -223,6 +254,22 @@ def test_a_process_that_polls_does_not_outlive_the_one_that_stores(broker, tmp_p
     process.kill()
     process.wait()
     broker_fixtures.wait_until(lambda: not is_polling(number))
+
+
+def test_a_process_that_waits_for_a_broker_does_not_outlive_it_either():
+    program = (
+        "import sys, threading, time; from multiprocessing.connection import Connection; from consumers import fetcher; "
+        "fetcher.ORPHANED_SECONDS = 0.1; channel = Connection(int(sys.argv[1])); "
+        "threading.Thread(target=fetcher._end_with, args=[channel], daemon=True).start(); channel.send_bytes(b'begun'); time.sleep(60)"
+    )
+    ours, theirs = multiprocessing.Pipe()
+    with theirs:
+        process = subprocess.Popen([sys.executable, "-c", program, str(theirs.fileno())], pass_fds=[theirs.fileno()])
+    ours.recv_bytes()
+    time.sleep(0.3)
+    assert process.poll() is None
+    ours.close()
+    assert process.wait(10) == 1
 
 
 def test_what_comes_from_the_other_process_is_what_would_be_read_here(engine):

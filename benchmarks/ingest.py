@@ -70,13 +70,20 @@ class Server:
 
     def wait_until_handled(self) -> None:
         """Wait until nothing is left to do."""
-        with contextlib.closing(sqlite3.connect(f"file:{self.database}?mode=ro", uri=True)) as connection:
+        with self._reading() as connection:
             while connection.execute("SELECT 1 FROM events WHERE state = 'received' LIMIT 1").fetchone():
                 time.sleep(0.01)
+
+    def check_handled(self) -> None:
+        """Look through all events, which takes a while, that each was handled."""
+        with self._reading() as connection:
             taken = "SELECT state, count(*) FROM events WHERE type = ? GROUP BY state"  # the daemon's own lie there too
             states = dict(connection.execute(taken, [schemas.PREDICTION]).fetchall())
         if set(states) != {"handled"}:
             raise SystemExit(f"not every event was handled: {states}")
+
+    def _reading(self) -> contextlib.closing[sqlite3.Connection]:
+        return contextlib.closing(sqlite3.connect(f"file:{self.database}?mode=ro", uri=True))
 
 
 def main() -> None:
@@ -102,6 +109,7 @@ def main() -> None:
                 if server is whole:
                     server.wait_until_handled()
                 server.rates.append(len(bodies) * asked.batch / (time.perf_counter() - began))
+            whole.check_handled()
             told = ", ".join(f"{name} {server.rates[-1]:.0f}" for name, server in (("bare", bare), ("accepted", web), ("handled", whole)))
             console.print(f"run {run + 1}/{asked.runs}: {told} events/s")
         singles = [body[1:-1] for body in make_bodies(numbers, asked.singles, 1)]

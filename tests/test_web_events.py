@@ -1,13 +1,16 @@
 """daemon.web.events, intake and access: nothing is acknowledged before it is stored, and every refusal says what would be right."""
 
 import asyncio
+import sqlite3
 from datetime import timedelta
 
 import orjson
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import event as sqlalchemy_event
 from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 
 from daemon.web import intake
 from storage import db, tokens
@@ -265,6 +268,43 @@ def test_a_database_that_is_gone_is_503_and_nothing_is_acknowledged(site, capsys
     assert answer.headers["retry-after"] == "5"
     assert problem(answer)["field"] == "database"
     assert "no such table" in capsys.readouterr().out, "the log says why"
+
+
+def test_what_is_not_committed_is_not_acknowledged_though_its_answer_was_written_meanwhile(site):
+    events = [make_prediction(number, site.clock()) for number in range(3)]
+
+    def fail(_connection):
+        sqlalchemy_event.remove(site.engine, "commit", fail)
+        raise OperationalError("COMMIT", {}, sqlite3.OperationalError("disk I/O error"))
+
+    sqlalchemy_event.listen(site.engine, "commit", fail)
+    assert post(site, "/v1/predictions", content=orjson.dumps(events), headers=BATCH).status_code == 503
+    answer = post(site, "/v1/predictions", content=orjson.dumps(events), headers=BATCH)
+    assert [one["outcome"] for one in answer.json()["results"]] == ["stored"] * 3, "nothing of the first try is there"
+
+
+def test_an_answer_that_was_written_is_written_anew_when_what_it_says_changed(site, monkeypatch):
+    events = [make_prediction(number, site.clock()) for number in range(3)]
+    store, tries = intake.Intake._store, []
+
+    def be_cut_off(self, group):
+        store(self, group)
+        tries.append(group)
+        if len(tries) == 1:
+            site.clock.now += timedelta(seconds=1)
+            raise OperationalError("COMMIT", {}, sqlite3.OperationalError("cut off"), connection_invalidated=True)
+
+    monkeypatch.setattr(intake.Intake, "_store", be_cut_off)
+    monkeypatch.setattr(intake.Arrival, "settle", settle_last(intake.Arrival.settle, tries))
+    answer = post(site, "/v1/predictions", content=orjson.dumps(events), headers=BATCH)
+    assert answer.status_code == 202
+    assert len(tries) == 2
+    assert [one["outcome"] for one in answer.json()["results"]] == ["duplicate"] * 3, "the first try was committed all the same"
+
+
+def settle_last(settle, tries):
+    """The first try's commit is never heard of."""
+    return lambda arrival, outcome: settle(arrival, outcome) if tries else None
 
 
 def test_one_request_s_failure_is_not_its_neighbour_s(site, monkeypatch):

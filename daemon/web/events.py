@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import orjson
 from fastapi import APIRouter, Path, Request, Response
@@ -142,18 +142,20 @@ async def _take(request: Request, site: Site, caller: tokens.Principal, kind: st
     if not body.strip():
         raise problems.RequestRefusedError(400, "body", "nothing", "the body is empty: send an event")
     try:
-        results = await site.intake.take(intake.Arrival(body, kind, form, caller))
+        answer = await site.intake.take(intake.Arrival(body, kind, form, caller, _answer_one if form == "single" else _answer_many))
     except schemas.MalformedError as error:
         hint = "; several events are application/cloudevents-batch+json or application/x-ndjson" if form == "single" else ""
         raise problems.RequestRefusedError(400, "body", f"{len(body)} bytes", f"{error}{hint}") from error
     except intake.TooManyError as error:
         raise problems.RequestRefusedError(413, "body", str(error), f"send at most {intake.MAX_ITEMS} events at once") from error
-    outcomes = Counter([result.outcome for result in results])
+    outcomes = Counter([result.outcome for result in answer.results])
     for outcome, count in outcomes.items():
         site.metrics.events.labels(kind, outcome).inc(count)
     if outcomes["stored"] and not site.intake.is_handling:
         site.on_stored()
-    return _answer_one(results[0]) if form == "single" else _answer_many(results)
+    if isinstance(answer.written, problems.RequestRefusedError):
+        raise answer.written
+    return cast("Response", answer.written)
 
 
 def read_form(request: Request) -> intake.Form:
@@ -169,9 +171,10 @@ def read_form(request: Request) -> intake.Form:
     return form
 
 
-def _answer_one(result: delivery.Delivered) -> Response:
+def _answer_one(results: Sequence[delivery.Delivered]) -> Response | problems.RequestRefusedError:
+    (result,) = results
     if result.refusal is not None:
-        raise problems.refuse(STATUSES[result.outcome], result.refusal)
+        return problems.refuse(STATUSES[result.outcome], result.refusal)
     return Response(orjson.dumps({"ulid": result.ulid, "outcome": result.outcome}), 202, media_type=problems.JSON)
 
 

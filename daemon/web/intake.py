@@ -6,6 +6,7 @@ One writer never waits for another one's lock, and a hundred single events cost 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,27 +34,49 @@ class TooManyError(ValueError):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """What became of the events of a request, and how that is written down for whoever sent it."""
+
+    results: list[delivery.Delivered]
+    written: Any
+
+
+@dataclass(slots=True, eq=False)
 class Arrival:
-    """The body of one request, of the event type that its route takes, and who waits for what became of it."""
+    """The body of one request, of the event type that its route takes, and who waits for what became of it; `write` writes that down."""
 
     body: bytes
     kind: str
     form: Form
     principal: tokens.Principal
+    write: Callable[[list[delivery.Delivered]], Any]
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
-    done: asyncio.Future[list[delivery.Delivered]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    done: asyncio.Future[Answer] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    _draft: Answer | None = None
+
+    def foresee(self, results: list[delivery.Delivered]) -> None:
+        """Have the answer written while the disk is waited for, from whatever thread; `settle` gives it away, or another one."""
+        self.loop.call_soon_threadsafe(self._prepare, results)
 
     def settle(self, outcome: list[delivery.Delivered] | Exception) -> None:
         """Tell the request, from whatever thread."""
         self.loop.call_soon_threadsafe(self._settle, outcome)
+
+    def _prepare(self, results: list[delivery.Delivered]) -> None:
+        with contextlib.suppress(Exception):  # it is raised when the answer is due
+            self._draft = Answer(results, self.write(results))
 
     def _settle(self, outcome: list[delivery.Delivered] | Exception) -> None:
         if self.done.done():  # the client left, and the request was cancelled
             return
         if isinstance(outcome, Exception):
             self.done.set_exception(outcome)
-        else:
-            self.done.set_result(outcome)
+            return
+        try:
+            draft = self._draft
+            self.done.set_result(draft if draft is not None and draft.results is outcome else Answer(outcome, self.write(outcome)))
+        except Exception as error:  # noqa: BLE001  it goes to whoever waits
+            self.done.set_exception(error)
 
 
 class Intake:
@@ -77,7 +100,7 @@ class Intake:
         """Whether events are handled as they come in."""
         return self._counters is not None
 
-    async def take(self, arrival: Arrival) -> list[delivery.Delivered]:
+    async def take(self, arrival: Arrival) -> Answer:
         """Store the events of a request; returns after the commit, with a result for each.
 
         Raises `schemas.MalformedError` and `TooManyError`, and what the database raised.
@@ -140,19 +163,23 @@ class Intake:
         by_principal: dict[tokens.Principal, list[Item]] = {}
         for arrival, items in group:
             by_principal.setdefault(arrival.principal, []).extend(items)
-        results: dict[tokens.Principal, Iterator[delivery.Delivered]] = {}
+        told: dict[tokens.Principal, Iterator[delivery.Delivered]] = {}
         new: list[work.Item] = []
         state: events.State = "handled" if self.is_handling else "received"
         with db.writing(self._engine, alone=False) as connection:
             for principal, items in by_principal.items():
                 delivered, stored = delivery.deliver_as(connection, items, self._labels_of, principal, now, state)
-                results[principal] = iter(delivered)
+                told[principal] = iter(delivered)
                 new += stored
             handled = handlers.handle_new(connection, new, self._agents, now) if self.is_handling else Counter[str]()
+            results = [list(itertools.islice(told[arrival.principal], len(items))) for arrival, items in group]
+            for (arrival, _), mine in zip(group, results, strict=True):
+                if len(mine) > 1:  # one is written faster than asked for
+                    arrival.foresee(mine)
         if self._counters is not None and handled:
             self._counters.add(handled)
-        for arrival, items in group:
-            arrival.settle(list(itertools.islice(results[arrival.principal], len(items))))
+        for (arrival, _), mine in zip(group, results, strict=True):
+            arrival.settle(mine)
 
 
 def parse(arrival: Arrival) -> list[Item]:

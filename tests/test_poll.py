@@ -124,11 +124,11 @@ def test_an_error_that_nobody_thought_of_is_told_without_its_text(broker, monkey
 
 def test_what_the_other_process_logs_is_logged_here(caplog):
     reading, writing = os.pipe()
-    os.write(writing, b"WARNING\tkafka.coordinator\tno\tanswer\nTraceback (most recent call last):\n")
+    os.write(writing, b"WARNING\tfar.away\tno\tanswer\nTraceback (most recent call last):\n")
     os.close(writing)
     poll._tell(os.fdopen(reading, "rb"))
     assert caplog.record_tuples == [
-        ("kafka.coordinator", logging.WARNING, "no\tanswer"),
+        ("far.away", logging.WARNING, "no\tanswer"),
         ("consumers.fetcher", logging.ERROR, "Traceback (most recent call last):"),
     ]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 import multiprocessing
@@ -93,11 +94,19 @@ class Tally:
 
     total: Any
     batches: list[Batch] = field(default_factory=list)
+    memory: float = 0.0
 
     def note(self, places: list[tuple[int, int]]) -> None:
-        self.batches.append(Batch(time.monotonic(), measure_cpu(), places))
+        cpu, memory = measure_children(self._children)
+        self.batches.append(Batch(time.monotonic(), time.process_time() + cpu, places))
+        self.memory = max(self.memory, memory)
         with self.total.get_lock():
             self.total.value += len(places)
+
+    @functools.cached_property
+    def _children(self) -> list[int]:
+        """The process that the poll consumer polls in."""
+        return [int(number) for file in Path("/proc/self/task").glob("*/children") for number in file.read_text().split()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +120,11 @@ class TimedInlet(records.Inlet):
         self.tally.note([(one.partition, one.offset) for one in batch.records])
 
 
-def measure_cpu() -> float:
-    """CPU seconds of this process, and of one that it has begun: the poll consumer polls in it."""
-    children = [number for file in Path("/proc/self/task").glob("*/children") for number in file.read_text().split()]
-    ticks = [int(one) for number in children for one in Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[11:13]]
-    return time.process_time() + sum(ticks) / os.sysconf("SC_CLK_TCK")
+def measure_children(numbers: Sequence[int]) -> tuple[float, float]:
+    """CPU seconds of processes so far, and the most memory that they have taken, in MiB."""
+    ticks = [int(one) for number in numbers for one in Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[11:13]]
+    told = [Path(f"/proc/{number}/status").read_text().partition("VmHWM:")[2] for number in numbers]
+    return sum(ticks) / os.sysconf("SC_CLK_TCK"), sum(int(one.split()[0]) for one in told) / 1024
 
 
 def utc_now() -> datetime:
@@ -131,8 +140,7 @@ def work(job: Job, done: Any, total: Any, told: Connection) -> None:
     service.calm_collector()
     tally = Tally(total)
     WORKERS[job.kind, job.is_bare](job, done, tally)
-    taken = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    told.send(Work(tally.batches, sum(taken) / 1024))
+    told.send(Work(tally.batches, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 + tally.memory))
 
 
 def consume_by_faust(job: Job, done: Any, tally: Tally) -> None:

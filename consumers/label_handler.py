@@ -94,4 +94,5 @@ def _check_label(data: Any, target: Any, expert: str, agent: rules.Agent) -> Non
     if data.get("claim_id") not in (None, target["claim_id"]):
         raise RefusedError("claim_id is not the claim of the prediction or review that the label names")
     if data["answer"] not in agent.labels:
-        raise RefusedError(f"answer {data['answer']!r} is not one of {', '.join(agent.labels)}")
+        # Others are told the reason, and nothing of what the event holds: the letter itself shows that.
+        raise RefusedError(f"its answer is none of {', '.join(agent.labels)} any more")

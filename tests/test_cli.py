@@ -33,6 +33,15 @@ def test_init_writes_a_folder_that_works_as_it_is(home):
     database.close()
 
 
+def test_db_check_says_whether_the_schema_is_up_to_date_and_what_to_do(home, capsys):
+    assert cli.main(["db", "check"]) == 0
+    (home / "ratchet.db").unlink()
+    assert cli.main(["db", "check"]) == 1
+    assert "ratchet db upgrade" in capsys.readouterr().err
+    assert cli.main(["db", "upgrade"]) == 0
+    assert cli.main(["db", "check"]) == 0
+
+
 def test_init_never_overwrites_a_configuration(home, capsys):
     (home / "ratchet.toml").write_text("mine")
     assert cli.main(["init", str(home)]) == 1

@@ -12,6 +12,7 @@ import mode
 import orjson
 import pytest
 
+from consumers import broker as brokers
 from consumers import kafka, records
 from tests import broker_fixtures, event_fixtures
 
@@ -152,3 +153,16 @@ def test_all_is_read_when_partitions_are_divided_anew_while_faust_commits(broker
         loop.call_soon_threadsafe(stop.set)
         thread.join(30)
     assert len(places) == count
+
+
+def test_a_faust_that_crashed_ends_the_stream(tmp_path) -> None:
+    async def crash_and_watch() -> None:
+        app = kafka.make_app(brokers.Access("127.0.0.1:1"), "crashes", str(tmp_path))
+        failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        watching = asyncio.create_task(kafka._watch(app, asyncio.Event(), failed))
+        await asyncio.sleep(0)
+        await app.crash(ZeroDivisionError("inside Faust"))
+        await asyncio.wait_for(watching, 30)
+
+    with pytest.raises(kafka.FaustCrashedError, match="ZeroDivisionError"):
+        asyncio.run(crash_and_watch())

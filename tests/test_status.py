@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from fastapi import FastAPI
@@ -200,3 +200,13 @@ def test_the_problem_of_one_daemon_is_not_hidden_by_another_one_s_news(busy):
         streams.tell(connection, "here 1", {**body, "problem": "there is no topic a"}, busy.clock())
         streams.tell(connection, "there 1", {**body, "problem": None}, busy.clock() + timedelta(seconds=1))
     assert status.collect(busy.engine, {}, busy.clock())["stream"]["problem"] == "there is no topic a"
+
+
+def test_readiness_tells_how_far_behind_each_partition_is_and_how_batches_go(busy):
+    numbers = {"batches": 2, "records": 7, "batch_seconds": 0.5, "last_records": 3, "last_seconds": 0.25, "sent": 1}
+    body = {**numbers, "consumer": "poll", "is_relaying": True, "lag": {"a/0": 3, "a/1": 0}, "oldest_seconds": 1.5, "problem": None}
+    with db.writing(busy.engine) as connection:
+        streams.tell(connection, "here 1 ab", body, datetime.now(UTC))
+    told = get(busy.app, busy, "/readyz").json()["stream"]
+    assert (told["lag"], told["oldest_seconds"], told["problem"]) == ({"a/0": 3, "a/1": 0}, 1.5, None)
+    assert told["daemons"] == {"here 1": {**numbers, "consumer": "poll", "is_relaying": True}}

@@ -15,12 +15,16 @@ from storage import db, events
 
 
 class StreamHealth(BaseModel):
-    """How Kafka is read: what keeps it if anything does, how many records and messages wait, and for how long."""
+    """How Kafka is read: what keeps it if anything does, how many records and messages wait, and for how long.
+
+    `lag` is by topic and partition. Of each daemon: its batches, records and their time since it began, and its last batch.
+    """
 
     problem: str | None
-    lag: int
+    lag: dict[str, int]
     oldest_seconds: float | None
     backlog: int
+    daemons: dict[str, dict[str, Any]]
 
 
 class Health(BaseModel):
@@ -54,7 +58,7 @@ def show_readiness(request: Request) -> Readiness:
     with db.reading(engine) as connection:
         events.oldest_received_at(connection)
         told = status.describe_stream(connection, datetime.now(UTC))
-    return Readiness(stream=StreamHealth(**{**told, "lag": sum(told["lag"].values())}) if told else None)
+    return Readiness(stream=StreamHealth(**told) if told else None)
 
 
 @router.get("/metrics", response_class=Response, responses=TEXT)

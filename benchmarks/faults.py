@@ -10,7 +10,7 @@ import contextlib
 import functools
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -29,6 +29,8 @@ FAULTS: dict[str, Fault] = {
     "all events twice": fault_fixtures.repeat,
     "a poisoned partition": fault_fixtures.poison,
     "the relay killed": fault_fixtures.kill_relay,
+    "the broker killed, away for 10 s": fault_fixtures.interrupt_broker,
+    "a consumer killed in a batch": fault_fixtures.kill_consumer,
     "workers and schedulers join and die": fault_fixtures.join_and_die,
 }
 DISK = "2g"
@@ -40,6 +42,7 @@ def main() -> None:
     parser.add_argument("--repeated", type=int, default=fault_fixtures.LONG.repeated, help="so many events come twice")
     parser.add_argument("--short", action="store_true", help="with the time-outs of the tests, to try the script")
     parser.add_argument("--consumers", nargs="+", default=["faust", "poll"], choices=["faust", "poll"])
+    parser.add_argument("--only", nargs="+", default=list(FAULTS), choices=list(FAULTS), help="these alone, and none of PostgreSQL's")
     asked = parser.parse_args()
     if missing := broker_fixtures.find_missing():
         sys.exit(missing)
@@ -53,10 +56,10 @@ def main() -> None:
         stack.callback(broker.kill)
         server = stack.enter_context(postgres_fixtures.running_server())
         progress = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
-        bar = progress.add_task("", total=len(asked.consumers) * (len(FAULTS) + 2))
+        bar = progress.add_task("", total=len(asked.consumers) * (len(asked.only) + 2))
         for consumer in asked.consumers:
             paced = fault_fixtures.Pace(**{**vars(pace), "repeated": min(asked.repeated, FEW) if asked.short else asked.repeated})
-            for name, tally in suffer_all(folder / consumer, broker, consumer, paced, server):
+            for name, tally in suffer_all(folder / consumer, broker, consumer, paced, server, asked.only):
                 tallies[f"{consumer}: {name}"] = tally
                 progress.update(bar, description=f"{consumer}: {name}", advance=1)
                 progress.console.print(f"{consumer}: {name}: {tally}", markup=False)
@@ -66,7 +69,12 @@ def main() -> None:
 
 
 def suffer_all(
-    folder: Path, broker: broker_fixtures.Broker, consumer: str, pace: fault_fixtures.Pace, server: postgres_fixtures.Server
+    folder: Path,
+    broker: broker_fixtures.Broker,
+    consumer: str,
+    pace: fault_fixtures.Pace,
+    server: postgres_fixtures.Server,
+    only: Sequence[str],
 ) -> Iterator[tuple[str, fault_fixtures.Tally]]:
     """Do everything to a daemon on SQLite, then what concerns the server to one on PostgreSQL."""
     disk = folder / "disk"
@@ -75,10 +83,12 @@ def suffer_all(
         trial = fault_fixtures.Trial(folder / f"{consumer}-sqlite", broker, consumer, pace, f"sqlite:///{disk}/ratchet.db")
         with contextlib.closing(trial):
             trial.start("consume", "web", "schedule")
-            for name, fault in FAULTS.items():
+            for name, fault in ((name, FAULTS[name]) for name in only):
                 if is_mounted or fault is not fault_fixtures.fill_disk:
                     yield name, suffer(trial, fault)
                 trial.traffic.is_poisoning = False
+    if len(only) < len(FAULTS):
+        return
     url = fault_fixtures.make_narrow(server, server.make_database())
     trial = fault_fixtures.Trial(folder / f"{consumer}-postgresql", broker, consumer, pace, url)
     with contextlib.closing(trial):

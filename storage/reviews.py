@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, RowMapping, Select, Text, bindparam, case, cast, func, insert, literal, select, text, update
+from sqlalchemy import Connection, RowMapping, Select, Text, bindparam, case, cast, exists, func, insert, literal, select, text, update
 
 from storage import bulk, ids
 from storage.tables import Prediction, Review, ReviewStep
@@ -91,8 +91,9 @@ def find_live_cases(connection: Connection, claims: Iterable[str], but: Collecti
 def _select_live_cases(dialect: str) -> Select[str, str, str, str]:
     """Put together once: it is asked for every batch and every single event."""
     query = select(Prediction.id, Prediction.agent, Prediction.claim_id, Prediction.input_digest)
-    query = query.join(Review, (Review.prediction == Prediction.id) & IS_LIVE)
-    return query.where(bulk.is_one_of_named(dialect, Prediction.claim_id, "claims"))
+    # Not as a join: SQLite might look through all live reviews, of which there may be tens of thousands, for these few claims.
+    is_asked = exists().where(Review.prediction == Prediction.id, IS_LIVE)
+    return query.where(bulk.is_one_of_named(dialect, Prediction.claim_id, "claims"), is_asked)
 
 
 def _about(prediction: str, exam: str | None) -> str:

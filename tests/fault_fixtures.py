@@ -46,6 +46,7 @@ class Pace:
 
     patch: str = ""
     outage: float = 150.0
+    interruption: float = 10.0
     silence: float = 60.0
     lock: float = 40.0
     life: float = 4.0
@@ -71,7 +72,7 @@ broker.PROBE_SECONDS, broker.SESSION_SECONDS, broker.HEARTBEAT_SECONDS = 1.0, 2.
 relay.DELIVERY_SECONDS, relay.FLUSH_SECONDS, relay.WAIT_SECONDS = 2, 0.5, 0.5
 records.LONGEST_WAIT_SECONDS = stream.LONGEST_WAIT_SECONDS = db.BUSY_SECONDS = 1
 """
-SHORT = Pace(SHORT_PATCH, outage=0, silence=4, lock=2.5, life=0.5, deaths=1, repeated=2000, chunk_seconds=0.1, settle=90)
+SHORT = Pace(SHORT_PATCH, outage=0, interruption=1, silence=4, lock=2.5, life=0.5, deaths=1, repeated=2000, chunk_seconds=0.1, settle=90)
 
 
 class Traffic:
@@ -496,6 +497,17 @@ def kill_broker(trial: Trial) -> None:
     trial.read_more()
 
 
+def interrupt_broker(trial: Trial) -> None:
+    """The broker gets SIGKILL and is back after some seconds."""
+    trial.read_more()
+    trial.broker.kill()
+    try:
+        time.sleep(trial.pace.interruption)
+    finally:
+        trial.broker.start()
+    trial.read_more()
+
+
 def lock(trial: Trial) -> None:
     """Another process holds SQLite's lock, for longer than anybody waits for it."""
     trial.read_more()
@@ -578,6 +590,28 @@ def kill_relay(trial: Trial) -> None:
     trial.daemon.kill()
     dying = trial.begin("consume", patch=f"from consumers import relay{KILL_BEFORE_MARKING}")
     assert dying.process.wait(trial.pace.settle) == -signal.SIGKILL
+    trial.start("consume", "web", "schedule")
+    trial.read_more()
+
+
+KILL_IN_A_BATCH = """
+import os, signal
+from consumers import records
+genuine_take = records.Inlet.{name}
+def kill(self, *arguments):
+    genuine_take(self, *arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+records.Inlet.{name} = kill
+"""
+"""After `_store` a batch is written and not committed, after `store` it is committed and not acknowledged."""
+
+
+def kill_consumer(trial: Trial) -> None:
+    """A consumer gets SIGKILL in the middle of a batch, and another one between its commit and its acknowledgement."""
+    for name in ("_store", "store"):
+        trial.daemon.kill()
+        dying = trial.begin("consume", patch=KILL_IN_A_BATCH.format(name=name))
+        assert dying.process.wait(trial.pace.settle) == -signal.SIGKILL
     trial.start("consume", "web", "schedule")
     trial.read_more()
 

@@ -87,6 +87,16 @@ def test_a_relay_that_is_killed_between_sending_and_marking_sends_again_under_th
     assert len(set(told)) < len(told)
 
 
+@on_faust
+def test_a_broker_that_is_killed_and_back_soon(outliving):
+    assert suffer(outliving, fault_fixtures.interrupt_broker) == {}
+
+
+@on_faust
+def test_a_consumer_that_is_killed_in_the_middle_of_a_batch_and_before_its_acknowledgement(trial):
+    assert suffer(trial, fault_fixtures.kill_consumer) == {}
+
+
 def test_workers_and_schedulers_that_join_and_are_killed(trial):
     assert suffer(trial, fault_fixtures.join_and_die) == {}
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, event
+from sqlalchemy import Connection, Engine, event
 
 from storage import db, predictions, reviews, schema
 from tests.event_fixtures import ANN, handle, make_agent, make_label, make_prediction, send
@@ -96,21 +95,31 @@ def test_an_answer_takes_the_case_out_of_the_queue(queued: Engine, now: datetime
         assert reviews.count_live(connection, "adjudication") == {"open": 2, "leased": 0}
 
 
-def test_what_is_due_is_found_by_an_index_however_many_reviews_there_are(tmp_path: Path, now: datetime) -> None:
-    engine = db.open_engine(f"sqlite:///{tmp_path}/plans.db")
-    schema.upgrade(engine)
-    plans = []
+class Plans:
+    """How SQLite goes about what a connection executes."""
 
-    def explain(_: Any, cursor: Any, statement: str, parameters: Any, *__: Any) -> None:
+    def __init__(self, connection: Connection) -> None:
+        self.steps: list[str] = []
+        event.listen(connection, "before_cursor_execute", self._explain)
+
+    def _explain(self, _: Any, cursor: Any, statement: str, parameters: Any, *__: Any) -> None:
         told = cursor.connection.execute(f"EXPLAIN QUERY PLAN {statement}", parameters).fetchall()
-        plans.extend(row[-1] for row in told)
+        self.steps += [row[-1].split(" (")[0] for row in told]
 
+
+@pytest.mark.databases("sqlite")
+def test_what_is_due_is_found_by_an_index_however_many_reviews_there_are(engine: Engine, now: datetime) -> None:
     with db.writing(engine) as connection:
-        event.listen(connection, "before_cursor_execute", explain)
+        plans = Plans(connection)
         reviews.return_expired_leases(connection, now)
         reviews.expire(connection, now)
-    assert [plan.split(" (")[0] for plan in plans] == [
-        "SEARCH reviews USING INDEX reviews_leased",
-        "SEARCH reviews USING INDEX reviews_expiring",
-    ]
-    engine.dispose()
+    assert plans.steps == ["SEARCH reviews USING INDEX reviews_leased", "SEARCH reviews USING INDEX reviews_expiring"]
+
+
+@pytest.mark.databases("sqlite")
+def test_whether_a_case_is_asked_already_is_found_without_a_look_through_all_that_are(queued: Engine) -> None:
+    schema.analyze(queued)
+    with db.reading(queued) as connection:
+        plans = Plans(connection)
+        assert reviews.find_live_cases(connection, ["c0", "c1"], [])
+    assert not [step for step in plans.steps if step.startswith("SCAN reviews")], "also when it looked at the tables while they were small"

@@ -13,11 +13,9 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -25,6 +23,7 @@ from kafka import KafkaConsumer, OffsetAndMetadata, TopicPartition
 from kafka.errors import KafkaError
 
 from consumers import broker, records
+from consumers.work import describe_error
 from storage import dead_letters
 
 POLL_MS, OWING_MS = 200, 10
@@ -107,9 +106,7 @@ def work(job: Job, channel: Connection) -> Failed | None:
     except (EOFError, ConnectionError):
         raise
     except Exception as error:  # noqa: BLE001  a traceback would tell its text, and that may be a claim's
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        why = f"{type(error).__name__} in the process that polls ({Path(place.filename).name}:{place.lineno})"
-        return Failed(broker.BrokerError.__name__, why)
+        return Failed(broker.BrokerError.__name__, describe_error(error, "the process that polls"))
     return None
 
 

@@ -5,11 +5,9 @@ A batch is handled in one transaction. Handlers commute and may run twice.
 
 from __future__ import annotations
 
-import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
-from pathlib import Path
 
 import orjson
 import structlog
@@ -70,8 +68,7 @@ def _handle_alone(connection: Connection, event: events.Stored, agents: Mapping[
     except Exception as error:
         if db.is_passing(error):
             raise
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        return work.park(connection, event, f"{type(error).__name__} in the handler ({Path(place.filename).name}:{place.lineno})", now)
+        return work.park(connection, event, work.describe_error(error, "the handler"), now)
 
 
 def _take_turn(connection: Connection, batch: Sequence[events.Stored]) -> None:

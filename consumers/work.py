@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -36,6 +38,12 @@ def mark_handled(connection: Connection, items: Sequence[Item], now: datetime) -
 def digest(value: Any) -> str:
     """The SHA-256 of JSON, whatever the order of its keys."""
     return hashlib.sha256(orjson.dumps(value, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def describe_error(error: Exception, where: str) -> str:
+    """Which error it was and at which line, for a log or a dead letter: its text may hold a claim."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {where} ({Path(place.filename).name}:{place.lineno})"
 
 
 def read_time(value: datetime | str) -> datetime:

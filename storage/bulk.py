@@ -85,7 +85,7 @@ def is_one_of_named(dialect: str, column: Any, name: str) -> ColumnElement[bool]
     """`is_one_of` for a statement that is put together once: the parameter `name` gets what `write_list` makes of the values."""
     if dialect != "sqlite":
         return cast("ColumnElement[bool]", column == any_(bindparam(name, type_=_array_of(column))))
-    return cast("ColumnElement[bool]", column.in_(select(func.json_each(bindparam(name)).table_valued("value").c.value)))
+    return cast("ColumnElement[bool]", column.in_(_each_of(bindparam(name))))
 
 
 def write_list(dialect: str, values: Iterable[str] | Iterable[int]) -> str | list[Any]:
@@ -101,7 +101,12 @@ def is_none_of(connection: Connection, column: Any, values: Iterable[str] | Iter
 def _list(connection: Connection, column: Any, values: Iterable[str] | Iterable[int]) -> Select[Any]:
     if connection.dialect.name != "sqlite":
         return select(func.unnest(_to_array(column, values)))
-    return select(func.json_each(write_list("sqlite", values)).table_valued("value").c.value)
+    return _each_of(write_list("sqlite", values))
+
+
+def _each_of(text: Any) -> Select[Any]:
+    """The values of a JSON text, on SQLite."""
+    return select(func.json_each(text).table_valued("value").c.value)
 
 
 def _to_array(column: Any, values: Iterable[str] | Iterable[int]) -> ColumnElement[Any]:

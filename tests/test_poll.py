@@ -218,7 +218,7 @@ def test_a_process_that_ends_in_the_midst_of_a_message_is_told_as_any_other(engi
     assert ours.closed
 
 
-def test_no_more_than_two_batches_are_with_the_daemon_at_once(broker, monkeypatch):
+def test_no_more_than_two_batches_are_with_the_daemon_at_once(broker):
     kafka = broker_fixtures.make_topics(broker, "owed")
     produce(broker, kafka, 50)
     ours, theirs = multiprocessing.Pipe()
@@ -237,7 +237,7 @@ def test_no_more_than_two_batches_are_with_the_daemon_at_once(broker, monkeypatc
     assert broker_fixtures.read_lag(kafka, kafka.topics.predictions) == 40
 
 
-def test_a_process_that_polls_does_not_outlive_the_one_that_stores(broker, tmp_path):
+def test_a_process_that_polls_does_not_outlive_the_one_that_stores(broker):
     kafka = broker_fixtures.make_topics(broker, "orphaned")
     program = (
         "import sys, threading; from consumers import broker, poll, records; from storage import db; "

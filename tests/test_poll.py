@@ -126,7 +126,8 @@ def test_what_the_other_process_logs_is_logged_here(caplog):
     reading, writing = os.pipe()
     os.write(writing, b"WARNING\tfar.away\tno\tanswer\nTraceback (most recent call last):\n")
     os.close(writing)
-    poll._tell(os.fdopen(reading, "rb"))
+    with caplog.at_level(logging.WARNING):
+        poll._tell(os.fdopen(reading, "rb"))
     assert caplog.record_tuples == [
         ("far.away", logging.WARNING, "no\tanswer"),
         ("consumers.fetcher", logging.ERROR, "Traceback (most recent call last):"),

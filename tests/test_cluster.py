@@ -1,4 +1,4 @@
-"""Several `ratchet up` share one PostgreSQL database, each with its role, as on several machines."""
+"""Several `ratchet up` share one PostgreSQL database, each with its role, as on several machines; one loop takes its events from Kafka."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import orjson
 import pytest
 from sqlalchemy import Engine, func, select
 
+from consumers import counterpart
 from storage import datasets, db, labels, ledger, registry
 from storage.tables import DeadLetter, Event, Label, Prediction, Review
-from tests import model_fixtures
+from tests import broker_fixtures, fault_fixtures, model_fixtures
 from tests.daemon_fixtures import Daemon, find_trainers, make_home
-from tests.event_fixtures import make_history, make_prediction, send
+from tests.event_fixtures import make_history, make_label, make_prediction, send
 from tests.postgres_fixtures import Server
 
 pytestmark = [pytest.mark.databases("postgresql"), pytest.mark.timeout(240)]
@@ -74,27 +76,46 @@ def champion(engine: Engine) -> str | None:
         return registry.champion(connection, AGENT)
 
 
-def test_the_loop_turns_over_processes_that_share_a_database_and_nothing_else(cluster: Cluster, engine: Engine) -> None:
+def test_the_loop_turns_over_kafka_and_processes_that_share_a_database_and_nothing_else(
+    cluster: Cluster, broker: broker_fixtures.Broker, engine: Engine
+) -> None:
+    """From predictions on the stream to a verdict that is told there; what comes by HTTP is handled in between."""
     now = datetime.now(UTC)
     base = model_fixtures.tiny_base(cluster.home / "base")
+    kafka = broker_fixtures.make_topics(broker, "cluster")
     cluster.settings |= {
         "AGENTS__ADJUDICATION__BASE_MODEL": str(base),
         "AGENTS__ADJUDICATION__PUBLISHER__KIND": "none",
         "AGENTS__ADJUDICATION__TRIGGERS__NEW_LABELS": "3",
         "AGENTS__ADJUDICATION__TRAINING__EPOCHS": "1",
+        **fault_fixtures.to_settings(kafka, "faust"),
     }
     send(engine, [make_history(number, now) for number in range(40)], now)
     cluster.start("web1", "web2", "consume", "schedule")
-    cluster.wait_for("consume", lambda: cluster.count(Event, Event.state == "handled") == 40)
-    with cluster.client("web1", "node") as node, cluster.client("web2", "ann") as ann:
-        for number in range(3):
-            assert node.post("/v1/predictions", json=make_prediction(number, now, confidence=0.1)).status_code == 202
-        cluster.wait_for("consume", lambda: cluster.count(Review) == 3)
-        for _ in range(3):
-            case = ann.get("/v1/reviews/next").json()
-            answer = ann.post(f"/v1/reviews/{case['id']}/answer", json={"answer": "DENIED"})
-            assert answer.status_code == 202
+    streamed, posted = ([make_prediction(number, now, confidence=0.1) for number in some] for some in ((0, 1), (2,)))
+    broker_fixtures.produce(broker, kafka.topics.predictions, map(orjson.dumps, streamed))
+    with cluster.client("web1", "node") as node:
+        assert [node.post("/v1/predictions", json=one).status_code for one in posted] == [202]
+    cluster.wait_for("consume", lambda: cluster.count(Event, Event.state == "handled") == 43)
+    opened = [orjson.loads(one.value)["data"] for one in broker_fixtures.consume(broker, kafka.topics.queue, 3)]
+    assert {one["claim_id"]: one["input"] for one in opened} == {one["data"]["claim_id"]: one["data"]["input"] for one in streamed + posted}
+    with cluster.client("web2", "ann") as ann:
+        case = ann.get("/v1/reviews/next").json()
+        assert ann.post(f"/v1/reviews/{case['id']}/answer", json={"answer": "DENIED"}).status_code == 202
+    others = [one for one in opened if one["review"] != case["id"]]
+    answers = [make_label(int(one["claim_id"][1:]), now, review_id=one["review"], expert="ann", kind="review") for one in others]
+    broker_fixtures.produce(broker, kafka.topics.labels, map(orjson.dumps, answers))
     cluster.wait_for("schedule", lambda: champion(engine) == "v1.0", seconds=200)
+    told: dict[tuple[str, str], Any] = {}
+    with counterpart.listening(kafka.to_access(), kafka.topics.events) as listener:
+
+        def is_told() -> bool:
+            told.update(((one["type"], one["data"].get("version")), one["data"]) for one in listener.hear(1))
+            return told.keys() >= {("ratchet.version.judged.v1", "v1.0"), ("ratchet.champion.promoted.v1", "v1.0")}
+
+        cluster.wait_for("schedule", is_told)
+    assert told["ratchet.version.judged.v1", "v1.0"]["verdict"] == "promote"
+    assert broker_fixtures.read_lag(kafka, kafka.topics.predictions) == broker_fixtures.read_lag(kafka, kafka.topics.labels) == 0
     with db.reading(engine) as connection:
         version = registry.read(connection, AGENT, "v1.0")
         cut = datasets.read(connection, AGENT, version["dataset"])

@@ -6,12 +6,10 @@ import asyncio
 import dataclasses
 import functools
 import re
-import threading
 import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from structlog.testing import capture_logs
 
 from consumers import broker as brokers
 from consumers import lag, records, stream, topics
@@ -19,7 +17,7 @@ from daemon import status
 from daemon.cli import status as status_screen
 from daemon.web import metrics
 from storage import db, leases, streams
-from tests import broker_fixtures, event_fixtures
+from tests import broker_fixtures, daemon_fixtures, event_fixtures, fault_fixtures
 
 P, Q = ("predictions", 0), ("predictions", 1)
 STALL = lag.STALL_SECONDS
@@ -113,27 +111,31 @@ def test_a_broker_that_is_away_is_told_and_old_news_are_not_shown(source, engine
         assert [row["holder"] for row in streams.read_fresh(connection, now - timedelta(days=1))] == ["there 1"]
 
 
-def test_a_stream_that_hangs_ends_the_process_and_says_where_it_is(source, kafka, broker, monkeypatch):
-    for name, value in {"STALL_SECONDS": 4.0, "PERIOD_SECONDS": 0.1}.items():  # the process that polls takes a second to begin
-        monkeypatch.setattr(lag, name, value)
-    monkeypatch.setattr(stream, "END_SECONDS", 0.5)
-    released = threading.Event()
-    monkeypatch.setattr(records.Inlet, "store_patiently", lambda *_: released.wait(60))
-    broker_fixtures.produce(broker, kafka.topics.predictions, [b"1"])
+HANGING = """
+import threading
+from consumers import lag, records, stream
+lag.STALL_SECONDS, lag.PERIOD_SECONDS, stream.END_SECONDS = 4.0, 0.1, 0.5
+records.Inlet.store_patiently = lambda *_: threading.Event().wait()
+"""
 
-    async def run():
-        running = asyncio.create_task(stream.run(source, asyncio.Event()))
-        while not running.done():
-            await asyncio.to_thread(broker_fixtures.produce, broker, kafka.topics.predictions, [b"2"])
-            await asyncio.wait([running], timeout=0.2)
-        await running
 
-    with capture_logs() as said, pytest.raises(lag.StalledError, match="of 1 partitions"):
-        asyncio.run(asyncio.wait_for(run(), 60))
-    released.set()
-    (told,) = (line for line in said if line["event"] == "stream_stalled")
-    assert told["threads"]["poll"].startswith("threading.py")
+@pytest.mark.parametrize("consumer", ["faust", "poll"])
+def test_a_stream_that_hangs_ends_the_process_and_says_where_it_is(consumer, broker, tmp_path):
+    kafka = broker_fixtures.make_topics(broker, f"hangs-{consumer}")
+    daemon_fixtures.make_home(tmp_path)
+    daemon = daemon_fixtures.Daemon(tmp_path, **fault_fixtures.to_settings(kafka, consumer)).start(patch=HANGING)
+
+    def has_ended():
+        broker_fixtures.produce(broker, kafka.topics.predictions, [b"1"])
+        return daemon.process.poll() is not None
+
+    broker_fixtures.wait_until(has_ended, seconds=60)
+    (told,) = (line for line in daemon.lines() if line["event"] == "stream_stalled")
+    assert told["threads"]["take"].startswith("threading.py")
     assert told["acknowledged_before"] is None
+    assert daemon.process.returncode == 1
+    (died,) = (line for line in daemon.lines() if line["event"] == "role_died")
+    assert "of 1 partitions was acknowledged" in died["exception"]
 
 
 def test_while_nobody_reads_nothing_has_stalled(source):

@@ -20,10 +20,11 @@ from benchmarks.figures import Figure, finish
 from tests import broker_fixtures, fault_fixtures, postgres_fixtures
 
 Fault = Callable[[fault_fixtures.Trial], None]
+LOCKED = "the database locked"
 FAULTS: dict[str, Fault] = {
     "a silent broker": fault_fixtures.silence,
     "the broker killed, away for long": fault_fixtures.kill_broker,
-    "the database locked": fault_fixtures.lock,
+    LOCKED: fault_fixtures.lock,
     "a full disk": fault_fixtures.fill_disk,
     "the clock back an hour": fault_fixtures.turn_clock_back,
     "all events twice": fault_fixtures.repeat,
@@ -49,6 +50,7 @@ def main() -> None:
     pace = fault_fixtures.SHORT if asked.short else fault_fixtures.LONG
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     tallies: dict[str, fault_fixtures.Tally] = {}
+    figures: list[Figure] = []
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
         (folder / "kafka").mkdir()
@@ -56,14 +58,17 @@ def main() -> None:
         stack.callback(broker.kill)
         server = stack.enter_context(postgres_fixtures.running_server())
         progress = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
-        bar = progress.add_task("", total=len(asked.consumers) * (len(asked.only) + 2))
+        of_each = len(asked.only) + 2 * (len(asked.only) == len(FAULTS))
+        bar = progress.add_task("", total=len(asked.consumers) * of_each)
         for consumer in asked.consumers:
             paced = fault_fixtures.Pace(**{**vars(pace), "repeated": min(asked.repeated, FEW) if asked.short else asked.repeated})
-            for name, tally in suffer_all(folder / consumer, broker, consumer, paced, server, asked.only):
+            for name, tally, trial in suffer_all(folder / consumer, broker, consumer, paced, server, asked.only):
                 tallies[f"{consumer}: {name}"] = tally
+                if name == LOCKED and not asked.short:
+                    figures.append(describe_memory(f"{consumer}: {name}", trial))
                 progress.update(bar, description=f"{consumer}: {name}", advance=1)
                 progress.console.print(f"{consumer}: {name}: {tally}", markup=False)
-    figures = describe(tallies)
+    figures = [*describe(tallies), *figures]
     finish("faults", figures)
     sys.exit(any(figure.holds is False for figure in figures))
 
@@ -75,7 +80,7 @@ def suffer_all(
     pace: fault_fixtures.Pace,
     server: postgres_fixtures.Server,
     only: Sequence[str],
-) -> Iterator[tuple[str, fault_fixtures.Tally]]:
+) -> Iterator[tuple[str, fault_fixtures.Tally, fault_fixtures.Trial]]:
     """Do everything to a daemon on SQLite, then what concerns the server to one on PostgreSQL."""
     disk = folder / "disk"
     disk.mkdir(parents=True)
@@ -85,7 +90,7 @@ def suffer_all(
             trial.start("consume", "web", "schedule")
             for name, fault in ((name, FAULTS[name]) for name in only):
                 if is_mounted or fault is not fault_fixtures.fill_disk:
-                    yield name, suffer(trial, fault)
+                    yield name, suffer(trial, fault), trial
                 trial.traffic.is_poisoning = False
     if len(only) < len(FAULTS):
         return
@@ -93,14 +98,19 @@ def suffer_all(
     trial = fault_fixtures.Trial(folder / f"{consumer}-postgresql", broker, consumer, pace, url)
     with contextlib.closing(trial):
         trial.start()
-        yield "PostgreSQL crashed", suffer(trial, functools.partial(fault_fixtures.crash_server, server=server))
-        yield "PostgreSQL without connections", suffer(trial, functools.partial(fault_fixtures.refuse_connections, server=server))
+        yield "PostgreSQL crashed", suffer(trial, functools.partial(fault_fixtures.crash_server, server=server)), trial
+        yield "PostgreSQL without connections", suffer(trial, functools.partial(fault_fixtures.refuse_connections, server=server)), trial
 
 
 def suffer(trial: fault_fixtures.Trial, fault: Fault) -> fault_fixtures.Tally:
     with trial.traffic.flowing():
         fault(trial)
     return trial.settle()
+
+
+def describe_memory(name: str, trial: fault_fixtures.Trial) -> Figure:
+    """What the consumer takes more while the records wait, against what they would take."""
+    return Figure(f"{name}: MiB more taken while records wait, against their size", trial.grown, trial.waited, at_most=0.25)
 
 
 def describe(tallies: dict[str, fault_fixtures.Tally]) -> list[Figure]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import resource
 import signal
 import socket
 import sqlite3
@@ -34,12 +35,15 @@ from tests import broker_fixtures, daemon_fixtures, event_fixtures, postgres_fix
 CHUNK = 20
 IN_ORDER = 500
 LOOK_SECONDS = 0.1
+MIB = 1 << 20
+LETTER = "The patient reports pain in the left knee after a fall. " * 75
 Made = list[tuple[str, bytes]]
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How long faults last, in seconds, and how many events come twice; `patch` is Python that is run before the daemon.
+    """How long faults last, in seconds, how many events come twice, and how many at once, with long texts, while the database is locked;
+    `patch` is Python that is run before the daemon.
 
     The long form has the time-outs of production and outlasts them. The short form shortens both.
     """
@@ -52,6 +56,7 @@ class Pace:
     life: float = 4.0
     deaths: int = 5
     repeated: int = 100_000
+    backlog: int = 50_000
     chunk_seconds: float = 0.2
     settle: float = 600.0
 
@@ -72,7 +77,19 @@ broker.PROBE_SECONDS, broker.SESSION_SECONDS, broker.HEARTBEAT_SECONDS = 1.0, 2.
 relay.DELIVERY_SECONDS, relay.FLUSH_SECONDS, relay.WAIT_SECONDS = 2, 0.5, 0.5
 records.LONGEST_WAIT_SECONDS = stream.LONGEST_WAIT_SECONDS = db.BUSY_SECONDS = 1
 """
-SHORT = Pace(SHORT_PATCH, outage=0, interruption=1, silence=4, lock=2.5, life=0.5, deaths=1, repeated=2000, chunk_seconds=0.1, settle=90)
+SHORT = Pace(
+    SHORT_PATCH,
+    outage=0,
+    interruption=1,
+    silence=4,
+    lock=2.5,
+    life=0.5,
+    deaths=1,
+    repeated=2000,
+    backlog=1000,
+    chunk_seconds=0.1,
+    settle=90,
+)
 
 
 class Traffic:
@@ -133,12 +150,14 @@ class Traffic:
             with contextlib.suppress(KafkaError):
                 producer.close(timeout=1)
 
-    def make(self, count: int) -> Made:
-        """The next events, in order."""
-        return [one for number in itertools.islice(self._numbers, count) for one in self._make(number)]
+    def make(self, count: int, letter: str = "") -> Made:
+        """The next events, in order; each claim with that letter."""
+        return [one for number in itertools.islice(self._numbers, count) for one in self._make(number, letter)]
 
-    def _make(self, number: int) -> Made:
+    def _make(self, number: int, letter: str) -> Made:
         claim = event_fixtures.make_prediction(number, self._at, confidence=0.1 if number % 2 else 0.95)
+        if letter:
+            claim["data"]["input"]["letter"] = letter
         made = [(self._names.predictions, orjson.dumps(claim))]
         if number % 5 == 0:
             label = event_fixtures.make_label(number, self._at + timedelta(seconds=1), expert="ann")
@@ -261,6 +280,8 @@ class Trial:
         self.daemons: list[daemon_fixtures.Daemon] = []
         self.roles: tuple[str, ...] = ("consume",)
         self.deaths = 0
+        self.waited, self.grown = 0.0, 0.0
+        """Of a database that was locked: so many MiB of records waited for it, and so many MiB more did the daemon take meanwhile."""
         self._replayed = 0
         self._replay: Engine | None = None
 
@@ -309,6 +330,24 @@ class Trial:
     def events(self) -> Counter[str]:
         """How often each thing was logged by the daemon that was started last."""
         return Counter(self.daemon.events())
+
+    @contextlib.contextmanager
+    def watching_memory(self) -> Iterator[None]:
+        """Look how much memory the daemon and its children take more than at the beginning; the most is `grown`."""
+        number, over, seen = self.daemon.process.pid, threading.Event(), [measure_memory(self.daemon.process.pid)]
+
+        def look() -> None:
+            while not over.wait(LOOK_SECONDS):
+                seen.append(measure_memory(number))
+
+        thread = threading.Thread(target=look, name="memory")
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            self.grown = max(seen) - seen[0]
 
     def count(self, table: Any, *where: Any) -> int:
         """How many rows there are."""
@@ -411,6 +450,14 @@ class Trial:
         return self._replay
 
 
+def measure_memory(number: int) -> float:
+    """MiB that a process and its children take."""
+    tasks = Path(f"/proc/{number}/task").glob("*/children")
+    children = {int(child) for path in tasks for child in path.read_text().split()}
+    pages = sum(int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in (number, *children))
+    return pages * resource.getpagesize() / MIB
+
+
 def to_settings(kafka: Kafka, consumer: str) -> dict[str, str]:
     """The variables by which a daemon reads what a test sends."""
     names = {f"KAFKA__TOPICS__{key.upper()}": getattr(kafka.topics, key) for key in ("predictions", "labels", "queue", "events")}
@@ -509,16 +556,21 @@ def interrupt_broker(trial: Trial) -> None:
 
 
 def lock(trial: Trial) -> None:
-    """Another process holds SQLite's lock, for longer than anybody waits for it."""
+    """Another process holds SQLite's lock, for longer than anybody waits for it, and more records wait than a consumer may hold."""
     trial.read_more()
+    backlog = trial.traffic.make(trial.pace.backlog, LETTER)
     with contextlib.closing(sqlite3.connect(trial.database, isolation_level=None)) as other:
-        before = trial.events()["database_unavailable"]
+        before, until = trial.events()["database_unavailable"], time.monotonic() + trial.pace.lock
         other.execute("PRAGMA busy_timeout = 30000")
         other.execute("BEGIN IMMEDIATE")
-        time.sleep(trial.pace.lock)
-        trial.wait_for(lambda: trial.events()["database_unavailable"] > before)
+        with trial.watching_memory():
+            for first in range(0, len(backlog), IN_ORDER):
+                trial.traffic.send(backlog[first : first + IN_ORDER])
+            time.sleep(max(0.0, until - time.monotonic()))
+            trial.wait_for(lambda: trial.events()["database_unavailable"] > before)
         other.execute("ROLLBACK")
-    trial.read_more()
+    trial.read_more(trial.pace.backlog)
+    trial.waited = sum(len(value) for _, value in backlog) / MIB
 
 
 def fill_disk(trial: Trial) -> None:

@@ -33,6 +33,7 @@ class Job:
     base: Path
     out: Path
     epochs: float
+    seed: int
     cases: list[dict[str, Any]]
     held_out: list[dict[str, Any]]
 
@@ -46,7 +47,7 @@ def main() -> None:
         seconds = train_as_we_do(asked.job.parent)
     else:
         read = json.loads(asked.job.read_text())
-        seconds = CONTENDERS[asked.name](Job(Path(read["base"]), Path(read["out"]), read["epochs"], read["cases"], read["held_out"]))
+        seconds = CONTENDERS[asked.name](Job(**{**read, "base": Path(read["base"]), "out": Path(read["out"])}))
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"seconds": seconds, "peak_bytes": peak}))
 
@@ -130,7 +131,7 @@ def train_with_trl(job: Job, **options: Any) -> float:
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        seed=1,
+        seed=job.seed,
         model_init_kwargs={"dtype": "bfloat16" if torch.cuda.is_available() else "float32"},
         **({"max_length": None, "gradient_checkpointing": False} | options),
     )

@@ -1,6 +1,7 @@
 """Training: Ratchet beside what a user would take instead, on the same tiny base, cases, epochs and effective batch.
 
-Every contender trains in a process of its own; they take turns and the best of the runs counts. Ours is the ordinary trainer
+Every contender trains in a process of its own; they take turns. Of their times the best of the runs counts, of their losses the mean: each
+run has its seed. Ours is the ordinary trainer
 (`python -m trainers.train`), once without and once with shared prefixes.
 """
 
@@ -11,6 +12,7 @@ import functools
 import hashlib
 import json
 import math
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -60,13 +62,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One training: `seconds` are those of its steps, `whole` those of its process from start to evaluated adapter."""
+    """Trainings: `seconds` are those of the steps, `whole` those of the process from start to evaluated adapter; an adapter of each run."""
 
     claims: float
     seconds: float
     whole: float
     peak_bytes: int
-    adapter: Path
+    adapters: list[Path]
 
     @property
     def rate(self) -> float:
@@ -118,17 +120,17 @@ def make_base(work: Path, cases: Sequence[dict[str, Any]], prompts: Sequence[str
 
 
 def train_one(best: dict[tuple[str, str], Outcome], work: Path, base: Path, task: Task, name: str, run: int) -> None:
-    """Let one contender train and keep the outcome when it is its best, each figure by itself."""
+    """Let one contender train, with a seed of the run's, and keep each figure that is its best."""
     out = work / f"{task.name}-{name}-{run}"
     out.mkdir()
-    outcome = (train_here if name.startswith("ours") else train_there)(out, base, task, name)
+    outcome = (train_here if name.startswith("ours") else train_there)(out, base, task, name, run + 1)
     known = best.get((task.name, name), outcome)
     best[task.name, name] = Outcome(
         outcome.claims,
         min(outcome.seconds, known.seconds),
         min(outcome.whole, known.whole),
         min(outcome.peak_bytes, known.peak_bytes),
-        outcome.adapter,
+        [*(known.adapters if known is not outcome else []), *outcome.adapters],
     )
     console.print(f"{task.name}, {name}, run {run + 1}: {outcome.rate:.0f} claims/s, {outcome.whole:.1f} s in all")
 
@@ -137,17 +139,17 @@ class ContenderFailedError(RuntimeError):
     """A contender ended with an error; says how."""
 
 
-def train_there(out: Path, base: Path, task: Task, name: str) -> Outcome:
+def train_there(out: Path, base: Path, task: Task, name: str, seed: int) -> Outcome:
     """A contender of `benchmarks.contenders`."""
-    job = write_job(out, base, task)
+    job = write_job(out, base, task, seed)
     began = time.perf_counter()
     told = run_contender(name, job)
-    return Outcome(len(task.train) * EPOCHS, told["seconds"], time.perf_counter() - began, told["peak_bytes"], out / "adapter")
+    return Outcome(len(task.train) * EPOCHS, told["seconds"], time.perf_counter() - began, told["peak_bytes"], [out / "adapter"])
 
 
-def write_job(out: Path, base: Path, task: Task) -> Path:
+def write_job(out: Path, base: Path, task: Task, seed: int = 1) -> Path:
     """What a contender is asked to do."""
-    job: dict[str, Any] = {"base": str(base), "out": str(out), "epochs": EPOCHS}
+    job: dict[str, Any] = {"base": str(base), "out": str(out), "epochs": EPOCHS, "seed": seed}
     job |= {"cases": describe(base, task.prompt, task.train), "held_out": describe(base, task.prompt, task.held_out)}
     (out / "job.json").write_text(json.dumps(job))
     return out / "job.json"
@@ -163,10 +165,10 @@ def run_contender(name: str, job: Path, timeout: float | None = None) -> dict[st
     return told
 
 
-def train_here(out: Path, base: Path, task: Task, name: str) -> Outcome:
+def train_here(out: Path, base: Path, task: Task, name: str, seed: int) -> Outcome:
     """Our own trainer: a process for one run, or one that has done a run before."""
     run_dir = out / "run"
-    write_run(run_dir, base, task, share_prefixes=name != "ours-unshared")
+    write_run(run_dir, base, task, share_prefixes=name != "ours-unshared", seed=seed)
     if name == "ours-resident":
         whole, peak = run_resident(out, base, task, run_dir)
     else:
@@ -175,7 +177,7 @@ def train_here(out: Path, base: Path, task: Task, name: str) -> Outcome:
         whole = time.perf_counter() - began
     result = json.loads((run_dir / "attempts" / "1" / "result.json").read_text())
     adapter = run_dir / "attempts" / "1" / result["adapter"]["path"]
-    return Outcome(len(task.train) * EPOCHS, result["training"]["seconds"], whole, peak, adapter)
+    return Outcome(len(task.train) * EPOCHS, result["training"]["seconds"], whole, peak, [adapter])
 
 
 def run_measured(command: list[str]) -> int:
@@ -209,7 +211,15 @@ def run_resident(out: Path, base: Path, task: Task, run_dir: Path) -> tuple[floa
 
 
 def write_run(
-    run_dir: Path, base: Path, task: Task, *, share_prefixes: bool, device: str = "cpu", method: Method = "lora", **changes: Any
+    run_dir: Path,
+    base: Path,
+    task: Task,
+    *,
+    share_prefixes: bool,
+    device: str = "cpu",
+    method: Method = "lora",
+    seed: int = 1,
+    **changes: Any,
 ) -> None:
     """A run folder for our trainer, whose candidate answers the held-out claims; `changes` are options."""
     rows = [
@@ -240,6 +250,7 @@ def write_run(
         score_sets=(ScoreSet(name="recent", path=run_dir / "recent.parquet"),),
         options=options,
         device=device,
+        seed=seed,
     )
     write_spec(run_dir, spec)
 
@@ -311,12 +322,17 @@ def names(best: dict[tuple[str, str], Outcome], task: str, start: str) -> list[s
 
 
 def compare_losses(best: dict[tuple[str, str], Outcome], base: Path, *tasks: Task) -> list[Figure]:
-    """The completion loss on held-out claims by our scorer: ours, and how far TRL's lies from it."""
+    """The completion loss on held-out claims by our scorer, the mean of the runs: ours, and how far TRL's lies from it."""
     figures = []
     for task in tasks:
         examples = read_examples(base, task.prompt, task.held_out)
-        losses = {name: measure_loss(base, best[task.name, name].adapter, examples) for place, name in best if place == task.name}
-        console.print(f"{task.name}, completion loss on held-out claims: {losses}")
+        found = {
+            name: [measure_loss(base, adapter, examples) for adapter in outcome.adapters]
+            for (place, name), outcome in best.items()
+            if place == task.name
+        }
+        console.print(f"{task.name}, completion loss on held-out claims, run by run: {found}")
+        losses = {name: statistics.mean(some) for name, some in found.items()}
         apart = max(abs(losses[name] - losses["ours"]) for name in losses if not name.startswith("guide"))
         figures.append(Figure(f"completion loss, {task.name}", losses["ours"]))
         figures.append(Figure(f"completion loss, {task.name}, farthest from ours of TRL and unshared", apart, at_most=0.01))
@@ -337,7 +353,7 @@ def compare_jobs(best: dict[tuple[str, str], Outcome], base: Path, recent: Task)
     """A whole small job from start to evaluated adapter, and what an exam's scoring costs beside its training."""
     theirs = min(best["new", name].whole for name in names(best, "new", "trl"))
     ours, resident = best["new", "ours"], best["new", "ours-resident"]
-    scoring = score_exam(base, ours.adapter, recent)
+    scoring = score_exam(base, ours.adapters[-1], recent)
     return [
         Figure(f"seconds for {NEW} new claims, start to evaluated adapter, cold, TRL's best", ours.whole, theirs, at_most=0.9),
         Figure(f"seconds for {NEW} new claims, resident, cold TRL's best", resident.whole, theirs, at_most=0.5),

@@ -108,7 +108,11 @@ class Watch(Section):
 class Triggers(Section):
     """What starts a training run, besides `ratchet train`."""
 
-    new_labels: int = Field(default=1000, ge=1, description="So many labels that no dataset has seen start a run by themselves.")
+    new_labels: int = Field(
+        default=1000,
+        ge=1,
+        description="So many labels start a run by themselves that no dataset has seen, one of a cancelled or parked run neither.",
+    )
     new_labels_min: int = Field(default=1, ge=0, description="Drift, the schedule and a changed threshold or rule need so many.")
     cron: str | None = Field(default=None, description="Five fields, UTC: `0 3 * * sun`.")
     drift: bool = Field(default=True, description="A drift alarm starts a run.")

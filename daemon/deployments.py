@@ -58,8 +58,11 @@ def promote(connection: Connection, agent: str, version: str, actor: str, reason
 def rollback(connection: Connection, agent: str, actor: str, reason: str, now: datetime, *, to: str | None = None) -> str:
     """Go back to `to`, or to the champion before this one, in the caller's transaction; returns the deployment.
 
+    What was gone back from is only promoted again, with all that a promotion asks for.
     Raises `RollbackRefusedError`, `registry.UnknownVersionError`, `registry.ChampionChangedError`.
     """
+    if not reason.strip():
+        raise RollbackRefusedError('a rollback needs a reason, which is kept for ever: give --reason "…"')
     champion = registry.champion(connection, agent)
     target = to or registry.predecessor(connection, agent)
     if champion is None or target is None:
@@ -69,6 +72,10 @@ def rollback(connection: Connection, agent: str, actor: str, reason: str, now: d
         raise RollbackRefusedError(f"{target} is the champion of {agent} already")
     if target not in {change["version"] for change in registry.history(connection, agent)}:
         raise RollbackRefusedError(f"{target} was never in service, so nothing goes back to it: use `ratchet promote {target}`")
+    before = [version for version in registry.list_succession(connection, agent) if version != champion]
+    if target not in before:
+        others = f" or go back to {', '.join(reversed(before))}" if before else ""
+        raise RollbackRefusedError(f"{target} was gone back from: use `ratchet promote {target}`{others}")
     return registry.change_champion(connection, agent, target, champion, "rollback", actor, reason, now)
 
 

@@ -61,7 +61,7 @@ def _find_card(name: str, known: Mapping[str, plan.Card], limits: Mapping[str, f
     """The card of a device; of several the one with the least room, for each of them holds the whole model."""
     found = [_limit(part, known.get("cpu" if part.startswith("cpu") else part), limits) for part in name.split("+")]
     cards = [card for card in found if card is not None]
-    return min(cards, key=lambda card: card.free) if len(cards) == len(found) else None
+    return dataclasses.replace(min(cards, key=lambda card: card.free), count=len(cards)) if len(cards) == len(found) else None
 
 
 def _limit(part: str, card: plan.Card | None, limits: Mapping[str, float]) -> plan.Card | None:
@@ -71,7 +71,9 @@ def _limit(part: str, card: plan.Card | None, limits: Mapping[str, float]) -> pl
     limit = round(limits[part] * plan.GB)
     if card is None:
         return plan.Card(part, "cpu" if part.startswith("cpu") else "cuda", limit)
-    return dataclasses.replace(card, memory=min(limit, card.memory))
+    left_alone = max(0, card.memory - limit)
+    # What others hold lies first in the memory that is left to them.
+    return dataclasses.replace(card, memory=card.memory - left_alone, taken=max(0, card.taken - left_alone))
 
 
 def read_host() -> plan.Card:
@@ -92,28 +94,37 @@ def rank(plans: Mapping[Device, plan.MemoryPlan | None]) -> list[Device]:
 
 
 def claim(connection: Connection, devices: Sequence[Device], run: str, attempt: int, now: datetime, term: timedelta) -> Claim | None:
-    """Take the first free device for an attempt; None when all are in use."""
+    """Take the first free device for an attempt; None when all are in use. Each card has a lease; the first one's fence counts."""
+    holder = _holder(run, attempt)
     for device in devices:
-        if leases.holder_of(connection, _name(device.name), now) is None:
-            fence = leases.acquire(connection, _name(device.name), _holder(run, attempt), now, term)
-            if fence is not None:
-                return Claim(device.name, fence)
+        names = _name_leases(device.name)
+        if all(leases.holder_of(connection, name, now) is None for name in names):
+            fences = [leases.acquire(connection, name, holder, now, term) for name in names]
+            if fences[0] is not None and None not in fences:
+                return Claim(device.name, fences[0])
+            for name in names:  # somebody else was faster at one of them
+                leases.release(connection, name, holder)
     return None
 
 
 def keep(connection: Connection, run: RowMapping, now: datetime, term: timedelta) -> bool:
-    """Hold a run's device for longer. False when another run has taken it: this attempt may not publish any more."""
-    return leases.renew(connection, _name(run["device"]), _holder(run["id"], run["attempt"]), run["fence"], now, term)
+    """Hold a run's device for longer. False when another run has taken it, or a card of it: this attempt may not publish any more."""
+    holder = _holder(run["id"], run["attempt"])
+    first, *others = _name_leases(run["device"])
+    if not leases.renew(connection, first, holder, run["fence"], now, term):
+        return False
+    return all(leases.acquire(connection, name, holder, now, term) is not None for name in others)
 
 
 def free(connection: Connection, run: RowMapping) -> None:
     """Give a run's device back."""
-    if run["device"] is not None:
-        leases.release(connection, _name(run["device"]), _holder(run["id"], run["attempt"]))
+    for name in _name_leases(run["device"]) if run["device"] is not None else ():
+        leases.release(connection, name, _holder(run["id"], run["attempt"]))
 
 
-def _name(device: str) -> str:
-    return f"device:{device}"
+def _name_leases(device: str) -> list[str]:
+    """One for each part, in an order that is the same for all who take several."""
+    return [f"device:{part}" for part in sorted(device.split("+"))]
 
 
 def _holder(run: str, attempt: int) -> str:

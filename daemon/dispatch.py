@@ -27,17 +27,25 @@ log = structlog.get_logger()
 
 
 def start_queued(machinery: Machinery, now: datetime) -> None:
-    """Start queued runs, oldest first, while there is a free device."""
+    """Start queued runs, oldest first, while there is a free device. What fails for one is raised when the others had their turn."""
+    failed: list[Exception] = []
     makeups = machinery.memory.makeups
     with db.reading(machinery.engine) as connection:
         queued = runs.read_in_state(connection, "queued")
     for run in queued:
         is_due = run["not_before"] is None or run["not_before"] <= now
         if run["agent"] in makeups and is_due:
-            leased = _lease(machinery, makeups[run["agent"]], run, now)
-            if leased is None:
+            try:
+                leased = _lease(machinery, makeups[run["agent"]], run, now)
+            except db.UNAVAILABLE:
+                raise
+            except Exception as error:  # noqa: BLE001  raised below
+                failed.append(error)
                 continue
-            _guard(machinery, leased, functools.partial(_start, machinery, makeups[run["agent"]]), now)
+            if leased is not None:
+                _guard(machinery, leased, functools.partial(_start, machinery, makeups[run["agent"]]), now)
+    if failed:
+        raise failed[0]
 
 
 def _lease(machinery: Machinery, made: Makeup, run: RowMapping, now: datetime) -> RowMapping | None:

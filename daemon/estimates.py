@@ -103,12 +103,14 @@ def _read_trainings(connection: Connection, agent: str) -> list[Mapping[str, Any
     return [(run["result"] or {}).get("training") or {} for run in done]
 
 
-def expect_time(connection: Connection, agent: str, planned: plan.MemoryPlan) -> Duration:
-    """How long a training takes on a card, told by the runs that were recorded on it; one of another base counts by its weights."""
+def expect_time(connection: Connection, agent: str, method: str, planned: plan.MemoryPlan) -> Duration:
+    """How long a training takes on a card, told by its method's runs there; one of another base counts by its weights."""
     paces: list[plan.Pace] = []
     cards: dict[str, bool] = {}
     for result in _read_results_on(connection, planned.card):
         told = result["memory"]["plan"]
+        if result["training"].get("method") != method:
+            continue
         paces.append(plan.Pace(result["training"]["tokens_per_second"], told["parameters"]))
         cards[told["card"]["name"]] = True
     rate = plan.expect_rate(planned.parameters, paces)

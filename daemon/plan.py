@@ -35,6 +35,10 @@ SOLD_AS = 1.1
 """A card has up to so many times the memory that it is sold with."""
 LEAST_ROW = 256
 """Remedies cut rows to so many tokens at the least."""
+ADAPTER_RANK = 64
+"""The largest rank that a method's defaults give an adapter."""
+OF_AGENT = {"method", "serve_in_4bit"}
+"""Options that say how the agent's servers hold the base, too: a single run can't change that."""
 EVERY = (4, 2, 1)
 MOMENTS: Mapping[Optimizer, int] = {"adamw": 2 * FP32_BYTES, "adamw_8bit": 2, "paged_adamw_8bit": 0}
 """Bytes on the card for a weight's two moments: in fp32, in a byte each, or paged to the host."""
@@ -63,12 +67,13 @@ class Method:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A device: its memory and how much of that others have taken, in bytes."""
+    """A device: its memory and how much of that others have taken, in bytes; `count` such cards share a run's rows."""
 
     name: str
     kind: Literal["cuda", "cpu"]
     memory: int
     taken: int = 0
+    count: int = 1
 
     @property
     def free(self) -> int:
@@ -179,14 +184,16 @@ def _list_dtypes(method: Method, card: Card) -> tuple[Literal["float32", "bfloat
 def _list_optimizers(method: Method, card: Card) -> Iterator[tuple[Optimizer, bool]]:
     """The optimizer that is asked for; then, on a card, one with less in memory.
 
-    That is 8-bit moments for an adapter; for all weights moments on the host, and then updates within the backward pass.
+    That is 8-bit moments for an adapter; for all weights moments on the host, and then updates within the backward pass, where one card
+    does the run: several add up their gradients after it.
     """
     yield method.optimizer, method.in_backward
     if method.trains == "adapter" and card.kind == "cuda" and method.optimizer == "adamw":
         yield "adamw_8bit", False
     if method.trains == "all" and card.kind == "cuda":
         yield "paged_adamw_8bit", method.in_backward
-        yield "paged_adamw_8bit", True
+        if card.count == 1:
+            yield "paged_adamw_8bit", True
 
 
 def _list_checkpointing(method: Method) -> list[int]:
@@ -274,23 +281,26 @@ def count_layer(shape: shapes.Shape, method: Method, value: int, adapter_value: 
 
 def _find_remedies(shape: shapes.Shape, method: Method, card: Card) -> Iterator[str]:
     """What would make a run fit that does not, each tried: options, the memory that others hold, a larger card."""
-    found = [changes for changes in _list_changes(method, card) if _choose(shape, _change(method, changes), card).fits]
+    found = [changes for changes in _list_changes(method) if _choose(shape, _change(method, changes), card).fits]
     told: set[str] = set()
     for changes in found:  # Of several values of one option the first that fits is the smallest change.
         if not told & changes.keys():
             told |= changes.keys()
-            yield "set " + " and ".join(f"{name} = {value}" for name, value in changes.items())
+            where = " in the agent's configuration" if changes.keys() & OF_AGENT else ""
+            yield "set " + " and ".join(f"{name} = {value}" for name, value in changes.items()) + where
     if card.taken and _choose(shape, method, dataclasses.replace(card, taken=0)).fits:
         yield f"free the {card.taken / GB:.1f} GB that others hold on this card"
     size = next((size for size in CARDS if _choose(shape, method, Card("", "cuda", size * GB)).fits), None)
     yield f"use a card of {size} GB" if size else "FSDP would spread the weights over several cards: it is not in this version"
 
 
-def _list_changes(method: Method, card: Card) -> Iterator[dict[str, Any]]:
+def _list_changes(method: Method) -> Iterator[dict[str, Any]]:
     """Changes of options that take less memory, each alone and then 4 bits together with shorter rows."""
-    quantised = {"method": "qlora"} if method.name == "lora" and card.kind == "cuda" else {}
+    quantised = {"method": "qlora"} if method.name in {"lora", "full"} else {}
     if method.is_4bit and not method.serves_4bit:
         yield {"serve_in_4bit": "true"}
+    if method.name == "pretrain" and method.trains == "all":
+        yield {"pretrain.weights": "adapter"}
     shorter = [{"max_row_tokens": rows} for rows in _halve(method.row_tokens)]
     if quantised:
         yield quantised
@@ -304,10 +314,19 @@ def _list_changes(method: Method, card: Card) -> Iterator[dict[str, Any]]:
 def _change(method: Method, changes: Mapping[str, Any]) -> Method:
     changed = dataclasses.replace(method, rank=changes.get("lora.rank", method.rank))
     if "method" in changes:
-        changed = dataclasses.replace(changed, name=changes["method"], is_4bit=True, serves_4bit=True)
+        changed = dataclasses.replace(_to_adapter(changed), name=changes["method"], is_4bit=True, serves_4bit=True)
+    if "pretrain.weights" in changes:
+        changed = _to_adapter(changed)
     if "serve_in_4bit" in changes:
         changed = dataclasses.replace(changed, serves_4bit=True)
     return dataclasses.replace(changed, row_tokens=changes.get("max_row_tokens", method.row_tokens))
+
+
+def _to_adapter(method: Method) -> Method:
+    """The same run with an adapter of the preset's rank at the least."""
+    if method.trains == "adapter":
+        return method
+    return dataclasses.replace(method, trains="adapter", rank=max(method.rank, ADAPTER_RANK), optimizer="adamw", in_backward=False)
 
 
 def _halve(tokens: int) -> Iterator[int]:

@@ -17,7 +17,8 @@ from daemon.sections import HomePath, Section
 from storage import db
 from trainers import spec
 
-SLOT = r"^(auto|(cpu(:\d+)?|cuda:\d+)(\+(cpu(:\d+)?|cuda:\d+))*)$"
+PART = r"(cpu(:\d+)?|cuda:\d+)"
+SLOT = rf"^(auto|{PART}(\+{PART})*)$"
 AGENT_NAME = ("agents", "NAME", "name")
 """The one field that is no key: an agent is called as its table."""
 
@@ -101,7 +102,7 @@ class Devices(Section):
         min_length=1,
         description="`auto` (each other card that there is, else the CPU), `cuda:N`, `cpu`, `cpu:1`, or several as `cuda:0+cuda:1`.",
     )
-    memory: dict[str, Annotated[float, Field(gt=0)]] = Field(
+    memory: dict[Annotated[str, Field(pattern=f"^{PART}$")], Annotated[float, Field(gt=0)]] = Field(
         default={}, description='GB that runs may take, where that is less than there is or the driver can\'t tell: `{ "cuda:0" = 20 }`.'
     )
 

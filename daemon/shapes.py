@@ -56,21 +56,32 @@ class Shape:
 def read_shape(model_config: Mapping[str, Any]) -> Shape:
     """The sizes that a `config.json` tells. Raises `ShapeUnknownError`."""
     config = model_config.get("text_config", model_config)
+    if not isinstance(config, Mapping):
+        raise ShapeUnknownError(f"text_config in config.json is {config!r}: is this a whole checkpoint?")
     if config.get("model_type") not in DECODERS:
         raise ShapeUnknownError(f"model_type is {config.get('model_type')!r}: memory can be planned for {', '.join(DECODERS)}")
-    try:
-        width, heads = config["hidden_size"], config["num_attention_heads"]
-        head = config.get("head_dim") or width // heads
-        return Shape(
-            layers=config["num_hidden_layers"],
-            width=width,
-            inner=config["intermediate_size"],
-            queries=heads * head,
-            keys=(config.get("num_key_value_heads") or heads) * head,
-            heads=heads,
-            vocabulary=config["vocab_size"],
-            is_tied=bool(config.get("tie_word_embeddings", False)),
-            context=config["max_position_embeddings"],
-        )
-    except KeyError as error:
-        raise ShapeUnknownError(f"{error.args[0]} is missing in config.json: is this a whole checkpoint?") from error
+    width, heads = _read_size(config, "hidden_size"), _read_size(config, "num_attention_heads")
+    head = _read_size(config, "head_dim", width // heads)
+    return Shape(
+        layers=_read_size(config, "num_hidden_layers"),
+        width=width,
+        inner=_read_size(config, "intermediate_size"),
+        queries=heads * head,
+        keys=_read_size(config, "num_key_value_heads", heads) * head,
+        heads=heads,
+        vocabulary=_read_size(config, "vocab_size"),
+        is_tied=bool(config.get("tie_word_embeddings", False)),
+        context=_read_size(config, "max_position_embeddings"),
+    )
+
+
+def _read_size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A number above 0; `default` where it may be left out, and is or is null."""
+    size = config.get(name)
+    if size is None and default is not None:
+        return default
+    if name not in config:
+        raise ShapeUnknownError(f"{name} is missing in config.json: is this a whole checkpoint?")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ShapeUnknownError(f"{name} in config.json is {size!r}, and is to be a whole number above 0: is this a whole checkpoint?")
+    return size

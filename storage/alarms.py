@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
+import structlog
 from sqlalchemy import Connection, RowMapping, select, update
 
 from storage import bulk, events, ids, ledger
 from storage.tables import Alarm
+
+log = structlog.get_logger()
 
 
 def raise_alarm(
@@ -48,7 +51,10 @@ def _restate(connection: Connection, agent: str, kind: str, message: str, detail
 def clear(connection: Connection, agent: str, kind: str, now: datetime) -> bool:
     """Close the open alarm of a kind; returns whether there was one."""
     open_one = update(Alarm).where(Alarm.agent == agent, Alarm.kind == kind, Alarm.cleared_at.is_(None))
-    return connection.execute(open_one.values(cleared_at=now)).rowcount == 1
+    is_cleared = connection.execute(open_one.values(cleared_at=now)).rowcount == 1
+    if is_cleared:
+        log.info("alarm_cleared", agent=agent, kind=kind)
+    return is_cleared
 
 
 def list_open(connection: Connection, agent: str | None = None) -> list[RowMapping]:

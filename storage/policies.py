@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
+import structlog
 from sqlalchemy import Connection, RowMapping, insert, select
 
 from storage import ledger
 from storage.tables import Policy
+
+log = structlog.get_logger()
 
 
 def record(connection: Connection, agent: str, digest: str, body: Mapping[str, Any], now: datetime) -> int:
@@ -20,6 +23,7 @@ def record(connection: Connection, agent: str, digest: str, body: Mapping[str, A
     version = last.version + 1 if last else 1
     connection.execute(insert(Policy).values(agent=agent, version=version, digest=digest, body=dict(body), created_at=now))
     ledger.append(connection, "policy", agent, {"version": version, "digest": digest}, now)
+    log.info("policy_recorded", agent=agent, version=version)
     return int(version)
 
 

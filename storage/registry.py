@@ -231,6 +231,12 @@ def history(connection: Connection, agent: str | None = None) -> list[RowMapping
 
 def predecessor(connection: Connection, agent: str) -> str | None:
     """The version that a rollback goes back to: the champion before this one, leaving out those that were gone back from."""
+    now = champion(connection, agent)
+    return next((version for version in reversed(list_succession(connection, agent)) if version != now), None)
+
+
+def list_succession(connection: Connection, agent: str) -> list[str]:
+    """The versions that led to the champion, it among them, oldest first: without those that were gone back from and not promoted since."""
     path: list[str] = []
     for change in history(connection, agent):
         version = change["version"]
@@ -238,8 +244,7 @@ def predecessor(connection: Connection, agent: str) -> str | None:
             del path[path.index(version) + 1 :]
         elif change["state"] != "reverted":
             path = [*(one for one in path if one != version), version]
-    now = champion(connection, agent)
-    return next((version for version in reversed(path) if version != now), None)
+    return path
 
 
 def latest_candidate(connection: Connection, agent: str) -> RowMapping | None:

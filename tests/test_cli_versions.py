@@ -262,6 +262,7 @@ def test_datasets_are_listed_shown_compared_and_proven_whole(site, ask, run, hom
 
 
 def test_a_conflict_is_shown_and_settled_through_the_same_door(site, ask, run):
+    run("tokens", "add", "ops", "--role", "operator")
     assert "Nobody disagrees." in run("labels", "conflicts")[1]
     deliver(site, [make_prediction(1, AT)])
     deliver(site, [make_label(1, AT)], principal=ANN)
@@ -269,6 +270,10 @@ def test_a_conflict_is_shown_and_settled_through_the_same_door(site, ask, run):
     (conflict,) = ask("labels", "conflicts")
     assert conflict == {"agent": AGENT, "claim_id": "c1", "prediction_id": "p1", "answers": {"ann": "DENIED", "ben": "APPROVED"}}
     assert "unknown answer" in run("labels", "resolve", "c1", "--answer", "MAYBE", "--expert", "ops")[2]
+    assert (
+        "--expert is 'ann': a conflict is settled by one of ops"
+        in run("labels", "resolve", "c1", "--answer", "DENIED", "--expert", "ann")[2]
+    )
     status, out, _ = run("labels", "resolve", "c1", "--answer", "PENDING", "--expert", "ops", "--rationale", "see the letter")
     assert (status, out) == (0, "c1 is PENDING, says ops.\n")
     assert ask("labels", "conflicts") == []
@@ -277,6 +282,7 @@ def test_a_conflict_is_shown_and_settled_through_the_same_door(site, ask, run):
 
 
 def test_of_several_conflicts_on_a_claim_one_is_named_by_its_prediction(site, run):
+    run("tokens", "add", "ops", "--role", "operator")
     for number in (1, 2):
         deliver(site, [make_prediction(number, AT, claim_id="c", input={"treatment": f"the {number}. one"})])
         deliver(site, [make_label(number, AT, claim_id="c", prediction_id=f"p{number}")], principal=ANN)
@@ -284,6 +290,12 @@ def test_of_several_conflicts_on_a_claim_one_is_named_by_its_prediction(site, ru
     status, _, err = run("labels", "resolve", "c", "--answer", "DENIED", "--expert", "ops")
     assert (status, "'c' has several conflicts: name a prediction, p" in err) == (1, True)
     assert run("labels", "resolve", "p2", "--answer", "DENIED", "--expert", "ops")[0] == 0
+
+
+@pytest.mark.parametrize("command", [("rollback",), ("train",), ("dead-letters", "discard", "X"), ("runs", "cancel")])
+def test_a_reason_that_says_nothing_is_refused(site, run, command):
+    status, _, err = run(*command, "--reason", " ")
+    assert (status, "the reason is empty" in err) == (2, True)
 
 
 def test_the_ledger_is_shown_and_verified(site, ask, run, home):

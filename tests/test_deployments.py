@@ -535,6 +535,26 @@ def test_what_can_t_be_gone_back_to_is_refused(site):
         site.rollback(to="v9.9")
 
 
+def test_what_was_gone_back_from_is_only_promoted_again(site):
+    site.promote("v1.1", force=True, reason="a drill")
+    site.rollback()
+    with pytest.raises(deployments.RollbackRefusedError, match=r"v1.1 was gone back from: use `ratchet promote v1.1`"):
+        site.rollback(to="v1.1")
+    site.promote("v1.0")
+    with pytest.raises(deployments.RollbackRefusedError, match=r"`ratchet promote v1.1` or go back to v0"):
+        site.rollback(to="v1.1")
+    site.promote("v1.1", force=True, reason="it was an error")
+    site.rollback(to="v0")
+    assert [row[:2] for row in site.history()][-2:] == [("promote", "v1.1"), ("rollback", "v0")]
+
+
+@pytest.mark.parametrize("reason", ["", "  "])
+def test_a_rollback_without_a_reason_is_refused(site, engine, reason):
+    site.promote("v1.0")
+    with pytest.raises(deployments.RollbackRefusedError, match="needs a reason"), db.writing(engine) as connection:
+        deployments.rollback(connection, AGENT, "ann", reason, site.now)
+
+
 def test_agents_that_are_configured_no_more_are_left_alone(site):
     site.promote("v1.0")
     deployments.advance(site.engine, {}, site.now)

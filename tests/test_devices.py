@@ -140,11 +140,28 @@ def test_places_on_the_cpu_share_its_memory_and_settings_may_give_less() -> None
 def test_several_cards_have_the_room_of_the_smallest_and_an_unknown_one_has_none_that_is_known() -> None:
     cards = nvml.read_cards({}, DRIVER)
     [pair] = devices.find(Devices(slots=("cuda:0+cuda:1",)), lambda: cards)
-    assert (pair.parts, pair.card) == (("cuda:0", "cuda:1"), cards["cuda:1"])
+    assert (pair.parts, pair.card) == (("cuda:0", "cuda:1"), replace(cards["cuda:1"], count=2))
     [unknown] = devices.find(Devices(slots=("cuda:0",)), dict)
     assert unknown.card is None
     [told] = devices.find(Devices(slots=("cuda:0",), memory={"cuda:0": 20}), dict)
     assert told.card == plan.Card("cuda:0", "cuda", 20 * plan.GB)
+
+
+def test_what_others_hold_lies_in_the_memory_that_the_settings_leave_to_them() -> None:
+    def read_free(limit: float, taken: int) -> float:
+        card = plan.Card("RTX 3090", "cuda", 24 * plan.GB, taken * plan.GB)
+        [found] = devices.find(Devices(slots=("cuda:0",), memory={"cuda:0": limit}), lambda: {"cuda:0": card})
+        assert found.card is not None
+        return found.card.free / plan.GB
+
+    assert [read_free(12, taken) for taken in (0, 8, 12, 16, 24)] == [12, 12, 12, 8, 0]
+    assert read_free(30, 8) == 16
+
+
+@pytest.mark.parametrize("name", ["gpu0", "cuda", "cuda:0+cuda:1"])
+def test_the_memory_of_what_is_no_device_is_refused(name: str) -> None:
+    with pytest.raises(ValidationError, match="pattern"):
+        Devices(memory={name: 4})
 
 
 @pytest.mark.parametrize("slots", [("cpu", "cuda:0+cpu"), ("cuda:1", "cuda:1"), ("cpu+cpu",)])
@@ -196,7 +213,7 @@ def test_a_run_goes_to_the_smallest_card_with_its_plan_in_its_spec(world: World)
     assert (read_run(world, run)["state"], read_run(world, run)["device"]) == ("running", "cuda:0")
     asked = world.launcher.started[-1]
     assert asked.device == "cuda:0"
-    assert asked.plan["card"] == {"name": "RTX 3090", "kind": "cuda", "memory": 24 * GIB, "taken": 0}
+    assert asked.plan["card"] == {"name": "RTX 3090", "kind": "cuda", "memory": 24 * GIB, "taken": 0, "count": 1}
     assert asked.plan["fits"]
     assert asked.options.recompute_layers == asked.plan["settings"]["checkpoint_every"] > 0
     assert asked.options.max_tokens == asked.plan["settings"]["max_tokens"]
@@ -237,7 +254,10 @@ def test_a_run_that_fits_no_card_is_refused_with_what_would_help(world: World) -
     world.tick()
     row = read_run(world, run)
     assert row["state"] == "failed"
-    assert "needs 18.3 GB at the least, cuda:0 has 12.9 GB: set method = qlora; or use a card of 24 GB" in row["error"]
+    assert (
+        "needs 18.3 GB at the least, cuda:0 has 12.9 GB: set method = qlora in the agent's configuration; or use a card of 24 GB"
+        in row["error"]
+    )
     assert world.launcher.started == []
 
 
@@ -248,7 +268,9 @@ def test_memory_that_is_taken_between_claim_and_start_costs_a_retry(world: World
         placement.suit(world.pipeline.machinery, asked, "cuda:0")
 
 
-def test_two_agents_train_at_the_same_time_on_two_places(engine: Engine, now: Any, tmp_path: Path) -> None:
+@pytest.fixture
+def crowd(engine: Engine, now: Any, tmp_path: Path) -> tuple[World, list[str]]:
+    """Two places, and three agents with a run each, in the order in which they are queued."""
     settings = make_settings(tmp_path, make_base(tmp_path / "base"))
     agents = {name: settings.agents["adjudication"].model_copy(update={"name": name}) for name in ("adjudication", "scribe", "third")}
     settings = settings.model_copy(update={"agents": agents, "devices": Devices(slots=("cpu", "cpu:1"))})
@@ -260,9 +282,26 @@ def test_two_agents_train_at_the_same_time_on_two_places(engine: Engine, now: An
         known = policies.record(connection, agents, now)
         delivery.deliver(connection, schemas.parse(orjson.dumps(cases), schemas.HISTORY), dict.fromkeys(agents, LABELS), PRODUCER, now)
         handlers.handle_batch(connection, events.read_received(connection, 1000), known, now)
+    return world, sorted(asked)
+
+
+def test_a_run_that_can_t_be_placed_does_not_hold_up_the_others(crowd: tuple[World, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    world, asked = crowd
+    genuine = placement.find_places
+
+    def find_places(machinery: Any, made: Any, run: Any, options: Any) -> Any:
+        return 1 / 0 if run["id"] == asked[0] else genuine(machinery, made, run, options)
+
+    monkeypatch.setattr(placement, "find_places", find_places)
     for _ in range(2):
         world.tick()
-    asked.sort()  # as they are queued
+    assert [read_run(world, run)["device"] for run in asked] == [None, "cpu", "cpu:1"]
+
+
+def test_two_agents_train_at_the_same_time_on_two_places(crowd: tuple[World, list[str]]) -> None:
+    world, asked = crowd
+    for _ in range(2):
+        world.tick()
     assert [read_run(world, run)["device"] for run in asked] == ["cpu", "cpu:1", None]
     assert [one.device for one in world.launcher.started] == ["cpu", "cpu"]
     first = read_run(world, asked[0])
@@ -270,6 +309,23 @@ def test_two_agents_train_at_the_same_time_on_two_places(engine: Engine, now: An
     world.settle()
     assert [read_run(world, run)["state"] for run in asked] == ["done", "running", "running"]
     assert read_run(world, asked[2])["device"] == "cpu"
+
+
+def test_a_card_of_several_is_nobody_elses(engine: Engine, now: Any) -> None:
+    one, pair, other = (devices.Device(name, None) for name in ("cuda:1", "cuda:0+cuda:1", "cuda:0"))
+    term = timedelta(minutes=10)
+    with db.writing(engine) as connection:
+        held = devices.claim(connection, [pair], "run-1", 1, now, term)
+        assert held is not None
+        assert devices.claim(connection, [one, other], "run-2", 1, now, term) is None
+        row = {"id": "run-1", "attempt": 1, "device": held.device, "fence": held.fence}
+        assert devices.keep(connection, row, now + term, term), "nobody took it meanwhile"
+        assert devices.claim(connection, [one, other], "run-2", 1, now + term, term) is None
+        assert devices.claim(connection, [one], "run-2", 1, now + 3 * term, term) is not None
+        assert not devices.keep(connection, row, now + 3 * term, term), "one of its cards is another's"
+        devices.free(connection, row)
+        assert devices.claim(connection, [other], "run-3", 1, now + 3 * term, term) is not None
+        assert devices.claim(connection, [pair], "run-4", 1, now + 3 * term, term) is None
 
 
 def test_a_device_whose_holder_is_silent_is_taken_over_under_a_greater_fence(engine: Engine, now: Any) -> None:

@@ -27,7 +27,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def test_the_parts_the_settings_and_the_remedy_are_told(ask: Any, run: Any, base: Path) -> None:
-    [told] = ask("plan", "--base", base, "--gpu", "12GB", "--method", "qlora", "--set", "lora.rank=64")
+    [told] = ask("plan", "--base", base, "--gpu", "12GB", "--method", "qlora", "--set", "lora.rank=64", "--set", "serve_in_4bit=true")
     assert sum(told["parts"].values()) == told["total"] <= 12 * plan.GB
     assert told["settings"] == {
         "is_4bit": True,
@@ -40,11 +40,17 @@ def test_the_parts_the_settings_and_the_remedy_are_told(ask: Any, run: Any, base
     }
     lines = dict(line.split(maxsplit=1) for line in run("plan", "--base", base, "--gpu", "24GB", "--method", "full")[1].splitlines())
     assert [lines[name][-2:] for name in told["parts"]] == ["GB"] * 6
-    assert lines["moments"] == "in 8 bits, on the host, in the backward pass"
+    assert lines["moments"] == "in 8 bits, on the host, in the backward pass (accumulation 1, clip 0)"
     status, out, _ = run("plan", "--base", base, "--gpu", "12 gb")
     assert status == 1
-    assert "set method = qlora; use a card of 24 GB" in out
-    assert "no run on such a card yet" in out
+    assert "set method = qlora in the agent's configuration; use a card of 24 GB" in out
+    assert "no such run on such a card yet" in out
+
+
+def test_a_method_of_one_run_does_not_change_how_the_base_is_served(run: Any, base: Path) -> None:
+    status, out, _ = run("plan", "--base", base, "--gpu", "12GB", "--method", "qlora")
+    assert status == 1
+    assert "set serve_in_4bit = true in the agent's configuration" in out
 
 
 def test_without_a_card_this_machine_and_the_usual_sizes_are_compared(ask: Any, run: Any, base: Path) -> None:
@@ -55,7 +61,8 @@ def test_without_a_card_this_machine_and_the_usual_sizes_are_compared(ask: Any, 
 
 
 def test_a_size_or_a_base_that_is_none_is_refused(run: Any, base: Path, tmp_path: Path) -> None:
-    assert run("plan", "--base", base, "--gpu", "large")[0] == 2
+    assert [run("plan", "--base", base, "--gpu", size)[0] for size in ("large", "24", "0GB")] == [2, 2, 2]
+    assert "25.7698 GB" in run("plan", "--base", base, "--gpu", "24GiB")[1].splitlines()[0]
     assert "name the folder of a Hugging Face checkpoint" in run("plan", "--base", tmp_path / "absent")[2]
     (base / "config.json").write_text("[]")
     assert "holds no object" in run("plan", "--base", base)[2]
@@ -64,14 +71,15 @@ def test_a_size_or_a_base_that_is_none_is_refused(run: Any, base: Path, tmp_path
 def test_the_time_is_that_of_runs_on_the_same_card(opened: Any, base: Path, now: Any) -> None:
     [planned] = estimates.plan_run(spec.Options(), "lora", base, [plan.Card("RTX", "cuda", 24 * plan.GB)])
     with opened.writing() as connection:
-        for card, speed in (("RTX", 500.0), ("other", 9000.0)):
-            asked = runs.queue(connection, "adjudication", "train", "manual", card, "ops", {}, now)
+        for card, method, speed in (("RTX", "lora", 500.0), ("RTX", "full", 80.0), ("other", "lora", 9000.0)):
+            asked = runs.queue(connection, "adjudication", "train", "manual", f"{card}, {method}", "ops", {}, now)
             runs.lease(connection, runs.read(connection, asked), "cuda:0", 1, "/nowhere")
             runs.begin(connection, runs.read(connection, asked), now)
             told = {"plan": {"card": {"name": card}, "parameters": planned.parameters}}
-            result = {"training": {"tokens": 60_000, "tokens_per_second": speed}, "memory": told}
+            result = {"training": {"tokens": 60_000, "tokens_per_second": speed, "method": method}, "memory": told}
             runs.finish(connection, runs.read(connection, asked), result, now)
-        assert estimates.expect_time(connection, "adjudication", planned) == (1, 500.0, 120.0, ("RTX",))
+        assert estimates.expect_time(connection, "adjudication", "lora", planned) == (1, 500.0, 120.0, ("RTX",))
+        assert estimates.expect_time(connection, "adjudication", "qlora", planned).runs == 0
 
 
 def test_the_estimate_stands_beside_what_the_last_run_with_these_settings_took(
@@ -103,7 +111,10 @@ def test_a_card_that_is_only_a_size_is_every_card_that_is_sold_as_such(opened: A
             runs.begin(connection, runs.read(connection, asked), now)
             training = {"tokens": 60_000, "tokens_per_second": 500.0, "supervised_tokens": 6_000, "method": "lora"}
             runs.finish(connection, runs.read(connection, asked), {"training": training, "memory": {"plan": one.to_json()}}, now)
-        told = [estimates.expect_time(connection, "adjudication", one) for one in estimates.plan_run(spec.Options(), "lora", base, SIZES)]
+        told = [
+            estimates.expect_time(connection, "adjudication", "lora", one)
+            for one in estimates.plan_run(spec.Options(), "lora", base, SIZES)
+        ]
         graded = [estimates.read_supervised(connection, agent) for agent in ("adjudication", "another")]
     assert [one.cards for one in told] == [("RTX 3060",), ("RTX 3090",), ()]
     assert told[1].seconds == 120.0

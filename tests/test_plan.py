@@ -176,15 +176,32 @@ def test_computing_more_layers_twice_never_takes_more(method: plan.Method, confi
 def test_what_does_not_fit_is_told_with_what_would() -> None:
     found = plan.plan_memory(LLAMA_8B, make_method("lora"), plan.Card("", "cuda", 12 * plan.GB))
     assert not found.fits
-    assert found.remedies == ("set method = qlora", "use a card of 24 GB")
+    assert found.remedies == ("set method = qlora in the agent's configuration", "use a card of 24 GB")
     shared = plan.plan_memory(LLAMA_8B, make_method("lora"), plan.Card("", "cuda", 24 * plan.GB, 8 * plan.GB))
     assert "free the 8.0 GB that others hold on this card" in shared.remedies
     large = {**LLAMA_8B, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
     apart = plan.plan_memory(LLAMA_8B, make_method("qlora", 64, serves_4bit=False), plan.Card("", "cuda", 12 * plan.GB))
     assert not apart.fits, "its exam reads the whole base, as its servers do"
-    assert apart.remedies[0] == "set serve_in_4bit = true"
+    assert apart.remedies[0] == "set serve_in_4bit = true in the agent's configuration"
     huge = plan.plan_memory(large, make_method("full"), plan.Card("", "cuda", 141 * plan.GB))
     assert huge.remedies[-1].startswith("FSDP")
+
+
+def test_what_trains_all_weights_and_does_not_fit_may_train_an_adapter() -> None:
+    card, host = plan.Card("", "cuda", 12 * plan.GB), plan.Card("", "cpu", 25 * plan.GB)
+    quantised = "set method = qlora in the agent's configuration"
+    assert plan.plan_memory(LLAMA_8B, make_method("full"), card).remedies[0] == quantised
+    assert plan.plan_memory(LLAMA_8B, make_method("lora"), host).remedies[0] == quantised
+    texts = plan.Method(name="pretrain", trains="all", rank=16, row_tokens=1024, max_tokens=1024, supervised=1.0)
+    assert plan.plan_memory(LLAMA_8B, texts, plan.Card("", "cuda", 20 * plan.GB)).remedies[0] == "set pretrain.weights = adapter"
+
+
+def test_several_cards_do_not_update_within_the_backward_pass() -> None:
+    card = plan.Card("", "cuda", 24 * plan.GB)
+    assert plan.plan_memory(LLAMA_8B, make_method("full"), card).settings.optimizer_in_backward
+    pair = plan.plan_memory(LLAMA_8B, make_method("full"), dataclasses.replace(card, count=2))
+    assert not pair.settings.optimizer_in_backward
+    assert not pair.fits
 
 
 def test_the_pace_of_another_base_counts_by_its_weights() -> None:

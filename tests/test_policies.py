@@ -53,6 +53,7 @@ def test_settling_a_conflict_leaves_the_policy_in_force(in_force, opened, run):
     for expert, answer in ((ANN, "DENIED"), (BEN, "APPROVED")):
         send(opened.engine, [make_label(1, NOW, answer=answer)], NOW, expert)
     handle(opened.engine, in_force["adjudication"], NOW)
+    run("tokens", "add", "ops", "--role", "operator")
     assert run("labels", "resolve", "c1", "--answer", "DENIED", "--expert", "ops")[:2] == (0, "c1 is DENIED, says ops.\n")
     assert count_versions(opened) == 1
 

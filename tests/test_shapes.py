@@ -11,6 +11,8 @@ import transformers
 
 from daemon import shapes
 
+LLAMA = transformers.LlamaConfig().to_dict()
+
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
 def test_the_weights_are_counted_as_they_are(architecture: str) -> None:
@@ -26,7 +28,15 @@ def test_the_weights_are_counted_as_they_are(architecture: str) -> None:
 
 @pytest.mark.parametrize(
     ("config", "told"),
-    [({}, "model_type is None"), ({"model_type": "mixtral"}, "'mixtral'"), ({"model_type": "llama"}, "hidden_size is missing")],
+    [
+        ({}, "model_type is None"),
+        ({"model_type": "mixtral"}, "'mixtral'"),
+        ({"model_type": "llama"}, "hidden_size is missing"),
+        ({"text_config": None}, "text_config in config.json is None"),
+        ({**LLAMA, "num_hidden_layers": None}, "num_hidden_layers in config.json is None"),
+        ({**LLAMA, "hidden_size": "4096"}, "hidden_size in config.json is '4096', and is to be a whole number above 0"),
+        ({**LLAMA, "num_attention_heads": 0}, "num_attention_heads in config.json is 0"),
+    ],
 )
 def test_a_shape_that_is_not_known_is_refused(config: dict[str, Any], told: str) -> None:
     with pytest.raises(shapes.ShapeUnknownError, match=told):

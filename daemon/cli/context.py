@@ -64,6 +64,13 @@ class Opened:
         return None if name is None else self.settings.agent(name).name
 
 
+def require_reason(reason: str) -> str:
+    """What was given as a reason, unless it says nothing."""
+    if not reason.strip():
+        raise typer.BadParameter("the reason is empty: say why, an auditor will ask")
+    return reason
+
+
 def read_overrides(settings: Sequence[str] | None, method: str | None = None) -> dict[str, Any]:
     """The training options that `--set` and `--method` ask for, by key."""
     overrides = dict(map(_parse_setting, settings or ()))
@@ -103,10 +110,12 @@ def load_settings(path: Path) -> Settings:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Opened]:
-    """The configuration and its database, which has the schema of this version; closed afterwards."""
-    from storage import db, schema  # noqa: PLC0415 — `ratchet --help` needs none of it
+    """The configuration and its database, which has the schema of this version; closed afterwards. No more than errors is logged."""
+    from daemon import logs  # noqa: PLC0415 — `ratchet --help` needs none of it
+    from storage import db, schema  # noqa: PLC0415
 
     settings = load_settings(path)
+    logs.configure("error", settings.log.format)
     engine = db.open_engine(settings.database.url)
     try:
         schema.check(engine)

@@ -94,7 +94,7 @@ def _replay_record(opened: context.Opened, connection: Connection, letter: str, 
 @app.command()
 def discard(
     letter: Id,
-    reason: Annotated[str, typer.Option("--reason", help="Why nobody needs it.")],
+    reason: Annotated[str, typer.Option("--reason", callback=context.require_reason, help="Why nobody needs it.")],
     config: context.ConfigFile = context.CONFIG_FILE,
 ) -> None:
     """Close a dead letter for good; its event stays in the log."""

@@ -31,7 +31,7 @@ def conflicts(agent: context.AnyAgent = None, config: context.ConfigFile = conte
 def resolve(
     case: Annotated[str, typer.Argument(metavar="CLAIM", help="The claim id; the prediction id where a claim has several conflicts.")],
     answer: Annotated[str, typer.Option("--answer", help="What is right: one of the agent's labels.")],
-    expert: Annotated[str, typer.Option("--expert", help="Who says so.")],
+    expert: Annotated[str, typer.Option("--expert", help="Who says so: the name of an operator's token.")],
     rationale: Annotated[str | None, typer.Option("--rationale", help="Why; the model learns it too.")] = None,
     agent: context.AgentName = None,
     config: context.ConfigFile = context.CONFIG_FILE,
@@ -46,7 +46,11 @@ def resolve(
         prediction = _find_conflict(_list_conflicts(connection, chosen.name), case)["prediction_id"]
         data = {"agent": chosen.name, "prediction_id": prediction, "answer": answer, "kind": "adjudication", "answered_at": now.isoformat()}
         body = _to_event({**data, "expert": expert, **({"rationale": rationale} if rationale else {})})
-        principal = tokens.Principal(expert, "operator")
+        principal = tokens.read(connection, expert)
+        if principal is None or principal.role != "operator":
+            operators = [row["name"] for row in tokens.list_all(connection) if row["role"] == "operator" and row["revoked_at"] is None]
+            known = f"one of {', '.join(operators)}" if operators else "an operator, whom `ratchet tokens add NAME --role operator` makes"
+            raise LabelRefusedError(f"--expert is {expert!r}: a conflict is settled by {known}")
         items = schemas.parse(body, schemas.LABEL)
         delivered = delivery.deliver(connection, items, {chosen.name: chosen.labels}, principal, now)[0]
         if delivered.ulid is None or delivered.refusal is not None:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from daemon.settings import Settings
 
 MOMENTS = {"adamw": "in 32 bits", "adamw_8bit": "in 8 bits", "paged_adamw_8bit": "in 8 bits, on the host"}
-SIZE = re.compile(r"(\d+(?:\.\d+)?) ?GB?", re.IGNORECASE)
+GIB = 1 << 30
+SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(G|GB|GiB)", re.IGNORECASE)
 
 
 def plan(
@@ -43,11 +44,15 @@ def plan(
     with context.opened(config) as opened:
         chosen = opened.pick_agent(agent)
         cards = [parse_card(gpu)] if gpu else list_cards(opened.settings)
-        options, _ = training.apply_overrides(chosen, overrides)
+        read = training.apply_overrides if training.SERVED in overrides else training.read_options
+        options, _ = read(chosen, overrides)
         with opened.reading() as connection:
             graded = estimates.read_supervised(connection, chosen.name)
             plans = estimates.plan_run(options, "train", base or chosen.base_model, cards, graded)
-            told = [(one, estimates.find_measured(connection, one), estimates.expect_time(connection, chosen.name, one)) for one in plans]
+            told = [
+                (one, estimates.find_measured(connection, one), estimates.expect_time(connection, chosen.name, options.method, one))
+                for one in plans
+            ]
     if as_json:
         context.print_json([{**one.to_json(), "measured": measured, "expected": time._asdict()} for one, measured, time in told])
     elif gpu:
@@ -79,9 +84,9 @@ def parse_card(size: str) -> planning.Card:
     from daemon import plan as planning  # noqa: PLC0415 — `ratchet --help` needs none of it
 
     found = SIZE.fullmatch(size.strip())
-    if found is None:
-        raise typer.BadParameter(f"{size!r} is no size: write it as 12GB", param_hint="--gpu")
-    return make_card(round(float(found[1]) * planning.GB))
+    if found is None or not float(found[1]):
+        raise typer.BadParameter(f"{size!r} is no size of a card: write it as 12GB, or as 12GiB", param_hint="--gpu")
+    return make_card(round(float(found[1]) * (GIB if found[2].lower() == "gib" else planning.GB)))
 
 
 def describe(planned: planning.MemoryPlan, measured: int | None, expected: estimates.Duration) -> dict[str, Any]:
@@ -97,7 +102,8 @@ def describe(planned: planning.MemoryPlan, measured: int | None, expected: estim
         "checkpointing": name_checkpointing(settings.checkpoint_every),
         "tokens": settings.max_tokens,
         "adapter": settings.adapter_dtype,
-        "moments": MOMENTS[settings.optimizer] + (", in the backward pass" if settings.optimizer_in_backward else ""),
+        "moments": MOMENTS[settings.optimizer]
+        + (", in the backward pass (accumulation 1, clip 0)" if settings.optimizer_in_backward else ""),
         "rounding": settings.rounding,
         "time": name_time(expected),
         "would fit": "; ".join(planned.remedies) or None,
@@ -117,6 +123,6 @@ def name_checkpointing(every: int) -> str:
 def name_time(expected: estimates.Duration) -> str:
     """What is known of the time."""
     if expected.tokens_per_second is None:
-        return "no run on such a card yet"
+        return "no such run on such a card yet"
     pace = f"{expected.tokens_per_second:,.0f} tokens/s by {expected.runs} runs on {', '.join(expected.cards)}"
     return pace if expected.seconds is None else f"{expected.seconds / 60:,.1f} min as large as the last ({pace})"

@@ -95,7 +95,9 @@ def follow(run: RunId = None, config: context.ConfigFile = context.CONFIG_FILE) 
 @app.command()
 def cancel(
     run: RunId = None,
-    reason: Annotated[str, typer.Option("--reason", "-r", help="Why; it is kept with the run.")] = "cancelled by hand",
+    reason: Annotated[
+        str, typer.Option("--reason", "-r", callback=context.require_reason, help="Why; it is kept with the run.")
+    ] = "cancelled by hand",
     config: context.ConfigFile = context.CONFIG_FILE,
 ) -> None:
     """End a run that has not ended; the daemon stops its process."""

@@ -10,7 +10,7 @@ from daemon.cli import context
 
 
 def train(
-    reason: Annotated[str, typer.Option("--reason", "-r", help="Why; it is kept with the run.")],
+    reason: Annotated[str, typer.Option("--reason", "-r", callback=context.require_reason, help="Why; it is kept with the run.")],
     agent: context.AgentName = None,
     method: Annotated[
         str | None, typer.Option("--method", help="`lora`, `qlora`, `full` or `pretrain`; the agent's training.method by default.")
@@ -22,11 +22,10 @@ def train(
     as_json: context.AsJson = False,
 ) -> None:
     """Queue a training run, which the daemon starts as soon as a device is free; `ratchet runs follow` watches it."""
-    from daemon import logs, training  # noqa: PLC0415 — `ratchet --help` needs none of it
+    from daemon import training  # noqa: PLC0415 — `ratchet --help` needs none of it
 
     overrides = context.read_overrides(settings, method)
     with context.opened(config) as opened:
-        logs.configure("error", opened.settings.log.format)
         chosen = opened.pick_agent(agent)
         with opened.writing() as connection:
             run = training.queue(connection, chosen, "manual", reason, context.read_actor(), overrides, context.read_clock())

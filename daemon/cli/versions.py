@@ -111,7 +111,7 @@ def promote(
 
 
 def rollback(
-    reason: Reason,
+    reason: Annotated[str, typer.Option("--reason", callback=context.require_reason, help="Why; it is kept in the ledger.")],
     to: Annotated[str | None, typer.Option("--to", metavar="V", help="The version to go back to; the one before by default.")] = None,
     agent: context.AgentName = None,
     config: context.ConfigFile = context.CONFIG_FILE,
@@ -128,10 +128,9 @@ def rollback(
 
 def _change_champion(config: Any, agent: str | None, change: Callable[[Connection, str], str], *, as_json: bool) -> None:
     """Change the alias, publish, and say how long it took until the server confirmed; exit 1 when it did not."""
-    from daemon import deployments, logs  # noqa: PLC0415 — `ratchet --help` needs none of it
+    from daemon import deployments  # noqa: PLC0415 — `ratchet --help` needs none of it
 
     with context.opened(config) as opened:
-        logs.configure("error", opened.settings.log.format)
         chosen: Agent = opened.pick_agent(agent)
         with opened.writing() as connection:
             deployment = change(connection, chosen.name)

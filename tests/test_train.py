@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 
 import peft
@@ -172,6 +173,19 @@ def test_an_adapter_of_another_shape_than_asked_is_not_trained_on(tmp_path, base
     assert runs.perform(tmp_path, asked, NoWeights()) == spec.EXIT_REFUSED
     assert "has rank 16 and alpha 32, asked are" in runs.result(tmp_path)["reason"]
     assert "warm_start=never" in runs.result(tmp_path)["reason"]
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+def test_an_adapter_that_lacks_tensors_is_not_trained_on_and_leaves_the_base_as_it_was(tmp_path, base, data, done):
+    folder = shutil.copytree(done / "attempts" / "1" / runs.result(done)["adapter"]["path"], tmp_path / "half")
+    kept = {name: tensor for name, tensor in load_file(folder / "adapter_model.safetensors").items() if ".layers.1." not in name}
+    save_file(kept, folder / "adapter_model.safetensors")
+    digest = artifacts.digest_folder(folder)
+    held = bases.Bases()
+    asked = runs.make_spec(base, data, {"policy": "replay"}, init_adapter=folder, init_adapter_digest=digest)
+    assert runs.perform(tmp_path / "run", asked, held) == spec.EXIT_REFUSED
+    assert "half is not whole, 14 tensors are missing, such as base_model" in runs.result(tmp_path / "run")["reason"]
+    assert not any("lora" in name for name, _ in held.load(asked.base, "cpu")[0].named_parameters())
 
 
 def test_early_stopping_keeps_the_weights_that_were_best_on_dev(tmp_path, base):

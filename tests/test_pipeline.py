@@ -713,6 +713,9 @@ def test_overrides_reach_the_trainer_and_wrong_ones_are_refused(served: World) -
         {"epochs": -1},
         {"warm_start": "maybe"},
         {"seed": "x"},
+        {"seed": True},
+        {"seed": -1},
+        {"seed": 20261126120000},
         {"lora.ranks": 1},
     ):
         with pytest.raises(training.OptionsRefusedError, match=next(iter(wrong)).split(".")[0]):

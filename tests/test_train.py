@@ -282,6 +282,9 @@ def other_base_adapter(folder, done):
         ({"device": "abacus"}, "is none"),
         ({"kind": "export"}, "export"),
         ({"epochs": 0}, "spec.json"),
+        ({"seed": 2**31}, "seed: Input should be less than 2147483648 (got 2147483648)"),
+        ({"seed": -1}, "seed: Input should be greater than or equal to 0 (got -1)"),
+        ({"seed": True}, "seed: Input should be a valid integer (got True)"),
         ({"options": {"method": "pretrain"}}, "texts is missing"),
     ],
 )

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from storage import artifacts, snapshots
@@ -390,3 +391,10 @@ def test_a_trainer_that_slept_past_its_lease_cannot_publish(tmp_path, base, data
 
 def read_if_there(path):
     return path.read_text() if path.exists() else ""
+
+
+@pytest.mark.parametrize("name", [name for name, field in spec.Options.model_fields.items() if field.annotation is float])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_every_number_of_the_options_is_finite(name, value):
+    with pytest.raises(ValidationError, match=f"{name}\n.*finite number"):
+        spec.Options.model_validate({name: value})

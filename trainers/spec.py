@@ -37,9 +37,9 @@ class SpecRefusedError(ValueError):
 
 
 class Frozen(BaseModel):
-    """A value that is checked once and never changes."""
+    """A value that is checked once and never changes. Its numbers are finite, for JSON has no others."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class Prompt(Frozen):

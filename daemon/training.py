@@ -80,8 +80,9 @@ def apply_overrides(agent: Agent, overrides: Mapping[str, Any]) -> tuple[spec.Op
     warm_start = str(overrides.get(WARM_START, agent.warm_start))
     if warm_start not in ("candidate", "champion", "never"):
         raise OptionsRefusedError(f"warm_start is {warm_start!r}: use candidate, champion or never")
-    if not isinstance(overrides.get(SEED, 0), int):
-        raise OptionsRefusedError(f"seed is {overrides[SEED]!r}: use a whole number")
+    seed = overrides.get(SEED, 0)
+    if type(seed) is not int or seed not in spec.SEEDS:
+        raise OptionsRefusedError(f"seed is {seed!r}: use a whole number from 0 to {spec.SEEDS[-1]}")
     try:
         chosen = spec.Options.model_validate(options)
     except ValidationError as error:

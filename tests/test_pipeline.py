@@ -711,8 +711,13 @@ def test_overrides_reach_the_trainer_and_wrong_ones_are_refused(served: World) -
         {"method": "more"},
         {"epoch": 1},
         {"epochs": -1},
+        {"clip": float("inf")},
+        {"new_weight": float("inf")},
         {"warm_start": "maybe"},
         {"seed": "x"},
+        {"seed": True},
+        {"seed": -1},
+        {"seed": 20261126120000},
         {"lora.ranks": 1},
     ):
         with pytest.raises(training.OptionsRefusedError, match=next(iter(wrong)).split(".")[0]):

@@ -32,6 +32,8 @@ def test_a_run_is_asked_for_by_a_method(run: Any, ask: Any) -> None:
 def test_a_second_run_and_a_wrong_option_are_refused(run: Any, ask: Any) -> None:
     assert "there is no training option 'epoch'" in run("train", "--reason", "x", "--set", "epoch=2")[2]
     assert "has no value" in run("train", "--reason", "x", "--set", "epochs")[2]
+    told = "seed is 20261126120000: use a whole number from 0 to 2147483647"
+    assert told in run("train", "--reason", "x", "--set", "seed=20261126120000")[2]
     queued = ask("train", "--reason", "x")
     status, _, err = run("train", "--reason", "again")
     assert status == 1

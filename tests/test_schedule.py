@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from trainers import schedule
+import torch
+
+from trainers import optimizers, schedule, spec
 
 
 def test_the_schedule_sees_every_row_once_an_epoch_and_ends_near_zero() -> None:
@@ -12,3 +14,9 @@ def test_the_schedule_sees_every_row_once_an_epoch_and_ends_near_zero() -> None:
     assert epochs == [list(range(10))] * 2
     assert order.batch(0) != order.batch(3)
     assert [round(order.rate(step), 3) for step in range(6)] == [0.333, 0.667, 1.0, 0.75, 0.5, 0.25]
+
+
+def test_the_largest_seed_is_taken_at_the_last_step_that_anyone_may_reach() -> None:
+    step = 10**12
+    assert sorted(schedule.permute(4, spec.SEEDS[-1], step).tolist()) == [0, 1, 2, 3]
+    optimizers.begin([], torch.Generator(), spec.SEEDS[-1], step, 1e-3)

@@ -6,11 +6,13 @@ import peft
 import pyarrow.parquet as pq
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
 from storage import artifacts
 from tests.model_fixtures import LABELS, PROMPT, claim, random_adapter, tiny_base
 from trainers import adapters, bases, encoding, score
-from trainers.spec import Prompt, SpecRefusedError
+from trainers.spec import Base, Prompt, SpecRefusedError
 
 
 @pytest.fixture(autouse=True)
@@ -147,6 +149,88 @@ def test_a_base_is_loaded_from_safetensors_in_a_local_folder_only(tmp_path, base
     (damaged / "model.safetensors").write_bytes(b"half a file")
     with pytest.raises(SpecRefusedError, match="damaged"):
         bases.load_base(damaged, "cpu")
+
+
+def rewrite(folder, name, keep=lambda tensor: True, **settings):
+    """Leave some tensors of a checkpoint out of its file, and put other settings into its `config.json`."""
+    kept = {tensor: value for tensor, value in load_file(folder / name).items() if keep(tensor)}
+    save_file(kept, folder / name, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))
+    return folder
+
+
+@pytest.mark.parametrize("in_4bit", [False, True])
+def test_a_base_that_lacks_tensors_is_refused_and_not_filled_up_at_random(tmp_path, in_4bit):
+    folder = rewrite(tiny_base(tmp_path / "half"), "model.safetensors", keep=lambda tensor: ".layers.1." not in tensor)
+    with pytest.raises(
+        SpecRefusedError, match=r"half is not whole, 9 tensors .* model\.layers\.1\.input_layernorm.*copy the base completely"
+    ):
+        bases.load_base(folder, "cpu", in_4bit=in_4bit)
+
+
+def test_a_base_whose_head_is_its_embedding_is_whole_without_a_head_of_its_own(tmp_path):
+    folder = tiny_base(tmp_path / "base", tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    for in_4bit in (False, True):
+        bases.load_base(folder, "cpu", in_4bit=in_4bit)
+    rewrite(folder, "model.safetensors", keep=lambda tensor: "embed_tokens" not in tensor)
+    with pytest.raises(SpecRefusedError, match="embed_tokens"):
+        bases.load_base(folder, "cpu")
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_a_base_that_was_quantised_before_is_loaded_when_it_is_whole(tmp_path):
+    model, tokenizer = bases.load_base(tiny_base(tmp_path / "base"), "cpu", in_4bit=True)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "small")
+    for in_4bit in (False, True):
+        bases.load_base(tmp_path / "small", "cpu", in_4bit=in_4bit)
+    rewrite(tmp_path / "small", "model.safetensors", keep=lambda tensor: ".layers.1." not in tensor)
+    with pytest.raises(SpecRefusedError, match="small"):
+        bases.load_base(tmp_path / "small", "cpu")
+
+
+@pytest.mark.parametrize("in_4bit", [False, True])
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"hidden_size": 64}, r"is not that of the weights, lm_head\.weight is \[353, 32\] and not \[353, 64\]"),
+        ({"vocab_size": 9999}, r"is not that of the weights, lm_head\.weight is \[353, 32\] and not \[9999, 32\]"),
+        ({"num_key_value_heads": 4}, r"is not that of the weights, model\.layers\.0\.self_attn\.k_proj\.weight is \[16, 32\] and not"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"num_hidden_layers": "two"}, "num_hidden_layers"),
+        ({"pad_token_id": 9999}, "Padding_idx"),
+    ],
+)
+def test_a_base_with_a_config_that_is_not_its_own_is_refused(tmp_path, settings, told, in_4bit):
+    folder = rewrite(tiny_base(tmp_path / "base"), "model.safetensors", **settings)
+    with pytest.raises(SpecRefusedError, match=f"{told}.*copy the base completely again"):
+        bases.load_base(folder, "cpu", in_4bit=in_4bit)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_a_base_with_a_file_that_holds_no_settings_is_refused_before_its_weights_are_loaded(tmp_path, name):
+    folder = tiny_base(tmp_path / "base")
+    (folder / name).write_text("[]")
+    with pytest.raises(SpecRefusedError, match=r"has no tokenizer that can be loaded.*copy the base completely again"):
+        bases.Bases().tokenizer(Base(path=folder, digest="sha256:0"))
+
+
+def test_a_config_without_settings_names_no_context(tmp_path):
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(SpecRefusedError, match="names no max_position_embeddings"):
+        bases.read_context(Base(path=tmp_path, digest="sha256:0"))
+
+
+@pytest.mark.parametrize("fault", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_a_device_that_fails_while_a_base_is_loaded_is_not_the_bases_fault(base_folder, monkeypatch, fault):
+    def fail(*_, **__):
+        raise fault("the card is full")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(fault):
+        bases.load_base(base_folder, "cpu")
 
 
 def test_adapters_are_switched_without_touching_the_base(tmp_path, prompts):

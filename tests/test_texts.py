@@ -56,7 +56,14 @@ def test_a_bad_line_of_texts_is_refused_with_its_number(tmp_path, line):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"), [("none", None, "no such file"), ("a.txt", b"\xff", "UTF-8"), ("b.jsonl", b"", "no texts")]
+    ("name", "content", "says"),
+    [
+        ("none", None, "no such file"),
+        ("a.txt", b"\xff", "a.txt isn't UTF-8 text"),
+        ("b.jsonl", b"", "no texts"),
+        ("c.jsonl", '{"text": "Größe"}'.encode("latin-1"), "c.jsonl isn't UTF-8 text.*convert it, as with iconv"),
+        ("d.jsonl", b'{"text": "a \\ud83d b"}', "line 1: text holds half a character"),
+    ],
 )
 def test_texts_that_cannot_be_read_are_refused(tmp_path, name, content, says):
     if content is not None:

@@ -107,6 +107,13 @@ def test_the_command_looks_for_the_texts_before_it_loads_anything(tmp_path, capf
     assert "'--texts': file '/nofile' does not exist" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("seed", [-1, 2**31])
+def test_a_seed_that_no_run_takes_is_refused_before_anything_is_written(texts, tmp_path, seed):
+    with pytest.raises(spec.SpecRefusedError, match=f"seed is {seed}: use a whole number from 0 to 2147483647"):
+        tiny.make_tiny(texts, tmp_path / "out", tiny.OPTIONS, seed, "cpu", 1, stopping.Stop())
+    assert not list(tmp_path.iterdir())
+
+
 def test_missing_texts_are_refused(tmp_path):
     with pytest.raises(spec.SpecRefusedError, match="no file"):
         make(tmp_path / "nothing.jsonl", tmp_path / "out")

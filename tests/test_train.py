@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 
 import peft
@@ -7,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from storage import artifacts, snapshots
@@ -174,6 +176,19 @@ def test_an_adapter_of_another_shape_than_asked_is_not_trained_on(tmp_path, base
     assert "warm_start=never" in runs.result(tmp_path)["reason"]
 
 
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+def test_an_adapter_that_lacks_tensors_is_not_trained_on_and_leaves_the_base_as_it_was(tmp_path, base, data, done):
+    folder = shutil.copytree(done / "attempts" / "1" / runs.result(done)["adapter"]["path"], tmp_path / "half")
+    kept = {name: tensor for name, tensor in load_file(folder / "adapter_model.safetensors").items() if ".layers.1." not in name}
+    save_file(kept, folder / "adapter_model.safetensors")
+    digest = artifacts.digest_folder(folder)
+    held = bases.Bases()
+    asked = runs.make_spec(base, data, {"policy": "replay"}, init_adapter=folder, init_adapter_digest=digest)
+    assert runs.perform(tmp_path / "run", asked, held) == spec.EXIT_REFUSED
+    assert "half is not whole, 14 tensors are missing, such as base_model" in runs.result(tmp_path / "run")["reason"]
+    assert not any("lora" in name for name, _ in held.load(asked.base, "cpu")[0].named_parameters())
+
+
 def test_early_stopping_keeps_the_weights_that_were_best_on_dev(tmp_path, base):
     wrong = {runs.LABELS[0]: runs.LABELS[1], runs.LABELS[1]: runs.LABELS[0]}
     rows = [runs.row(number, "train") for number in range(48)]
@@ -268,6 +283,9 @@ def other_base_adapter(folder, done):
         ({"device": "abacus"}, "is none"),
         ({"kind": "export"}, "export"),
         ({"epochs": 0}, "spec.json"),
+        ({"seed": 2**31}, "seed: Input should be less than 2147483648 (got 2147483648)"),
+        ({"seed": -1}, "seed: Input should be greater than or equal to 0 (got -1)"),
+        ({"seed": True}, "seed: Input should be a valid integer (got True)"),
         ({"options": {"method": "pretrain"}}, "texts is missing"),
     ],
 )
@@ -373,3 +391,10 @@ def test_a_trainer_that_slept_past_its_lease_cannot_publish(tmp_path, base, data
 
 def read_if_there(path):
     return path.read_text() if path.exists() else ""
+
+
+@pytest.mark.parametrize("name", [name for name, field in spec.Options.model_fields.items() if field.annotation is float])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_every_number_of_the_options_is_finite(name, value):
+    with pytest.raises(ValidationError, match=f"{name}\n.*finite number"):
+        spec.Options.model_validate({name: value})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,12 @@ from storage import artifacts
 from trainers.spec import Base, SpecRefusedError
 
 Fingerprint = tuple[tuple[str, int, int], ...]
+Misfit = tuple[str, tuple[int, ...], tuple[int, ...]]
+"""A tensor, its shape in the file, and the one that `config.json` gives it."""
+UNREADABLE = (OSError, ValueError, KeyError, ImportError, SafetensorError)
+DEVICE_FAULTS = (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError)
+"""What the folder is not to blame for."""
+TENSORS_NAMED = 3
 
 
 class Bases:
@@ -42,8 +49,10 @@ class Bases:
         if base.digest not in self._tokenizers:
             try:
                 read = transformers.AutoTokenizer.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
-            except (OSError, ValueError, KeyError, ImportError) as error:
+            except UNREADABLE as error:
                 raise SpecRefusedError(f"{base.path} has no tokenizer that can be loaded: {error}") from error
+            except Exception as error:  # A wrong file may break transformers and tokenizers in any way.
+                raise SpecRefusedError(f"{base.path} has no tokenizer that can be loaded: {tell_fault(error)}") from error
             check_vocabulary(read, base)
             self._tokenizers[base.digest] = read
         return self._tokenizers[base.digest]
@@ -67,23 +76,30 @@ def load_base(path: Path, device: str, *, in_4bit: bool = False) -> tuple[Any, A
     """The model and tokenizer of a local checkpoint, ready to score: safetensors only, no code from the folder, nothing downloaded.
 
     fp32 on CPU, bf16 elsewhere; `in_4bit` NF4 with double quantisation, computed in bf16 everywhere.
-    Raises `SpecRefusedError` when the folder is no such checkpoint.
+    Raises `SpecRefusedError` when the folder is no such checkpoint, or not the whole of it.
     """
     if not (path / "config.json").is_file():
         raise SpecRefusedError(f"{path} holds no config.json: name the folder of a Hugging Face checkpoint")
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **local)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
             path,
             dtype=torch.float32 if device == "cpu" and not in_4bit else torch.bfloat16,
             attn_implementation="sdpa",
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # They are refused below, by name.
+            output_loading_info=True,
             **(quantize(device) if in_4bit else {}),
             **local,
         )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except DEVICE_FAULTS:
+        raise
+    except UNREADABLE as error:
         raise SpecRefusedError(f"{path} can't be loaded as a causal language model in safetensors: {error}") from error
+    except Exception as error:  # A wrong config.json may break transformers in any way.
+        raise SpecRefusedError(f"{path} can't be loaded as a causal language model in safetensors: {tell_fault(error)}") from error
+    check_tensors(path, model, found)
     if len(set(getattr(model.config, "layer_types", None) or ["full_attention"])) > 1:
         raise SpecRefusedError(f"{path} mixes kinds of attention ({model.config.model_type}): take a Llama- or Mistral-type base")
     if not in_4bit:
@@ -93,6 +109,37 @@ def load_base(path: Path, device: str, *, in_4bit: bool = False) -> tuple[Any, A
             # Else some CPUs lay the weights out anew, a little rounded, at the first answer: what is learned would depend on it.
             module.support_avx512bf16_for_cpu = False
     return model.eval(), tokenizer
+
+
+def tell_fault(error: Exception) -> str:
+    """An error that names no file, in one line with the remedy."""
+    said = " ".join(str(error).split())
+    return f"its config.json or another file is wrong ({type(error).__name__}: {said}): copy the base completely again"
+
+
+def check_tensors(path: Path, model: Any, found: Mapping[str, Any]) -> None:
+    """Raise `SpecRefusedError` when tensors are missing or don't fit: transformers would draw them at random."""
+    if missing := sorted(found["missing_keys"]):
+        some = ", ".join(missing[:TENSORS_NAMED])
+        raise SpecRefusedError(f"{path} is not whole, {len(missing)} tensors are missing, such as {some}: copy the base completely again")
+    for name, shape, wanted in sorted([*found["mismatched_keys"], *find_misfits(model)]):
+        misfit = f"{name} is {list(shape)} and not {list(wanted)}"
+        raise SpecRefusedError(f"{path / 'config.json'} is not that of the weights, {misfit}: copy the base completely again")
+
+
+def find_misfits(model: Any) -> Iterator[Misfit]:
+    """The matrices that have another shape than their layer. On a base in 4 bits transformers compares none."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            wanted = (layer.out_features, layer.in_features)
+        elif isinstance(layer, torch.nn.Embedding):
+            wanted = (layer.num_embeddings, layer.embedding_dim)
+        else:
+            continue
+        packed = getattr(layer.weight, "quant_state", None)
+        shape = tuple((packed or layer.weight).shape)
+        if shape != wanted and (packed or layer.weight.is_floating_point()):  # Other ways to quantise pack by rules of their own.
+            yield f"{name}.weight", shape, wanted
 
 
 def quantize(device: str) -> dict[str, Any]:
@@ -128,7 +175,7 @@ def read_number(base: Base, name: str) -> int:
     try:
         config = json.loads((base.path / "config.json").read_text())
         return int(config.get(name) or config["text_config"][name])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise SpecRefusedError(f"{base.path / 'config.json'} names no {name}: is this a language model?") from error
 
 

@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from storage.artifacts import write_atomically
 
 SCHEMA = 1
+SEEDS = range(2**31)
+"""What may be a seed: every generator takes it, also times a million and with a step added."""
 LOCK, LOG = "process.lock", "log.txt"
 """Files of an attempt: the process id of who works on it, locked meanwhile, and what it printed."""
 EXIT_DONE, EXIT_REFUSED, EXIT_RESUMABLE = 0, 2, 75
@@ -35,9 +37,9 @@ class SpecRefusedError(ValueError):
 
 
 class Frozen(BaseModel):
-    """A value that is checked once and never changes."""
+    """A value that is checked once and never changes. Its numbers are finite, for JSON has no others."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class Prompt(Frozen):
@@ -268,7 +270,7 @@ class Spec(Frozen):
     score_sets: tuple[ScoreSet, ...] = ()
     options: Options = Options()
     plan: Mapping[str, Any] | None = Field(default=None, description="What `daemon.plan` expects it to take of the device.")
-    seed: int = 1
+    seed: int = Field(default=1, ge=SEEDS.start, lt=SEEDS.stop, strict=True)
     device: str = Field(
         default="cpu", description="`cuda:0+cuda:1` runs a process on each, with the whole model (DDP); FSDP is not in this version."
     )

@@ -9,11 +9,13 @@ import bisect
 import hashlib
 import json
 import math
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -29,6 +31,8 @@ BLOCK = 2**16
 TOKENS, ENDS = "tokens.bin", "ends.bin"
 TOKEN, PLACE = np.dtype("<u4"), np.dtype("<u8")
 LINES = ".jsonl"
+HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
+"""Half of a surrogate pair: JSON can write it, and no tokenizer takes it."""
 
 
 class TokenFile(View[Example]):
@@ -95,25 +99,32 @@ def read_blocks(path: Path) -> Iterator[tuple[str, bool]]:
             yield from read_file(file)
 
 
+@contextmanager
+def open_text(path: Path) -> Iterator[IO[str]]:
+    """The file, open to be read. Raises `SpecRefusedError` as soon as it turns out not to be UTF-8."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise SpecRefusedError(f"{path} isn't UTF-8 text (byte {error.start} of a block): convert it, as with iconv") from error
+
+
 def read_file(path: Path) -> Iterator[tuple[str, bool]]:
     """One text in blocks that end at a line break or a space, wherever there is one."""
     rest = ""
-    try:
-        with path.open(encoding="utf-8") as file:
-            while block := file.read(BLOCK):
-                rest += block
-                cut = max(rest.rfind("\n"), rest.rfind(" ")) + 1 or len(rest)
-                # What follows the cut may be half a word, and the last block has to be known when it comes.
-                yield rest[:cut], False
-                rest = rest[cut:]
-    except UnicodeDecodeError as error:
-        raise SpecRefusedError(f"{path} isn't UTF-8 text (byte {error.start} of a block): convert it, as with iconv") from error
+    with open_text(path) as file:
+        while block := file.read(BLOCK):
+            rest += block
+            cut = max(rest.rfind("\n"), rest.rfind(" ")) + 1 or len(rest)
+            # What follows the cut may be half a word, and the last block has to be known when it comes.
+            yield rest[:cut], False
+            rest = rest[cut:]
     yield rest, True
 
 
 def read_lines(path: Path) -> Iterator[str]:
     """The texts of a JSON lines file. Raises `SpecRefusedError` with the line that is wrong."""
-    with path.open(encoding="utf-8") as file:
+    with open_text(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -123,6 +134,10 @@ def read_lines(path: Path) -> Iterator[str]:
                 raise SpecRefusedError(f'{path}, line {number}: each line is {{"text": "…"}} ({type(error).__name__})') from error
             if not isinstance(text, str):
                 raise SpecRefusedError(f"{path}, line {number}: text must be a string, not {type(text).__name__}")
+            if HALF_CHARACTER.search(text):
+                raise SpecRefusedError(
+                    f"{path}, line {number}: text holds half a character, which is no UTF-8: correct it, or leave it out"
+                )
             yield text
 
 

@@ -20,7 +20,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from storage import artifacts
 from trainers import bases, train
 from trainers import texts as corpora
-from trainers.spec import EXIT_DONE, EXIT_REFUSED, Base, Options, PretrainOptions, Spec, SpecRefusedError, write_spec
+from trainers.spec import EXIT_DONE, EXIT_REFUSED, SEEDS, Base, Options, PretrainOptions, Spec, SpecRefusedError, write_spec
 from trainers.stopping import Stop
 
 VOCABULARY = 2048
@@ -75,6 +75,8 @@ def make_tiny(texts: Path, out: Path, options: Options, seed: int, device: str, 
     """
     if out.exists():
         raise SpecRefusedError(f"{out} exists: name a new folder, or remove it")
+    if seed not in SEEDS:
+        raise SpecRefusedError(f"seed is {seed}: use a whole number from 0 to {SEEDS[-1]}")
     run_dir = out.with_name(f".{out.name}.making")
     start = run_dir / "base"
     if not start.exists():

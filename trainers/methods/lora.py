@@ -8,11 +8,12 @@ from typing import Any
 
 import peft
 import torch
+from safetensors import safe_open
 from safetensors.torch import save
 
 from storage import artifacts
 from trainers import checkpoints
-from trainers.spec import Options
+from trainers.spec import Options, SpecRefusedError
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -21,9 +22,10 @@ def begin(base: Any, options: Options, init_adapter: Path | None) -> Any:
     """The base with a trainable adapter on it: the one to continue from, or a new one drawn from torch's random state.
 
     On a base in 4 bits the adapter is in bf16, as what it is added to, and where the options say so.
+    Raises `SpecRefusedError`, with the base as it was, when the one to continue from lacks tensors.
     """
     if init_adapter:
-        model = peft.PeftModel.from_pretrained(base, str(init_adapter), is_trainable=True)
+        model = continue_from(base, init_adapter)
     else:
         config = peft.LoraConfig(
             r=options.lora.rank,
@@ -38,6 +40,25 @@ def begin(base: Any, options: Options, init_adapter: Path | None) -> Any:
         for parameter in checkpoints.trained_parameters(model).values():
             parameter.data = parameter.data.to(torch.bfloat16)
     return model
+
+
+def continue_from(base: Any, folder: Path) -> Any:
+    """The base with the adapter of the folder, which would be drawn at random where tensors are missing: then it is refused."""
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        found = set(file.keys())
+    model = peft.PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+    if missing := sorted(list_weights(model).keys() - found):
+        end(model)
+        raise SpecRefusedError(
+            f"adapter {folder} is not whole, {len(missing)} tensors are missing, such as {missing[0]}: copy it completely again"
+        )
+    return model
+
+
+def list_weights(model: Any) -> dict[str, torch.Tensor]:
+    """The adapter's matrices by the names that they have in its file."""
+    weights: dict[str, torch.Tensor] = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    return weights
 
 
 def end(model: Any) -> Any:
@@ -56,8 +77,8 @@ def save_adapter(model: Any, folder: Path, base_digest: str) -> str:
     PEFT's own `save_pretrained` adds a model card with the base's path and writes layer names in an order that changes with every run.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    artifacts.write_atomically(folder / WEIGHTS, save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}))
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in list_weights(model).items()}
+    artifacts.write_atomically(folder / WEIGHTS, save(weights))
     config = model.peft_config["default"].to_dict()
     config |= {"inference_mode": True, "target_modules": sorted(config["target_modules"])}
     artifacts.write_atomically(folder / artifacts.ADAPTER_CONFIG, json.dumps(config).encode())

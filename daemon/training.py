@@ -87,9 +87,20 @@ def apply_overrides(agent: Agent, overrides: Mapping[str, Any]) -> tuple[spec.Op
         chosen = spec.Options.model_validate(options)
     except ValidationError as error:
         raise OptionsRefusedError(schemas.explain(error)) from error
+    _check_effect(chosen, overrides)
     if chosen.method == "pretrain" and agent.texts is None:
         raise OptionsRefusedError(f"agents.{agent.name}.texts is missing: method pretrain reads text files, say where they are")
     return chosen, warm_start
+
+
+def _check_effect(chosen: spec.Options, overrides: Mapping[str, Any]) -> None:
+    """Raise `OptionsRefusedError` when the run's method does not look at an option that was asked for."""
+    for key in overrides:
+        section = key.partition(".")[0]
+        if section == "pretrain" and chosen.method != "pretrain":
+            raise OptionsRefusedError(f"{key} means nothing to method {chosen.method}: leave it out, or add --method pretrain")
+        if section == "lora" and chosen.trains_all_weights:
+            raise OptionsRefusedError(f"{key} means nothing to method {chosen.method}, which trains all weights here: leave it out")
 
 
 def _check_option(agent: Agent, known: Mapping[str, Any], key: str, value: Any) -> None:

@@ -34,6 +34,10 @@ def test_a_second_run_and_a_wrong_option_are_refused(run: Any, ask: Any) -> None
     assert "has no value" in run("train", "--reason", "x", "--set", "epochs")[2]
     told = "seed is 20261126120000: use a whole number from 0 to 2147483647"
     assert told in run("train", "--reason", "x", "--set", "seed=20261126120000")[2]
+    told = "lora.rank means nothing to method full, which trains all weights here: leave it out"
+    assert told in run("train", "--reason", "x", "--method", "full", "--set", "lora.rank=8")[2]
+    told = "pretrain.weights means nothing to method lora: leave it out, or add --method pretrain"
+    assert told in run("train", "--reason", "x", "--set", "pretrain.weights=all")[2]
     queued = ask("train", "--reason", "x")
     status, _, err = run("train", "--reason", "again")
     assert status == 1

@@ -51,6 +51,18 @@ def parse_url(url: str) -> URL:
     return parsed.set(drivername="postgresql+psycopg") if parsed.drivername == "postgresql" else parsed
 
 
+def find_file(url: URL) -> Path | None:
+    """The file of an SQLite database; None for one in memory, or on a server."""
+    name = url.database or ""
+    is_file = url.get_backend_name() == "sqlite" and name not in {"", ":memory:"} and not name.startswith("file:")
+    return Path(name) if is_file else None
+
+
+def name_place(url: URL) -> str:
+    """Where a database is, as it may be shown: its file, or its address without passwords."""
+    return str(find_file(url) or mask_passwords(url.render_as_string(hide_password=True)))
+
+
 def mask_passwords(text: str) -> str:
     """The text with the passwords of the URLs in it starred: before the host, where they may hold `/` and `@`, and in the query.
 

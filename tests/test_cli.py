@@ -33,13 +33,19 @@ def test_init_writes_a_folder_that_works_as_it_is(home):
     database.close()
 
 
-def test_db_check_says_whether_the_schema_is_up_to_date_and_what_to_do(home, capsys):
+def test_a_lost_database_is_made_anew_only_when_that_is_asked_for_and_then_it_is_said(home, capsys):
     assert cli.main(["db", "check"]) == 0
-    (home / "ratchet.db").unlink()
-    assert cli.main(["db", "check"]) == 1
-    assert "ratchet db upgrade" in capsys.readouterr().err
+    place = home / "ratchet.db"
+    place.unlink()
+    for command in ["db", "check"], ["status"], ["up"]:
+        assert cli.main(command) == 1
+        assert f"there is no database at {place}: restore it from a backup" in capsys.readouterr().err
+        assert not place.exists()
     assert cli.main(["db", "upgrade"]) == 0
+    assert f"Made a new, empty database: {place}." in capsys.readouterr().out
     assert cli.main(["db", "check"]) == 0
+    assert cli.main(["db", "upgrade"]) == 0
+    assert "Made" not in capsys.readouterr().out
 
 
 def test_init_never_overwrites_a_configuration(home, capsys):
@@ -102,7 +108,7 @@ def test_an_unforeseen_error_is_named_by_its_type_without_a_traceback(home, monk
 
 def test_a_database_of_another_version_is_refused_with_the_remedy(home):
     with sqlite3.connect(home / "ratchet.db") as database:
-        database.execute("UPDATE alembic_version SET version_num = 'older'")
+        database.execute("DELETE FROM alembic_version")
     database.close()
     with pytest.raises(RuntimeError, match="run `ratchet db upgrade`"), context.opened(home / "ratchet.toml"):
         pass

@@ -127,7 +127,7 @@ def test_every_refused_row_is_named_with_its_line_and_the_others_are_imported(ho
     status, out, err = run("import", home / "old.jsonl")
     assert status == 1
     refused = {int(line.split(":")[0].removeprefix("line ")): line for line in err.splitlines()}
-    assert sorted(refused) == [2, 4, 5, 6, 7, 8, 9, 10, 11, 12]
+    assert list(refused) == [2, 4, 5, 6, 7, 8, 9, 10, 11, 12], "in the order of the file, whoever refused them"
     assert "use one of APPROVED, DENIED, PENDING" in refused[5]
     assert "write 2020-01-01T09:00:00Z" in refused[6]
     assert "columns.zone" in refused[6]

@@ -292,6 +292,8 @@ def test_the_ledger_is_shown_and_verified(site, ask, run, home):
     newest = ask("ledger", "show", "--limit", "1")[0]
     assert (newest["seq"], newest["hash"], newest["kind"]) == (whole["entries"], whole["head"], "promote")
     assert run("ledger", "verify", "--head", whole["head"])[0] == 0
+    status, out, err = run("ledger", "verify", "--head", "abc")
+    assert (status, out, "'abc' is no hash: copy the 64 digits" in err) == (2, "", True), "a slip says nothing about the chain"
     with sqlite3.connect(home / "ratchet.db") as database:
         database.execute("DELETE FROM ledger WHERE seq = ?", (whole["entries"],))
     database.close()

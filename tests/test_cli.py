@@ -55,6 +55,38 @@ def test_init_never_overwrites_a_configuration(home, capsys):
     assert "is there already and stays as it is" in capsys.readouterr().err
 
 
+def test_init_keeps_from_others_what_may_hold_claims_and_passwords_also_in_a_folder_that_was_there(tmp_path):
+    tmp_path.chmod(0o755)
+    assert cli.main(["init", str(tmp_path)]) == 0
+    modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in ("ratchet.db", "ratchet.toml")}
+    assert modes == {"ratchet.db": 0o600, "ratchet.toml": 0o600}
+
+
+def test_a_folder_that_can_t_be_made_is_named_with_the_way_out(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert cli.main(["init", str(tmp_path / "file" / "home")]) == 1
+    told = f"{tmp_path}/file/home can't be made (Not a directory): name a folder where you may write"
+    assert capsys.readouterr().err == f"ratchet: {told}\n"
+
+
+def test_a_current_folder_that_was_deleted_is_what_is_told(home, tmp_path, monkeypatch, capsys):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    for command in ["init", "here"], ["status", "-c", "../claims/ratchet.toml"]:
+        assert cli.main(command) == 1
+        assert "the current folder was deleted: change into one that exists" in capsys.readouterr().err
+    assert cli.main(["init", str(tmp_path / "new")]) == 0
+
+
+def test_a_damaged_database_is_told_with_the_remedy(home, capsys):
+    (home / "ratchet.db").write_bytes(b"no database" * 1000)
+    assert cli.main(["status"]) == 1
+    told = "the database is damaged (file is not a database): check database.url, or restore it from a backup (docs/operations.md)"
+    assert capsys.readouterr().err == f"ratchet: {told}\n"
+
+
 def test_an_init_that_failed_can_be_tried_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RATCHET_SERVER__PORT", "none")
     assert cli.main(["init", str(tmp_path)]) == 1

@@ -281,7 +281,7 @@ def test_no_value_of_a_column_ends_the_import(home, run, opened, column):
 def test_fields_that_are_no_object_are_refused_by_value(home, run, column, value):
     status, _, err = run("import", write_jsonl(home / "old.jsonl", [make_case(1, **{column: value})]))
     assert status == 1
-    assert err == f"line 1: {column}: {value!r} isn't a JSON object: list the columns that are the fields\n"
+    assert err == f"line 1: {column}: {json.dumps(value)} isn't a JSON object: list the columns that are the fields\n"
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_a_label_for_a_review_that_never_was_is_a_dead_letter_at_once(engine: En
     handle(engine, make_agent(), now)
     with db.reading(engine) as connection:
         [letter] = dead_letters.list_parked(connection)
-    assert "there is no review 'no-such-review': leave review_id out" in letter["reason"]
+    assert 'there is no review "no-such-review": leave review_id out' in letter["reason"]
 
 
 def test_the_first_reader_is_not_their_own_second_reader(engine: Engine, now: datetime) -> None:

@@ -323,6 +323,9 @@ def test_a_dead_letter_is_replayed_once_its_cause_is_gone(site, ask, run):
     (letter,) = ask("dead-letters", "list")
     assert letter["reason"].startswith("its answer is none of")
     assert json.loads(ask("dead-letters", "show", letter["id"])["data"])["answer"] == "DENIED"
+    shown = dict(line.split(maxsplit=1) for line in run("dead-letters", "show", letter["id"])[1].splitlines())
+    assert json.loads(shown["data"])["answer"] == "DENIED"
+    assert "payload" not in shown, "a letter of an event has no bytes of a record"
     with site.writing() as connection:  # as `ratchet up` does with the corrected configuration
         policies.record(connection, site.settings.agents, AT)
     status, out, _ = run("dead-letters", "replay", letter["id"])

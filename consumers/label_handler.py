@@ -92,7 +92,7 @@ def _check_label(data: Any, target: Any, expert: str, agent: rules.Agent) -> Non
     if target.get("agent", agent.name) != agent.name:
         raise RefusedError(f"review {data['review_id']} belongs to agent {target['agent']}, not to {agent.name}")
     if data.get("claim_id") not in (None, target["claim_id"]):
-        raise RefusedError("claim_id is not the claim of the prediction or review that the label names")
+        raise RefusedError("claim_id is not the claim of the prediction or review that the label names: correct it or leave it out")
     if data["answer"] not in agent.labels:
         # Others are told the reason, and nothing of what the event holds: the letter itself shows that.
         raise RefusedError(f"its answer is none of {', '.join(agent.labels)} any more")

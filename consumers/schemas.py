@@ -208,11 +208,20 @@ def parse_each(values: Sequence[bytes | None], kind: str) -> list[AnyEvent | Ref
     return [_parse_alone(value, kind) for value in values]
 
 
+def parse_single(body: bytes, kind: str) -> list[AnyEvent | Refusal]:
+    """Check what should be one event: there may be none or several. Raises `MalformedError`, which says where in `body` it breaks off."""
+    try:
+        return parse(b"[" + body + b"]", kind)
+    except MalformedError:
+        _read_json(body)  # without our bracket, by which every place would be one too far
+        raise
+
+
 def _parse_alone(value: bytes | None, kind: str) -> AnyEvent | Refusal:
     if not value:
         return Refusal("value", "nothing", "one event is wanted, this is empty")
     try:
-        items = parse(b"[" + value + b"]", kind)
+        items = parse_single(value, kind)
     except MalformedError as error:
         return Refusal("value", shorten(value.decode(errors="replace")), str(error).replace("the body", "this"))
     return items[0] if len(items) == 1 else Refusal("value", f"{len(items)} events", "one event is wanted")
@@ -222,7 +231,6 @@ class _Unread(str):
     """A number that no float or integer of 64 bits is, as it was sent: NaN, an infinity, or one that is too large."""
 
     __slots__ = ()
-    __repr__ = str.__str__
 
 
 def _read_json(body: bytes) -> Any:
@@ -337,9 +345,14 @@ def _has_infinity(value: Any) -> bool:
 
 
 def shorten(value: Any) -> str:
-    """A value for an error message: short enough to read, long enough to recognise."""
-    shown = repr(value)
+    """A value for an error message, in JSON as it was sent: short enough to read, long enough to recognise; all of it is printable."""
+    sent = value if isinstance(value, _Unread) else json.dumps(value, ensure_ascii=False, default=_write_foreign)
+    shown = "".join(one if one.isprintable() else json.dumps(one)[1:-1] for one in sent[: MAX_SHOWN + 1])
     return shown if len(shown) <= MAX_SHOWN else shown[:MAX_SHOWN] + "…"
+
+
+def _write_foreign(value: Any) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
 def check(event: AnyEvent, labels_of: Mapping[str, Sequence[str]], latest: datetime = LATEST) -> Refusal | None:

@@ -62,7 +62,7 @@ def _examine_database(settings: Settings) -> Iterator[Finding]:
             champions = [(name, version) for name in settings.agents if (version := registry.champion(connection, name))]
             served = [registry.read(connection, *champion) for champion in champions]
     except Exception as error:  # noqa: BLE001  whatever the driver says is the finding
-        remedy = "check [database] url; run `ratchet db upgrade` for an older or a new one, restore a damaged one from a backup"
+        remedy = "check [database] url; restore a lost or damaged one from a backup, run `ratchet db upgrade` for an older or a new one"
         yield Finding("database", is_well=False, detail=str(error).partition("\n")[0], remedy=remedy)
         return
     engine.dispose()

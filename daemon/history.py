@@ -69,22 +69,24 @@ class Importer:
     def _import_batch(self, batch: list[tuple[int, Any]], summary: Summary) -> None:
         lines: list[int] = []
         contents: list[bytes] = []
+        refused: list[Refused] = []
         for line, row in batch:
             summary.rows += 1
             try:
                 contents.append(to_event(row, self.agent.name, self.agent.columns))
                 lines.append(line)
             except RowRefusedError as refusal:
-                self._refuse(line, str(refusal), summary)
+                refused.append(Refused(line, str(refusal)))
         items = schemas.parse(b"[" + b",".join(contents) + b"]", schemas.HISTORY)
         now = self.clock()
         with db.writing(self.engine) as connection:
             delivered = delivery.deliver(connection, items, {self.agent.name: self.agent.labels}, self.principal, now)
             imported, parked = self._handle(connection, {one.ulid for one in delivered if one.ulid is not None}, now)
         reasons = [one.refusal or parked.get(one.ulid or "") for one in delivered]
-        for line, reason in zip(lines, reasons, strict=True):
-            if reason is not None:
-                self._refuse(line, str(reason), summary)
+        refused += [Refused(line, str(reason)) for line, reason in zip(lines, reasons, strict=True) if reason is not None]
+        for one in sorted(refused, key=lambda one: one.line):
+            self.on_refused(one)
+        summary.refused += len(refused)
         summary.imported += imported
         summary.known += reasons.count(None) - imported
 
@@ -101,10 +103,6 @@ class Importer:
         return outcome["handled"], {
             event.ulid: f"parked as a dead letter: {event.reason}" for event in found if event and event.state == "dead"
         }
-
-    def _refuse(self, line: int, reason: str, summary: Summary) -> None:
-        summary.refused += 1
-        self.on_refused(Refused(line, reason))
 
 
 def to_event(row: Any, agent: str, columns: Columns) -> bytes:

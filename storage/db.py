@@ -28,6 +28,7 @@ UNAVAILABLE = (OperationalError, InterfaceError, InternalError, PoolTimeoutError
 PASSING_STATES = ("08", "25006", "40", "53", "55P03", "57")
 """SQLSTATEs, or how they begin: no connection, a standby, a deadlock, no room or too many connections, a lock, the server is going."""
 PASSING_CODES = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL)
+DAMAGE_CODES = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 TURN = 0x7A7C4E8
 
 
@@ -49,6 +50,18 @@ def parse_url(url: str) -> URL:
     if parsed.port is not None and not 0 < parsed.port <= MAX_PORT:
         raise UrlRefusedError(f"port {parsed.port} should be between 1 and {MAX_PORT}")
     return parsed.set(drivername="postgresql+psycopg") if parsed.drivername == "postgresql" else parsed
+
+
+def find_file(url: URL) -> Path | None:
+    """The file of an SQLite database; None for one in memory, or on a server."""
+    name = url.database or ""
+    is_file = url.get_backend_name() == "sqlite" and name not in {"", ":memory:"} and not name.startswith("file:")
+    return Path(name) if is_file else None
+
+
+def name_place(url: URL) -> str:
+    """Where a database is, as it may be shown: its file, or its address without passwords."""
+    return str(find_file(url) or mask_passwords(url.render_as_string(hide_password=True)))
 
 
 def mask_passwords(text: str) -> str:
@@ -219,6 +232,11 @@ def is_passing(error: BaseException) -> bool:
         return getattr(error.orig, "sqlite_errorcode", 0) & 0xFF in PASSING_CODES
     state = getattr(error.orig, "sqlstate", None)
     return error.connection_invalidated or (isinstance(error, UNAVAILABLE) and (state is None or state.startswith(PASSING_STATES)))
+
+
+def is_damage(error: BaseException) -> bool:
+    """Whether what lies in the file of an SQLite database is none any more."""
+    return isinstance(error, DBAPIError) and getattr(error.orig, "sqlite_errorcode", 0) & 0xFF in DAMAGE_CODES
 
 
 def was_cut_off(error: BaseException) -> bool:

@@ -56,8 +56,8 @@ def head(connection: Connection) -> tuple[int, str]:
 
 
 def holds(connection: Connection, digest: str) -> bool:
-    """Whether an entry has this hash: what was once the head must stay in the chain."""
-    return connection.execute(select(LedgerEntry.seq).where(LedgerEntry.hash == digest)).first() is not None
+    """Whether an entry has this hash, or it is where every chain begins: what was once the head must stay in the chain."""
+    return digest == GENESIS or connection.execute(select(LedgerEntry.seq).where(LedgerEntry.hash == digest)).first() is not None
 
 
 def show(connection: Connection, agent: str | None = None, limit: int = 100) -> list[RowMapping]:

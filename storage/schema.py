@@ -10,7 +10,7 @@ import alembic.command
 import alembic.config
 import alembic.runtime.migration
 import alembic.script
-from sqlalchemy import Connection, Engine, insert, select, text
+from sqlalchemy import Connection, Engine, insert, inspect, select, text
 from sqlalchemy.exc import OperationalError
 
 from storage import db
@@ -25,18 +25,36 @@ class SchemaOutdatedError(RuntimeError):
     """The database was made by another version of Ratchet."""
 
 
+class DatabaseMissingError(RuntimeError):
+    """Where the configuration says is no database, or one that nobody has written to."""
+
+
 class DatabaseUnfitError(RuntimeError):
     """No installation can live in this database."""
 
 
-def upgrade(engine: Engine) -> None:
-    """Bring the schema to this version of Ratchet, all of it or nothing; doing so twice, or twice at once, changes nothing."""
+def upgrade(engine: Engine) -> bool:
+    """Bring the schema to this version of Ratchet, all of it or nothing; doing so twice, or twice at once, changes nothing.
+
+    Returns whether it made a new installation, where there was none. Raises `SchemaOutdatedError` for a newer schema.
+    """
+    _make_file(engine)
     with db.writing(engine) as connection:
         config = _alembic_config()
+        _refuse_newer(_read_revision(connection), alembic.script.ScriptDirectory.from_config(config))
         config.attributes["connection"] = connection
         alembic.command.upgrade(config, "head")
-        if connection.execute(select(Installation.id)).first() is None:
+        is_new = connection.execute(select(Installation.id)).first() is None
+        if is_new:
             connection.execute(insert(Installation).values(id=1, secret=secrets.token_hex(32), created_at=datetime.now(UTC)))
+    return is_new
+
+
+def _make_file(engine: Engine) -> None:
+    """Make an SQLite file that only its owner may read, for claims will lie in it; SQLite gives the files beside it the same mode."""
+    file = db.find_file(engine.url)
+    if file is not None and not file.exists():
+        file.touch(mode=0o600)
 
 
 def analyze(engine: Engine) -> None:
@@ -53,17 +71,40 @@ def analyze(engine: Engine) -> None:
 def check(engine: Engine) -> None:
     """Raise `SchemaOutdatedError` with the remedy unless the schema is the one this version of Ratchet was written for.
 
-    Raises `DatabaseUnfitError` for a server that is too old or keeps no Unicode.
+    Raises `DatabaseMissingError` where there is none, and makes none; `DatabaseUnfitError` for a server that is too old or has no Unicode.
     """
-    head = alembic.script.ScriptDirectory.from_config(_alembic_config()).get_current_head()
+    scripts = alembic.script.ScriptDirectory.from_config(_alembic_config())
+    file = db.find_file(engine.url)
+    if file is not None and not file.exists():  # to connect would make it
+        raise _report_missing(engine)
     try:
         with db.reading(engine) as connection:
             _check_server(connection)
-            current = alembic.runtime.migration.MigrationContext.configure(connection).get_current_revision()
+            current = _read_revision(connection)
+            if current is None and not inspect(connection).get_table_names():
+                raise _report_missing(engine)
     except OperationalError as error:
         raise SchemaOutdatedError(f"the database can't be opened: {' '.join(str(error.orig).split())}") from error
-    if current != head:
+    _refuse_newer(current, scripts)
+    if current != (head := scripts.get_current_head()):
         raise SchemaOutdatedError(f"the database has schema {current or 'none'}, this version needs {head}: run `ratchet db upgrade`")
+
+
+def _report_missing(engine: Engine) -> DatabaseMissingError:
+    what = "there is no database at" if engine.dialect.name == "sqlite" else "there are no tables in"
+    remedy = "restore it from a backup (docs/operations.md), or make a new, empty one with `ratchet db upgrade`"
+    return DatabaseMissingError(f"{what} {db.name_place(engine.url)}: {remedy}")
+
+
+def _read_revision(connection: Connection) -> str | None:
+    return alembic.runtime.migration.MigrationContext.configure(connection).get_current_revision()
+
+
+def _refuse_newer(current: str | None, scripts: alembic.script.ScriptDirectory) -> None:
+    """Raise `SchemaOutdatedError` for a schema that this version has never heard of: there are no downgrades."""
+    if current is not None and current not in {script.revision for script in scripts.walk_revisions()}:
+        remedy = "install that version, or restore the backup from before it (docs/operations.md)"
+        raise SchemaOutdatedError(f"the database was made by a newer Ratchet (schema {current}): {remedy}")
 
 
 def _check_server(connection: Connection) -> None:

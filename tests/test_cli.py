@@ -33,13 +33,19 @@ def test_init_writes_a_folder_that_works_as_it_is(home):
     database.close()
 
 
-def test_db_check_says_whether_the_schema_is_up_to_date_and_what_to_do(home, capsys):
+def test_a_lost_database_is_made_anew_only_when_that_is_asked_for_and_then_it_is_said(home, capsys):
     assert cli.main(["db", "check"]) == 0
-    (home / "ratchet.db").unlink()
-    assert cli.main(["db", "check"]) == 1
-    assert "ratchet db upgrade" in capsys.readouterr().err
+    place = home / "ratchet.db"
+    place.unlink()
+    for command in ["db", "check"], ["status"], ["up"]:
+        assert cli.main(command) == 1
+        assert f"there is no database at {place}: restore it from a backup" in capsys.readouterr().err
+        assert not place.exists()
     assert cli.main(["db", "upgrade"]) == 0
+    assert f"Made a new, empty database: {place}." in capsys.readouterr().out
     assert cli.main(["db", "check"]) == 0
+    assert cli.main(["db", "upgrade"]) == 0
+    assert "Made" not in capsys.readouterr().out
 
 
 def test_init_never_overwrites_a_configuration(home, capsys):
@@ -47,6 +53,38 @@ def test_init_never_overwrites_a_configuration(home, capsys):
     assert cli.main(["init", str(home)]) == 1
     assert (home / "ratchet.toml").read_text() == "mine"
     assert "is there already and stays as it is" in capsys.readouterr().err
+
+
+def test_init_keeps_from_others_what_may_hold_claims_and_passwords_also_in_a_folder_that_was_there(tmp_path):
+    tmp_path.chmod(0o755)
+    assert cli.main(["init", str(tmp_path)]) == 0
+    modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in ("ratchet.db", "ratchet.toml")}
+    assert modes == {"ratchet.db": 0o600, "ratchet.toml": 0o600}
+
+
+def test_a_folder_that_can_t_be_made_is_named_with_the_way_out(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert cli.main(["init", str(tmp_path / "file" / "home")]) == 1
+    told = f"{tmp_path}/file/home can't be made (Not a directory): name a folder where you may write"
+    assert capsys.readouterr().err == f"ratchet: {told}\n"
+
+
+def test_a_current_folder_that_was_deleted_is_what_is_told(home, tmp_path, monkeypatch, capsys):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    for command in ["init", "here"], ["status", "-c", "../claims/ratchet.toml"]:
+        assert cli.main(command) == 1
+        assert "the current folder was deleted: change into one that exists" in capsys.readouterr().err
+    assert cli.main(["init", str(tmp_path / "new")]) == 0
+
+
+def test_a_damaged_database_is_told_with_the_remedy(home, capsys):
+    (home / "ratchet.db").write_bytes(b"no database" * 1000)
+    assert cli.main(["status"]) == 1
+    told = "the database is damaged (file is not a database): check database.url, or restore it from a backup (docs/operations.md)"
+    assert capsys.readouterr().err == f"ratchet: {told}\n"
 
 
 def test_an_init_that_failed_can_be_tried_again(tmp_path, monkeypatch, capsys):
@@ -102,7 +140,7 @@ def test_an_unforeseen_error_is_named_by_its_type_without_a_traceback(home, monk
 
 def test_a_database_of_another_version_is_refused_with_the_remedy(home):
     with sqlite3.connect(home / "ratchet.db") as database:
-        database.execute("UPDATE alembic_version SET version_num = 'older'")
+        database.execute("DELETE FROM alembic_version")
     database.close()
     with pytest.raises(RuntimeError, match="run `ratchet db upgrade`"), context.opened(home / "ratchet.toml"):
         pass

@@ -304,6 +304,8 @@ def test_the_ledger_is_shown_and_verified(site, ask, run, home):
     newest = ask("ledger", "show", "--limit", "1")[0]
     assert (newest["seq"], newest["hash"], newest["kind"]) == (whole["entries"], whole["head"], "promote")
     assert run("ledger", "verify", "--head", whole["head"])[0] == 0
+    status, out, err = run("ledger", "verify", "--head", "abc")
+    assert (status, out, "'abc' is no hash: copy the 64 digits" in err) == (2, "", True), "a slip says nothing about the chain"
     with sqlite3.connect(home / "ratchet.db") as database:
         database.execute("DELETE FROM ledger WHERE seq = ?", (whole["entries"],))
     database.close()
@@ -333,6 +335,9 @@ def test_a_dead_letter_is_replayed_once_its_cause_is_gone(site, ask, run):
     (letter,) = ask("dead-letters", "list")
     assert letter["reason"].startswith("its answer is none of")
     assert json.loads(ask("dead-letters", "show", letter["id"])["data"])["answer"] == "DENIED"
+    shown = dict(line.split(maxsplit=1) for line in run("dead-letters", "show", letter["id"])[1].splitlines())
+    assert json.loads(shown["data"])["answer"] == "DENIED"
+    assert "payload" not in shown, "a letter of an event has no bytes of a record"
     with site.writing() as connection:  # as `ratchet up` does with the corrected configuration
         policies.record(connection, site.settings.agents, AT)
     status, out, _ = run("dead-letters", "replay", letter["id"])

@@ -31,7 +31,7 @@ def test_a_damaged_database_is_one_line_with_a_way_out(home):
     found = next(doctor.examine(config.load(home / "ratchet.toml", {})))
     assert (found.name, found.is_well) == ("database", False)
     assert found.detail.endswith("file is not a database")
-    assert "restore a damaged one from a backup" in found.remedy
+    assert "restore a lost or damaged one from a backup" in found.remedy
 
 
 @pytest.mark.parametrize(

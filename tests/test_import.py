@@ -127,7 +127,7 @@ def test_every_refused_row_is_named_with_its_line_and_the_others_are_imported(ho
     status, out, err = run("import", home / "old.jsonl")
     assert status == 1
     refused = {int(line.split(":")[0].removeprefix("line ")): line for line in err.splitlines()}
-    assert sorted(refused) == [2, 4, 5, 6, 7, 8, 9, 10, 11, 12]
+    assert list(refused) == [2, 4, 5, 6, 7, 8, 9, 10, 11, 12], "in the order of the file, whoever refused them"
     assert "use one of APPROVED, DENIED, PENDING" in refused[5]
     assert "write 2020-01-01T09:00:00Z" in refused[6]
     assert "columns.zone" in refused[6]
@@ -281,7 +281,7 @@ def test_no_value_of_a_column_ends_the_import(home, run, opened, column):
 def test_fields_that_are_no_object_are_refused_by_value(home, run, column, value):
     status, _, err = run("import", write_jsonl(home / "old.jsonl", [make_case(1, **{column: value})]))
     assert status == 1
-    assert err == f"line 1: {column}: {value!r} isn't a JSON object: list the columns that are the fields\n"
+    assert err == f"line 1: {column}: {json.dumps(value)} isn't a JSON object: list the columns that are the fields\n"
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,19 @@ def test_a_label_for_a_review_that_never_was_is_a_dead_letter_at_once(engine: En
     handle(engine, make_agent(), now)
     with db.reading(engine) as connection:
         [letter] = dead_letters.list_parked(connection)
-    assert "there is no review 'no-such-review': leave review_id out" in letter["reason"]
+    assert 'there is no review "no-such-review": leave review_id out' in letter["reason"]
+
+
+def test_a_label_that_names_a_prediction_of_another_claim_is_a_dead_letter_with_the_remedy(engine: Engine, now: datetime) -> None:
+    send(engine, [make_prediction(1, now)], now)
+    handle(engine, make_agent(), now)
+    send(engine, [make_label(1, now, claim_id="secret", prediction_id="p1")], now, ANN)
+    assert handle(engine, make_agent(), now) == {"dead": 1}
+    with db.reading(engine) as connection:
+        [letter] = dead_letters.list_parked(connection)
+        assert letter["reason"].endswith("that the label names: correct it or leave it out")
+        assert "secret" not in letter["reason"], "others are told the reason"
+        assert '"secret"' in dead_letters.show(connection, letter["id"])["data"], "the operator sees the event"
 
 
 def test_the_first_reader_is_not_their_own_second_reader(engine: Engine, now: datetime) -> None:

@@ -45,6 +45,11 @@ def test_an_empty_ledger_is_whole(engine):
         assert ledger.head(connection) == (0, ledger.GENESIS)
 
 
+def test_the_head_of_an_empty_ledger_stays_true(chain):
+    with db.reading(chain) as connection:
+        assert ledger.holds(connection, ledger.GENESIS)
+
+
 @pytest.mark.parametrize(
     ("statement", "problem"),
     [

@@ -196,4 +196,4 @@ def test_a_field_s_name_that_no_database_takes_is_parked_with_its_reason(inlet, 
     )
     assert count(inlet.engine, Prediction) == 1
     (reason,) = parked(inlet.engine).values()
-    assert reason.startswith("data.input.'\\x00'")
+    assert reason.startswith('data.input."\\u0000"')

@@ -129,13 +129,13 @@ def test_an_option_is_set_as_for_a_training_by_hand(configured: rehearsal.Asked)
 
 def test_a_history_from_which_no_agent_can_be_made_is_refused_with_the_reason(asked: rehearsal.Asked) -> None:
     history = [replace(case, answer="DENIED") for case in make_cases(5, 0)]
-    with pytest.raises(simulate.SimulationError, match=r"labels = \('DENIED',\): should have at least 2 items"):
+    with pytest.raises(simulate.SimulationError, match=r'labels = \["DENIED"\]: should have at least 2 items'):
         rehearsal.make_agent(asked, history)
 
 
 MISTAKES = {
     "--set epochs": "'epochs' has no value: write KEY=VALUE",
-    "--set epochs=x": "epochs = 'x': should be a valid number",
+    "--set epochs=x": 'epochs = "x": should be a valid number',
     "--set epochs=0": "epochs = 0: should be greater than 0",
     "--set epochs.x=1": "there is no training option 'epochs.x': use one of method, policy, learning_rate, epochs,",
     "--set lora=8": "lora is 8: name one of lora.rank, lora.alpha",

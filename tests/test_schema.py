@@ -42,11 +42,39 @@ def test_upgrading_twice_keeps_the_installation(engine: Engine) -> None:
     assert len(before) == 1
 
 
-def test_a_database_without_schema_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    empty = db.open_engine(f"sqlite:///{tmp_path}/empty.db")
-    with pytest.raises(schema.SchemaOutdatedError, match="ratchet db upgrade"):
-        schema.check(empty)
-    empty.dispose()
+@pytest.mark.databases("sqlite")
+@pytest.mark.parametrize("is_there", [False, True], ids=["no file", "a file without tables"])
+def test_a_lost_database_is_told_with_both_ways_out_and_not_made_anew(tmp_path: Path, is_there: bool) -> None:
+    file = tmp_path / "lost.db"
+    if is_there:
+        file.touch()
+    lost = db.open_engine(f"sqlite:///{file}")
+    with pytest.raises(schema.DatabaseMissingError, match=rf"no database at {file}: restore it from a backup.*ratchet db upgrade"):
+        schema.check(lost)
+    assert file.exists() == is_there
+    assert schema.upgrade(lost), "an empty place gets a new installation"
+    schema.check(lost)
+    assert not schema.upgrade(lost)
+    lost.dispose()
+
+
+@pytest.mark.databases("sqlite")
+def test_a_new_database_is_read_by_its_owner_only(tmp_path: Path) -> None:
+    new = db.open_engine(f"sqlite:///{tmp_path}/new.db")
+    schema.upgrade(new)
+    with db.reading(new) as connection:
+        assert connection.execute(select(Installation.id)).all()
+        modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.glob("new.db*")}
+    assert modes == dict.fromkeys(["new.db", "new.db-wal", "new.db-shm"], 0o600)
+    new.dispose()
+
+
+def test_a_newer_schema_is_refused_by_name_and_nobody_is_told_to_upgrade_it(engine: Engine) -> None:
+    with db.writing(engine) as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'zzz'")
+    for work in schema.check, schema.upgrade:
+        with pytest.raises(schema.SchemaOutdatedError, match=r"newer Ratchet \(schema zzz\): install that version, or restore the backup"):
+            work(engine)
 
 
 def test_the_migrations_make_the_same_checks_as_the_schema(new_engine: Callable[[], Engine]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -17,13 +18,15 @@ from tests.event_fixtures import LABELS, make_label, make_prediction
 
 WRONG = [
     ({"confidence": 1.7}, "data.confidence", "1.7", "less than or equal to 1"),
-    ({"confidence": "0.5"}, "data.confidence", "'0.5'", "a valid number"),
-    ({"confidence": True}, "data.confidence", "True", "a valid number"),
+    ({"confidence": "0.5"}, "data.confidence", '"0.5"', "a valid number"),
+    ({"confidence": True}, "data.confidence", "true", "a valid number"),
+    ({"input": None}, "data.input", "null", "an object"),
+    ({"agent": {"ä": [0.9, False]}}, "data.agent", '{"ä": [0.9, false]}', "a valid string"),
     ({"occurred_at": "2026-01-01T00:00:00"}, "data.occurred_at", "2026-01-01T00:00:00", "add it, such as Z or"),
     ({"occurred_at": 1767225600}, "data.occurred_at", "1767225600", "a valid datetime"),
     ({"agent": 5}, "data.agent", "5", "a valid string"),
-    ({"claim_id": ""}, "data.claim_id", "''", "at least 1 character"),
-    ({"claim_id": "a\x00b"}, "data.claim_id", "x00", "leave them out"),
+    ({"claim_id": ""}, "data.claim_id", '""', "at least 1 character"),
+    ({"claim_id": "a\x00b"}, "data.claim_id", r'"a\u0000b"', "leave them out"),
     ({"input": {}}, "data.input", "{}", "at least 1 item"),
     ({"input": {"text": "x"}, "decison": "APPROVED"}, "data.decison", "APPROVED", "leave it out, or use one of"),
     ({"probabilities": {"APPROVED": -0.1}}, "data.probabilities.APPROVED", "-0.1", "greater than or equal to 0"),
@@ -37,7 +40,7 @@ def test_a_wrong_value_is_refused_by_name(changes: dict[str, Any], field: str, v
     assert not isinstance(first, schemas.Refusal)
     assert isinstance(second, schemas.Refusal)
     assert second.field == field
-    assert value in second.value
+    assert value in second.value, "as JSON, for that is what was sent"
     assert remedy in second.remedy
     assert not second.remedy.startswith(("Input", "Extra", "String")), "what would be right is told in our words"
 
@@ -48,8 +51,8 @@ UNSTORABLE = [
     (b"1e999", "1e999", "64 bits: send it as text"),
     (b"-" + b"1" * 30, "-" + "1" * 30, "64 bits: send it as text"),
     (b"1" * 5000, "1" * 100 + "…", "64 bits: send it as text"),
-    (b'"\\ud800"', r"'\ud800'", "half a character"),
-    (b'{"\\ud800": 1}', r"'\ud800'", "half a character"),
+    (b'"\\ud800"', r'"\ud800"', "half a character"),
+    (b'{"\\ud800": 1}', r'"\ud800"', "half a character"),
     (b"[" * 300 + b"]" * 300, "more than 190 levels", "nests too deep"),
     (b"[" * 900 + b"]" * 900, "more than 190 levels", "nests too deep"),
     (b"[" * 100_000 + b"]" * 100_000, "more than 190 levels", "nests too deep"),
@@ -94,6 +97,17 @@ def test_a_text_about_infinity_is_no_number(now: datetime) -> None:
 def test_a_body_that_is_no_array_of_events_is_malformed(body: bytes) -> None:
     with pytest.raises(schemas.MalformedError):
         schemas.parse(body, schemas.PREDICTION)
+
+
+@pytest.mark.parametrize("body", [b'{"a":}', b' {"a": 1,\n}', b'{"a": "\xff"}', b"\xef\xbb\xbf{}"])
+def test_where_json_breaks_off_is_told_as_in_what_was_sent(body: bytes) -> None:
+    with pytest.raises(ValueError) as expected:  # noqa: PT011  whatever Python says
+        json.loads(body.decode())
+    with pytest.raises(schemas.MalformedError) as found:
+        schemas.parse_single(body, schemas.PREDICTION)
+    assert str(found.value) == f"the body is not JSON: {expected.value}"
+    [refusal] = schemas.parse_each([body], schemas.PREDICTION)
+    assert str(expected.value) in str(refusal)
 
 
 def test_an_unknown_field_is_told_which_there_are(now: datetime) -> None:

@@ -238,4 +238,4 @@ def test_a_label_that_came_by_another_way_closes_the_case_and_the_holders_answer
 def test_an_agent_that_is_not_there_is_refused_by_name_and_not_taken_for_one_without_cases(queued):
     for who, path in (("ann", "/next"), ("ops", "")):
         refused = call(queued, who, "GET", f"{path}?agent=zz")
-        assert (refused.status_code, refused.json()["error"]["value"]) == (422, "'zz'")
+        assert (refused.status_code, refused.json()["error"]["value"]) == (422, '"zz"')

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -94,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001 — the outermost boundary: every failure ends as one line for a person
         if os.environ.get("RATCHET_LOG__LEVEL") == "debug":
             traceback.print_exc()
-        sys.stderr.write(f"ratchet: {_sentence(error)}\n")
+        sys.stderr.write(f"ratchet: {_sentence(error)}{_hint()}\n")
         return 1
     return 0
 
@@ -106,5 +107,18 @@ def _sentence(error: Exception) -> str:
     """
     if type(error).__module__.partition(".")[0] in OURS or isinstance(error, OSError):
         return str(error)
+    from storage import db as database  # noqa: PLC0415 — `ratchet --help` needs none of it
+
+    if database.is_damage(error):
+        return f"the database is damaged ({database.explain(error)}): check database.url, or restore it from a backup (docs/operations.md)"
     first = str(error).partition("\n")[0]
     return f"{type(error).__name__}: {first} (RATCHET_LOG__LEVEL=debug shows where)"
+
+
+def _hint() -> str:
+    """What is behind failures that name a file which can't be, or none."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return " (the current folder was deleted: change into one that exists)"
+    return ""

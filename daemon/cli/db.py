@@ -16,10 +16,14 @@ def upgrade(config: context.ConfigFile = context.CONFIG_FILE) -> None:
 
     engine = db.open_engine(context.load_settings(config).database.url)
     try:
-        schema.upgrade(engine)
+        is_new = schema.upgrade(engine)
     finally:
         engine.dispose()
-    typer.echo("The database is up to date.")
+    if is_new:
+        place = db.name_place(engine.url)
+        typer.echo(f"Made a new, empty database: {place}. If there was one before, restore that from a backup (docs/operations.md).")
+    else:
+        typer.echo("The database is up to date.")
 
 
 @app.command()

@@ -42,7 +42,10 @@ def show(letter: Id, config: context.ConfigFile = context.CONFIG_FILE, as_json: 
     from storage import dead_letters  # noqa: PLC0415 — `ratchet --help` needs none of it
 
     with context.opened(config) as opened, opened.reading() as connection:
-        context.print_item(dead_letters.show(connection, letter), as_json=as_json)
+        found = dead_letters.show(connection, letter)
+    if not as_json:  # what it does not have would only hide what it has: a record's value, or an event's data
+        found = {name: value for name, value in found.items() if value is not None}
+    context.print_item(found, as_json=as_json)
 
 
 @app.command()

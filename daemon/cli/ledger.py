@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated
 
 import typer
 
 from daemon.cli import context
+
+HASH = re.compile("[0-9a-f]{64}")
 
 app = typer.Typer(help="Read the ledger, and prove that nobody changed it.", no_args_is_help=True)
 
@@ -39,6 +42,9 @@ def verify(
     """Walk the whole chain; exit 1 when a link does not hold. Note the head elsewhere: a cut end shows only against it."""
     from storage import ledger  # noqa: PLC0415 — `ratchet --help` needs none of it
 
+    if head is not None and HASH.fullmatch(head) is None:
+        remedy = "copy the 64 digits (0-9, a-f) that `ratchet ledger verify` printed then"
+        raise typer.BadParameter(f"{head!r} is no hash: {remedy}", param_hint="--head")
     with context.opened(config) as opened, opened.reading() as connection:
         problems = ledger.verify(connection)
         if head is not None and not ledger.holds(connection, head):

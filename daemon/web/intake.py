@@ -196,7 +196,7 @@ def parse(arrival: Arrival) -> list[Item]:
 
 
 def _parse_single(body: bytes, kind: str) -> list[Item]:
-    items: list[Any] = schemas.parse(b"[" + body + b"]", kind)
+    items: list[Any] = schemas.parse_single(body, kind)
     if len(items) != 1:
         raise schemas.MalformedError(f"the body must hold one event, this holds {len(items)}")
     return items

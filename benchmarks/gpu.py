@@ -24,7 +24,7 @@ from rich.console import Console
 from benchmarks import training
 from benchmarks.figures import Figure
 from benchmarks.training import POLICY, PROMPT, Task
-from daemon import estimates, imr, plan
+from daemon import cards, estimates, imr
 from trainers import tiny
 from trainers.spec import LoraOptions, Method, Options, Prompt
 
@@ -138,7 +138,7 @@ def measure_planned(work: Path, base: Path, task: Task, method: Method, size: in
     row: dict[str, Any] = {"shape": task.name, "name": "planned", "method": method}
     if ends - time.monotonic() < 5:
         return row | {"result": "not measured: no time left"}
-    card = plan.Card(plan.name_size(size * plan.GB), "cpu" if device == "cpu" else "cuda", size * plan.GB)
+    card = cards.Card(cards.name_size(size * cards.GB), "cpu" if device == "cpu" else "cuda", size * cards.GB)
     options = Options(method=method, lora=LoraOptions(rank=16, alpha=32), max_row_tokens=ROW_TOKENS, max_tokens=ROW_TOKENS)
     chosen = estimates.choose_options(options, estimates.plan_run(options, "train", base, [card])[0].settings)
     out = work / f"planned-{method}"

@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, RowMapping
 
-from daemon import nvml, plan
+from daemon import cards, nvml, plan
 from daemon.settings import Devices
 from storage import leases
 
-Read = Callable[[], Mapping[str, plan.Card]]
+Read = Callable[[], Mapping[str, cards.Card]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Device:
     """What one run has to itself: a card, a place on the CPU, or several cards that share its rows. `card` is None where unknown."""
 
     name: str
-    card: plan.Card | None
+    card: cards.Card | None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -42,41 +42,41 @@ class Claim(NamedTuple):
 
 def find(settings: Devices, read: Read = nvml.read_cards) -> tuple[Device, ...]:
     """The devices that the settings name; `auto` is every CUDA card that the driver knows, else the CPU. Memory is as it is now."""
-    cards = read()
-    names = list(dict.fromkeys(_expand(settings.slots, cards)))
+    there = read()
+    names = list(dict.fromkeys(_expand(settings.slots, there)))
     places = sum(part.startswith("cpu") for name in names for part in name.split("+"))
     host = read_host()
-    known = {**cards, "cpu": dataclasses.replace(host, memory=host.memory // max(1, places))}
+    known = {**there, "cpu": dataclasses.replace(host, memory=host.memory // max(1, places))}
     return tuple(Device(name, _find_card(name, known, settings.memory)) for name in names)
 
 
-def _expand(slots: Sequence[str], cards: Mapping[str, plan.Card]) -> Iterator[str]:
+def _expand(slots: Sequence[str], there: Mapping[str, cards.Card]) -> Iterator[str]:
     """The slots by name; `auto` leaves cards alone that another slot names."""
     named = {part for slot in slots for part in slot.split("+")}
     for slot in slots:
-        yield from ((card for card in cards if card not in named) if cards else ["cpu"]) if slot == "auto" else [slot]
+        yield from ((card for card in there if card not in named) if there else ["cpu"]) if slot == "auto" else [slot]
 
 
-def _find_card(name: str, known: Mapping[str, plan.Card], limits: Mapping[str, float]) -> plan.Card | None:
+def _find_card(name: str, known: Mapping[str, cards.Card], limits: Mapping[str, float]) -> cards.Card | None:
     """The card of a device; of several the one with the least room, for each of them holds the whole model."""
     found = [_limit(part, known.get("cpu" if part.startswith("cpu") else part), limits) for part in name.split("+")]
-    cards = [card for card in found if card is not None]
-    return dataclasses.replace(min(cards, key=lambda card: card.free), count=len(cards)) if len(cards) == len(found) else None
+    seen = [card for card in found if card is not None]
+    return dataclasses.replace(min(seen, key=lambda card: card.free), count=len(seen)) if len(seen) == len(found) else None
 
 
-def _limit(part: str, card: plan.Card | None, limits: Mapping[str, float]) -> plan.Card | None:
+def _limit(part: str, card: cards.Card | None, limits: Mapping[str, float]) -> cards.Card | None:
     """The card with what the settings say of its memory, which is less than there is, or all that is known."""
     if part not in limits:
         return card
-    limit = round(limits[part] * plan.GB)
+    limit = round(limits[part] * cards.GB)
     if card is None:
-        return plan.Card(part, "cpu" if part.startswith("cpu") else "cuda", limit)
+        return cards.Card(part, "cpu" if part.startswith("cpu") else "cuda", limit)
     left_alone = max(0, card.memory - limit)
     # What others hold lies first in the memory that is left to them.
     return dataclasses.replace(card, memory=card.memory - left_alone, taken=max(0, card.taken - left_alone))
 
 
-def read_host() -> plan.Card:
+def read_host() -> cards.Card:
     """The CPU as a card, with this machine's memory."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
@@ -84,7 +84,7 @@ def read_host() -> plan.Card:
     except OSError:
         lines = []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return plan.Card(model, "cpu", memory)
+    return cards.Card(model, "cpu", memory)
 
 
 def rank(plans: Mapping[Device, plan.MemoryPlan | None]) -> list[Device]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 
-from daemon import plan, shapes
+from daemon import cards, plan, shapes
 from storage import runs
 from trainers import spec
 
@@ -29,6 +31,14 @@ class Duration(NamedTuple):
     tokens_per_second: float | None
     seconds: float | None
     cards: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast a run on a card was: tokens a second through a base of so many weights."""
+
+    tokens_per_second: float
+    parameters: int
 
 
 def read_model_config(base: Path) -> dict[str, Any]:
@@ -82,7 +92,7 @@ def choose_options(options: spec.Options, settings: plan.Settings) -> dict[str, 
 
 
 def plan_run(
-    options: spec.Options, kind: str, base: Path, cards: Sequence[plan.Card], supervised: float = plan.SUPERVISED
+    options: spec.Options, kind: str, base: Path, cards: Sequence[cards.Card], supervised: float = plan.SUPERVISED
 ) -> list[plan.MemoryPlan]:
     """The plan for each card. Raises `shapes.ShapeUnknownError` and `ConfigUnreadableError`."""
     model_config = read_model_config(base)
@@ -105,17 +115,22 @@ def _read_trainings(connection: Connection, agent: str) -> list[Mapping[str, Any
 
 def expect_time(connection: Connection, agent: str, method: str, planned: plan.MemoryPlan) -> Duration:
     """How long a training takes on a card, told by its method's runs there; one of another base counts by its weights."""
-    paces: list[plan.Pace] = []
+    paces: list[Pace] = []
     cards: dict[str, bool] = {}
     for result in _read_results_on(connection, planned.card):
         told = result["memory"]["plan"]
         if result["training"].get("method") != method:
             continue
-        paces.append(plan.Pace(result["training"]["tokens_per_second"], told["parameters"]))
+        paces.append(Pace(result["training"]["tokens_per_second"], told["parameters"]))
         cards[told["card"]["name"]] = True
-    rate = plan.expect_rate(planned.parameters, paces)
+    rate = expect_rate(planned.parameters, paces)
     tokens = next((told["tokens"] for told in reversed(_read_trainings(connection, agent)) if told.get("tokens")), None)
     return Duration(len(paces), rate, tokens / rate if rate and tokens else None, tuple(cards))
+
+
+def expect_rate(parameters: int, paces: Sequence[Pace]) -> float | None:
+    """Tokens a second, from runs on the same card; of a base of another size by its number of weights. None without a run."""
+    return statistics.median(pace.tokens_per_second * pace.parameters for pace in paces) / parameters if paces else None
 
 
 def find_measured(connection: Connection, planned: plan.MemoryPlan) -> int | None:
@@ -128,9 +143,9 @@ def find_measured(connection: Connection, planned: plan.MemoryPlan) -> int | Non
     return peak
 
 
-def _read_results_on(connection: Connection, card: plan.Card) -> Iterator[Mapping[str, Any]]:
+def _read_results_on(connection: Connection, card: cards.Card) -> Iterator[Mapping[str, Any]]:
     """What the trainings that were planned for such a card told when they were done, oldest first."""
     for run in runs.read_in_state(connection, "done"):
         told = (((run["result"] or {}).get("memory") or {}).get("plan") or {}).get("card")
-        if run["kind"] == "train" and told and plan.matches(card, told["name"], told.get("memory", 0)):
+        if run["kind"] == "train" and told and cards.matches(card, told["name"], told.get("memory", 0)):
             yield run["result"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pynvml
 
-from daemon.plan import Card
+from daemon.cards import Card
 
 OURS = (b"trainers.train", b"trainers.worker")
 """Programs whose memory the leases govern: a resident worker's base is there for the next run."""

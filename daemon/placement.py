@@ -7,7 +7,7 @@ from pathlib import Path
 import structlog
 from sqlalchemy import RowMapping
 
-from daemon import devices, estimates, plan, shapes
+from daemon import cards, devices, estimates, plan, shapes
 from daemon.devices import Device
 from daemon.machinery import Machinery, Makeup
 from storage import db, runs
@@ -50,7 +50,7 @@ def fits_alone(planned: plan.MemoryPlan) -> bool:
 def _tell(machinery: Machinery, run: RowMapping, planned: plan.MemoryPlan | None, device: Device) -> None:
     if planned is None:
         return
-    needed, free = planned.parts.total / plan.GB, planned.card.free / plan.GB
+    needed, free = planned.parts.total / cards.GB, planned.card.free / cards.GB
     why = f"waits for memory: it needs {needed:.1f} GB, others leave {free:.1f} GB of {device.name}"
     if run["error"] is None or not run["error"].startswith("waits for memory"):
         log.warning("run_waits", run=run["id"], agent=run["agent"], device=device.name, why=why)
@@ -64,7 +64,7 @@ def read_supervised(machinery: Machinery, agent: str) -> float:
         return estimates.read_supervised(connection, agent)
 
 
-def make_plan(options: spec.Options, kind: str, base: Path, card: plan.Card | None, supervised: float) -> plan.MemoryPlan | None:
+def make_plan(options: spec.Options, kind: str, base: Path, card: cards.Card | None, supervised: float) -> plan.MemoryPlan | None:
     """What a run takes of a card; None where the base can't be counted or the card is not known."""
     if card is None:
         return None
@@ -86,8 +86,8 @@ def suit(machinery: Machinery, asked: spec.Spec, name: str) -> spec.Spec:
     if planned is None:
         return placed
     if not planned.fits:
-        needed = f"{asked.kind} of {asked.base.path.name} needs {planned.parts.total / plan.GB:.1f} GB at the least"
+        needed = f"{asked.kind} of {asked.base.path.name} needs {planned.parts.total / cards.GB:.1f} GB at the least"
         if fits_alone(planned):
-            raise MemoryTakenError(f"{needed}, others leave {planned.card.free / plan.GB:.1f} GB of {name}")
-        raise NothingFitsError(f"{needed}, {name} has {planned.card.memory / plan.GB:.1f} GB: {'; or '.join(planned.remedies)}")
+            raise MemoryTakenError(f"{needed}, others leave {planned.card.free / cards.GB:.1f} GB of {name}")
+        raise NothingFitsError(f"{needed}, {name} has {planned.card.memory / cards.GB:.1f} GB: {'; or '.join(planned.remedies)}")
     return placed.model_copy(update={"options": asked.options.model_copy(update=estimates.choose_options(asked.options, planned.settings))})

@@ -8,31 +8,25 @@ Llama 3 8B with bf16 adapters of rank 16 takes 180.3 KiB; 180.4 were measured (d
 from __future__ import annotations
 
 import dataclasses
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from daemon import shapes
+from daemon import cards, shapes
 
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 
-GB = 10**9
-CARDS = (12, 24, 48, 80, 141)
-"""Sizes of cards in GB that remedies may name."""
 NORM_BYTES, FP32_BYTES = 4, 4
 NF4_BYTES = 0.516
 """Of a weight in NF4 with double quantisation (Dettmers et al. 2023, QLoRA): 4 bits and its share of the blocks' scales."""
 LOGIT_BYTES = 10
 """Of one logit in forward and backward pass: bf16, its fp32 copy, and the log-softmax or the gradient."""
-CONTEXT_BYTES = 6 * GB // 10
+CONTEXT_BYTES = 6 * cards.GB // 10
 """What CUDA and its libraries take before there is a tensor; on a CPU, the interpreter with torch."""
 FRAGMENTED = 0.05
 """Of what is not weights, lost between blocks."""
 SUPERVISED = 0.05
 """The share of a claim's tokens that are graded, where no run has told it."""
-SOLD_AS = 1.1
-"""A card has up to so many times the memory that it is sold with."""
 LEAST_ROW = 256
 """Remedies cut rows to so many tokens at the least."""
 ADAPTER_RANK = 64
@@ -63,22 +57,6 @@ class Method:
     checkpoint_every: int = 0
     optimizer: Optimizer = "adamw"
     in_backward: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """A device: its memory and how much of that others have taken, in bytes; `count` such cards share a run's rows."""
-
-    name: str
-    kind: Literal["cuda", "cpu"]
-    memory: int
-    taken: int = 0
-    count: int = 1
-
-    @property
-    def free(self) -> int:
-        """What a run may take."""
-        return max(0, self.memory - self.taken)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +101,7 @@ class Parts:
 class MemoryPlan:
     """The settings for a run on a card, what it takes with them, and what would help where that is more than there is."""
 
-    card: Card
+    card: cards.Card
     parameters: int
     settings: Settings
     parts: Parts
@@ -139,15 +117,7 @@ class MemoryPlan:
         return {**dataclasses.asdict(self), "total": self.parts.total, "fits": self.fits}
 
 
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """How fast a run on a card was: tokens a second through a base of so many weights."""
-
-    tokens_per_second: float
-    parameters: int
-
-
-def plan_memory(model_config: Mapping[str, Any], method: Method, card: Card) -> MemoryPlan:
+def plan_memory(model_config: Mapping[str, Any], method: Method, card: cards.Card) -> MemoryPlan:
     """The fastest settings that fit, with what they take; where none fits, the smallest ones and what would help.
 
     Raises `shapes.ShapeUnknownError` when `model_config` is not that of a decoder in `shapes.DECODERS`.
@@ -157,12 +127,12 @@ def plan_memory(model_config: Mapping[str, Any], method: Method, card: Card) -> 
     return found if found.fits else dataclasses.replace(found, remedies=tuple(_find_remedies(shape, method, card)))
 
 
-def _choose(shape: shapes.Shape, method: Method, card: Card) -> MemoryPlan:
+def _choose(shape: shapes.Shape, method: Method, card: cards.Card) -> MemoryPlan:
     plans = [_weigh(shape, method, settings, card) for settings in list_settings(method, card)]
     return next((plan for plan in plans if plan.fits), min(plans, key=lambda plan: plan.parts.total))
 
 
-def list_settings(method: Method, card: Card) -> Iterator[Settings]:
+def list_settings(method: Method, card: cards.Card) -> Iterator[Settings]:
     """Settings from the fastest to the most frugal: smaller passes cost least, another optimizer most."""
     for optimizer, in_backward in _list_optimizers(method, card):
         for every in _list_checkpointing(method):
@@ -172,7 +142,7 @@ def list_settings(method: Method, card: Card) -> Iterator[Settings]:
                     yield Settings(method.is_4bit, every, tokens, dtype, optimizer, in_backward, rounding)
 
 
-def _list_dtypes(method: Method, card: Card) -> tuple[Literal["float32", "bfloat16"] | None, ...]:
+def _list_dtypes(method: Method, card: cards.Card) -> tuple[Literal["float32", "bfloat16"] | None, ...]:
     """What an adapter is kept in while it learns."""
     if method.trains != "adapter":
         return (None,)
@@ -181,7 +151,7 @@ def _list_dtypes(method: Method, card: Card) -> tuple[Literal["float32", "bfloat
     return ("float32", "bfloat16") if card.kind == "cuda" else ("float32",)
 
 
-def _list_optimizers(method: Method, card: Card) -> Iterator[tuple[Optimizer, bool]]:
+def _list_optimizers(method: Method, card: cards.Card) -> Iterator[tuple[Optimizer, bool]]:
     """The optimizer that is asked for; then, on a card, one with less in memory.
 
     That is 8-bit moments for an adapter; for all weights moments on the host, and then updates within the backward pass, where one card
@@ -212,7 +182,7 @@ def _list_budgets(method: Method) -> list[int]:
     return budgets
 
 
-def _weigh(shape: shapes.Shape, method: Method, settings: Settings, card: Card) -> MemoryPlan:
+def _weigh(shape: shapes.Shape, method: Method, settings: Settings, card: cards.Card) -> MemoryPlan:
     """What these settings take of the card, in training or in the scoring after it, whichever takes more."""
     parts = [estimate(shape, method, settings, card.kind)]
     if method.is_4bit and not method.serves_4bit:
@@ -279,7 +249,7 @@ def count_layer(shape: shapes.Shape, method: Method, value: int, adapter_value: 
     return saved + adapter_value * cast - value * (2 * shape.width + shape.inner)
 
 
-def _find_remedies(shape: shapes.Shape, method: Method, card: Card) -> Iterator[str]:
+def _find_remedies(shape: shapes.Shape, method: Method, card: cards.Card) -> Iterator[str]:
     """What would make a run fit that does not, each tried: options, the memory that others hold, a larger card."""
     found = [changes for changes in _list_changes(method) if _choose(shape, _change(method, changes), card).fits]
     told: set[str] = set()
@@ -289,8 +259,8 @@ def _find_remedies(shape: shapes.Shape, method: Method, card: Card) -> Iterator[
             where = " in the agent's configuration" if changes.keys() & OF_AGENT else ""
             yield "set " + " and ".join(f"{name} = {value}" for name, value in changes.items()) + where
     if card.taken and _choose(shape, method, dataclasses.replace(card, taken=0)).fits:
-        yield f"free the {card.taken / GB:.1f} GB that others hold on this card"
-    size = next((size for size in CARDS if _choose(shape, method, Card("", "cuda", size * GB)).fits), None)
+        yield f"free the {card.taken / cards.GB:.1f} cards.GB that others hold on this card"
+    size = next((size for size in cards.SIZES if _choose(shape, method, cards.Card("", "cuda", size * cards.GB)).fits), None)
     yield f"use a card of {size} GB" if size else "FSDP would spread the weights over several cards: it is not in this version"
 
 
@@ -332,20 +302,3 @@ def _to_adapter(method: Method) -> Method:
 def _halve(tokens: int) -> Iterator[int]:
     while (tokens := tokens // 2) >= LEAST_ROW:
         yield tokens
-
-
-def matches(asked: Card, name: str, memory: int) -> bool:
-    """Whether a recorded card is the one that is asked for; one that is only a size is every card sold as such, of 24 GB or 24 GiB."""
-    if asked.name == name:
-        return True
-    return asked.kind == "cuda" and asked.name == name_size(asked.memory) and 1 <= memory / asked.memory < SOLD_AS
-
-
-def name_size(memory: int) -> str:
-    """What a card is called of which only the size is known."""
-    return f"{memory / GB:g} GB"
-
-
-def expect_rate(parameters: int, paces: Sequence[Pace]) -> float | None:
-    """Tokens a second, from runs on the same card; of a base of another size by its number of weights. None without a run."""
-    return statistics.median(pace.tokens_per_second * pace.parameters for pace in paces) / parameters if paces else None

@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from consumers import announcements, schemas
-from daemon import agents, cli, estimates, plan, settings
+from daemon import agents, cards, cli, estimates, plan, settings
 from daemon.web import app as web
 from storage import db, schema
 from trainers import spec
@@ -337,16 +337,16 @@ def plan_for(model: Model, method: Any, rank: int, size: int) -> plan.MemoryPlan
     """The plan with the default options on a card of so many GB."""
     options = spec.Options(method=method, lora=spec.LoraOptions(rank=rank, alpha=2 * rank))
     asked = estimates.make_method(options, "train", model.config)
-    return plan.plan_memory(model.config, asked, plan.Card(f"{size} GB", "cuda", size * plan.GB))
+    return plan.plan_memory(model.config, asked, cards.Card(f"{size} GB", "cuda", size * cards.GB))
 
 
 def write_hardware() -> str:
     """`docs/hardware.md`: what fits on which card, told by the planner."""
-    lines = [HARDWARE, "| model | method | " + " | ".join(f"{size} GB" for size in plan.CARDS) + " |"]
-    lines.append("|---|---|" + "---|" * len(plan.CARDS))
+    lines = [HARDWARE, "| model | method | " + " | ".join(f"{size} GB" for size in cards.SIZES) + " |"]
+    lines.append("|---|---|" + "---|" * len(cards.SIZES))
     for model in MODELS:
         for method, rank in METHODS:
-            cells = [_cell(plan_for(model, method, rank, size)) for size in plan.CARDS]
+            cells = [_cell(plan_for(model, method, rank, size)) for size in cards.SIZES]
             lines.append(f"| {model.name} | `{method}`{'' if method == 'full' else f', rank {rank}'} | {' | '.join(cells)} |")
     lines += [HARDWARE_GUIDE, "| the guide says | the plan says |", "|---|---|"]
     lines += [f"| {claim} | {_judge(plan_for(MODELS[model], method, rank, size))} |" for model, method, rank, size, claim in GUIDE]
@@ -356,16 +356,16 @@ def write_hardware() -> str:
 def _cell(planned: plan.MemoryPlan) -> str:
     settings = planned.settings
     if not planned.fits:
-        return f"no ({planned.parts.total / plan.GB:.1f})"
+        return f"no ({planned.parts.total / cards.GB:.1f})"
     notes = {1: "all twice", 0: ""}.get(settings.checkpoint_every, f"1 in {settings.checkpoint_every} twice")
     is_narrow = settings.optimizer == "adamw_8bit"
     optimizer = "in backward" if settings.optimizer_in_backward else "8-bit moments" if is_narrow else ""
     precise = "bf16" if settings.adapter_dtype == "bfloat16" and not settings.is_4bit else ""
-    return "; ".join(filter(None, [f"**{planned.parts.total / plan.GB:.1f}**", f"{settings.max_tokens:,}", notes, precise, optimizer]))
+    return "; ".join(filter(None, [f"**{planned.parts.total / cards.GB:.1f}**", f"{settings.max_tokens:,}", notes, precise, optimizer]))
 
 
 def _judge(planned: plan.MemoryPlan) -> str:
-    said = f"{planned.parts.total / plan.GB:.1f} GB of {planned.card.name}"
+    said = f"{planned.parts.total / cards.GB:.1f} GB of {planned.card.name}"
     return f"fits: {_cell(planned)}" if planned.fits else f"does not fit: {said} at the least. {'; '.join(planned.remedies)}"
 
 

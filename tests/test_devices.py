@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from sqlalchemy import Engine
 
 from consumers import delivery, handlers, schemas
-from daemon import devices, nvml, placement, plan, policies, training
+from daemon import cards, devices, nvml, placement, plan, policies, training
 from daemon.settings import Devices
 from storage import db, events, leases, runs
 from tests.event_fixtures import LABELS, PRODUCER, make_history
@@ -117,42 +117,42 @@ def test_what_the_inference_server_holds_is_taken_and_what_our_worker_holds_is_n
 
 
 def test_auto_is_every_card_and_without_one_the_cpu() -> None:
-    cards = nvml.read_cards({}, DRIVER)
-    assert [one.name for one in devices.find(Devices(), lambda: cards)] == ["cuda:0", "cuda:1"]
+    there = nvml.read_cards({}, DRIVER)
+    assert [one.name for one in devices.find(Devices(), lambda: there)] == ["cuda:0", "cuda:1"]
     assert [one.name for one in devices.find(Devices(slots=("auto", "cuda:3")), dict)] == ["cpu", "cuda:3"]
 
 
 def test_auto_leaves_cards_alone_that_another_slot_names() -> None:
-    cards = {f"cuda:{number}": plan.Card("RTX", "cuda", 24 * GIB) for number in range(3)}
-    found = devices.find(Devices(slots=("cuda:0+cuda:1", "auto")), lambda: cards)
+    there = {f"cuda:{number}": cards.Card("RTX", "cuda", 24 * GIB) for number in range(3)}
+    found = devices.find(Devices(slots=("cuda:0+cuda:1", "auto")), lambda: there)
     assert [one.name for one in found] == ["cuda:0+cuda:1", "cuda:2"]
-    assert [one.name for one in devices.find(Devices(slots=("auto", "cuda:1")), lambda: cards)] == ["cuda:0", "cuda:2", "cuda:1"]
+    assert [one.name for one in devices.find(Devices(slots=("auto", "cuda:1")), lambda: there)] == ["cuda:0", "cuda:2", "cuda:1"]
 
 
 def test_places_on_the_cpu_share_its_memory_and_settings_may_give_less() -> None:
     [whole] = devices.find(Devices(slots=("cpu",)), dict)
     halves = devices.find(Devices(slots=("cpu", "cpu:1"), memory={"cpu:1": 0.5}), dict)
     assert whole.card is not None
-    assert [one.card and one.card.memory for one in halves] == [whole.card.memory // 2, plan.GB // 2]
+    assert [one.card and one.card.memory for one in halves] == [whole.card.memory // 2, cards.GB // 2]
     assert [one.parts for one in halves] == [("cpu",), ("cpu",)]
 
 
 def test_several_cards_have_the_room_of_the_smallest_and_an_unknown_one_has_none_that_is_known() -> None:
-    cards = nvml.read_cards({}, DRIVER)
-    [pair] = devices.find(Devices(slots=("cuda:0+cuda:1",)), lambda: cards)
-    assert (pair.parts, pair.card) == (("cuda:0", "cuda:1"), replace(cards["cuda:1"], count=2))
+    there = nvml.read_cards({}, DRIVER)
+    [pair] = devices.find(Devices(slots=("cuda:0+cuda:1",)), lambda: there)
+    assert (pair.parts, pair.card) == (("cuda:0", "cuda:1"), replace(there["cuda:1"], count=2))
     [unknown] = devices.find(Devices(slots=("cuda:0",)), dict)
     assert unknown.card is None
     [told] = devices.find(Devices(slots=("cuda:0",), memory={"cuda:0": 20}), dict)
-    assert told.card == plan.Card("cuda:0", "cuda", 20 * plan.GB)
+    assert told.card == cards.Card("cuda:0", "cuda", 20 * cards.GB)
 
 
 def test_what_others_hold_lies_in_the_memory_that_the_settings_leave_to_them() -> None:
     def read_free(limit: float, taken: int) -> float:
-        card = plan.Card("RTX 3090", "cuda", 24 * plan.GB, taken * plan.GB)
+        card = cards.Card("RTX 3090", "cuda", 24 * cards.GB, taken * cards.GB)
         [found] = devices.find(Devices(slots=("cuda:0",), memory={"cuda:0": limit}), lambda: {"cuda:0": card})
         assert found.card is not None
-        return found.card.free / plan.GB
+        return found.card.free / cards.GB
 
     assert [read_free(12, taken) for taken in (0, 8, 12, 16, 24)] == [12, 12, 12, 8, 0]
     assert read_free(30, 8) == 16
@@ -171,13 +171,13 @@ def test_nothing_stands_in_two_slots(slots: tuple[str, ...]) -> None:
 
 
 def test_the_smallest_card_that_a_run_fits_is_the_first() -> None:
-    cards = [devices.Device(f"cuda:{gb}", plan.Card(f"{gb} GB", "cuda", gb * plan.GB)) for gb in (80, 12, 24)]
+    there = [devices.Device(f"cuda:{gb}", cards.Card(f"{gb} GB", "cuda", gb * cards.GB)) for gb in (80, 12, 24)]
     options = spec.Options()
 
     def rank(**changes: Any) -> list[str]:
         config = {**LLAMA_8B, **changes}
         asked = plan.Method("lora", "adapter", 16, options.max_row_tokens, options.max_tokens)
-        return [one.name for one in devices.rank({one: plan.plan_memory(config, asked, one.card) for one in cards if one.card})]
+        return [one.name for one in devices.rank({one: plan.plan_memory(config, asked, one.card) for one in there if one.card})]
 
     assert rank() == ["cuda:24", "cuda:80"]
     assert rank(num_hidden_layers=8) == ["cuda:12", "cuda:24", "cuda:80"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from daemon import estimates, plan
+from daemon import cards, estimates, plan
 from storage import runs
 from tests.cli_fixtures import ask, home, opened, run
 from tests.test_plan import LLAMA_8B
@@ -28,7 +28,7 @@ def base(tmp_path: Path) -> Path:
 
 def test_the_parts_the_settings_and_the_remedy_are_told(ask: Any, run: Any, base: Path) -> None:
     [told] = ask("plan", "--base", base, "--gpu", "12GB", "--method", "qlora", "--set", "lora.rank=64", "--set", "serve_in_4bit=true")
-    assert sum(told["parts"].values()) == told["total"] <= 12 * plan.GB
+    assert sum(told["parts"].values()) == told["total"] <= 12 * cards.GB
     assert told["settings"] == {
         "is_4bit": True,
         "checkpoint_every": 1,
@@ -69,7 +69,7 @@ def test_a_size_or_a_base_that_is_none_is_refused(run: Any, base: Path, tmp_path
 
 
 def test_the_time_is_that_of_runs_on_the_same_card(opened: Any, base: Path, now: Any) -> None:
-    [planned] = estimates.plan_run(spec.Options(), "lora", base, [plan.Card("RTX", "cuda", 24 * plan.GB)])
+    [planned] = estimates.plan_run(spec.Options(), "lora", base, [cards.Card("RTX", "cuda", 24 * cards.GB)])
     with opened.writing() as connection:
         for card, method, speed in (("RTX", "lora", 500.0), ("RTX", "full", 80.0), ("other", "lora", 9000.0)):
             asked = runs.queue(connection, "adjudication", "train", "manual", f"{card}, {method}", "ops", {}, now)
@@ -85,25 +85,25 @@ def test_the_time_is_that_of_runs_on_the_same_card(opened: Any, base: Path, now:
 def test_the_estimate_stands_beside_what_the_last_run_with_these_settings_took(
     run: Any, ask: Any, opened: Any, base: Path, now: Any
 ) -> None:
-    card = plan.Card("RTX 3090", "cuda", 24 * plan.GB)
+    card = cards.Card("RTX 3090", "cuda", 24 * cards.GB)
     planned = [estimates.plan_run(spec.Options(method=method), "train", base, [card])[0] for method in ("lora", "qlora")]
     with opened.writing() as connection:
-        for one, peak in zip(planned, (19 * plan.GB, 9 * plan.GB), strict=True):
+        for one, peak in zip(planned, (19 * cards.GB, 9 * cards.GB), strict=True):
             asked = runs.queue(connection, "adjudication", "train", "manual", f"took {peak}", "ops", {}, now)
             runs.lease(connection, runs.read(connection, asked), "cuda:0", 1, "/nowhere")
             runs.begin(connection, runs.read(connection, asked), now)
             result = {"training": {"tokens_per_second": 500.0}, "memory": {"plan": one.to_json(), "peak_bytes": peak}}
             runs.finish(connection, runs.read(connection, asked), result, now)
     [told] = ask("plan", "--base", base, "--gpu", "24GB", "--method", "lora")
-    assert told["measured"] == 19 * plan.GB
+    assert told["measured"] == 19 * cards.GB
     lines = dict(line.split(maxsplit=1) for line in run("plan", "--base", base, "--gpu", "24GB", "--method", "qlora")[1].splitlines())
     assert lines["measured"] == "9.00 GB"
     assert ask("plan", "--base", base, "--gpu", "48GB")[0]["measured"] is None
 
 
 def test_a_card_that_is_only_a_size_is_every_card_that_is_sold_as_such(opened: Any, base: Path, now: Any) -> None:
-    cards = [plan.Card(name, "cuda", memory) for name, memory in (("RTX 3090", 24 * 2**30), ("RTX 3060", 12 * 2**30))]
-    planned = estimates.plan_run(spec.Options(), "lora", base, cards)
+    there = [cards.Card(name, "cuda", memory) for name, memory in (("RTX 3090", 24 * 2**30), ("RTX 3060", 12 * 2**30))]
+    planned = estimates.plan_run(spec.Options(), "lora", base, there)
     with opened.writing() as connection:
         for one in planned:
             asked = runs.queue(connection, "adjudication", "train", "manual", one.card.name, "ops", {}, now)
@@ -123,4 +123,9 @@ def test_a_card_that_is_only_a_size_is_every_card_that_is_sold_as_such(opened: A
     assert many == pytest.approx(2 * few, rel=0.01)
 
 
-SIZES = [plan.Card(plan.name_size(size * plan.GB), "cuda", size * plan.GB) for size in (12, 24, 48)]
+def test_the_pace_of_another_base_counts_by_its_weights() -> None:
+    assert estimates.expect_rate(10, []) is None
+    assert estimates.expect_rate(2_000, [estimates.Pace(100, 1_000), estimates.Pace(50, 2_000), estimates.Pace(10, 1_000)]) == 50
+
+
+SIZES = [cards.Card(cards.name_size(size * cards.GB), "cuda", size * cards.GB) for size in (12, 24, 48)]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from daemon import plan
+from daemon import cards, plan
 from tests import training_fixtures as fixtures
 from tests.model_fixtures import tiny_base
 from trainers import attempts, bases, loop, memory, optimizers, packing, spec, stopping, train
@@ -254,7 +254,7 @@ def test_what_was_done_before_counts_for_no_peak() -> None:
 def test_what_the_plan_tells_is_taken_by_the_spec(base: Path, data: Path, tmp_path: Path) -> None:
     shape = json.loads((base / "config.json").read_bytes())
     method = plan.Method("lora", "adapter", 16, 256, 512)
-    planned = plan.plan_memory(shape, method, plan.Card("cpu", "cpu", 8 * plan.GB))
+    planned = plan.plan_memory(shape, method, cards.Card("cpu", "cpu", 8 * cards.GB))
     spec.write_spec(tmp_path, fixtures.make_spec(base, data, plan=planned.to_json()))
     read = spec.read_spec(tmp_path).plan
     assert read is not None

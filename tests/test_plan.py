@@ -14,7 +14,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from daemon import plan, shapes
+from daemon import cards, plan, shapes
 from tests import model_fixtures
 from trainers import attention, data, packing
 
@@ -29,7 +29,7 @@ LLAMA_8B = {
     "max_position_embeddings": 131072,
 }
 RANK, ROW = 8, 96
-GOALS = (("qlora", 10 * plan.GB), ("lora", 20 * plan.GB))
+GOALS = (("qlora", 10 * cards.GB), ("lora", 20 * cards.GB))
 
 
 def make_method(name: Any, rank: int = 16, row_tokens: int = 2048, max_tokens: int = 4096, **more: Any) -> plan.Method:
@@ -64,11 +64,11 @@ CONFIGS = some.builds(
     some.integers(300, 200_000),
 )
 CARDS = some.builds(
-    plan.Card,
+    cards.Card,
     name=some.just("card"),
     kind=some.sampled_from(("cuda", "cpu")),
-    memory=some.integers(1, 200 * plan.GB),
-    taken=some.integers(0, 50 * plan.GB),
+    memory=some.integers(1, 200 * cards.GB),
+    taken=some.integers(0, 50 * cards.GB),
 )
 
 
@@ -121,7 +121,7 @@ def test_what_was_measured_for_llama_3_8b_is_what_is_counted() -> None:
 
 
 def test_qlora_and_lora_of_8b_take_what_was_set_as_goal_for_4096_tokens() -> None:
-    plans = [plan.plan_memory(LLAMA_8B, make_method(name, row_tokens=4096), plan.Card("", "cuda", size)) for name, size in GOALS]
+    plans = [plan.plan_memory(LLAMA_8B, make_method(name, row_tokens=4096), cards.Card("", "cuda", size)) for name, size in GOALS]
     assert all(one.fits for one in plans)
     assert {one.settings.max_tokens for one in plans} == {4096}
 
@@ -129,15 +129,15 @@ def test_qlora_and_lora_of_8b_take_what_was_set_as_goal_for_4096_tokens() -> Non
 def test_the_moments_of_an_adapter_are_in_8_bits_only_where_nothing_else_makes_it_fit() -> None:
     large = {**LLAMA_8B, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
     large |= {"num_key_value_heads": 40, "vocab_size": 32000}
-    plans = {size: plan.plan_memory(large, make_method("qlora", 64), plan.Card("", "cuda", size * plan.GB)) for size in (12, 24)}
+    plans = {size: plan.plan_memory(large, make_method("qlora", 64), cards.Card("", "cuda", size * cards.GB)) for size in (12, 24)}
     assert {size: (one.fits, one.settings.optimizer) for size, one in plans.items()} == {12: (True, "adamw_8bit"), 24: (True, "adamw")}
-    on_cpu = plan.plan_memory(large, make_method("qlora", 64), plan.Card("", "cpu", 12 * plan.GB))
+    on_cpu = plan.plan_memory(large, make_method("qlora", 64), cards.Card("", "cpu", 12 * cards.GB))
     assert on_cpu.settings.optimizer == "adamw"
 
 
 @settings(max_examples=40, deadline=None)
 @given(METHODS, CONFIGS, CARDS)
-def test_what_does_not_fit_is_never_chosen_and_what_helps_helps(method: plan.Method, config: dict[str, Any], card: plan.Card) -> None:
+def test_what_does_not_fit_is_never_chosen_and_what_helps_helps(method: plan.Method, config: dict[str, Any], card: cards.Card) -> None:
     found = plan.plan_memory(config, method, card)
     assert found.parts.total == sum(dataclasses.astuple(found.parts))
     assert min(dataclasses.astuple(found.parts)) >= 0
@@ -145,7 +145,7 @@ def test_what_does_not_fit_is_never_chosen_and_what_helps_helps(method: plan.Met
     assert found.fits == (min(every) <= card.free)
     assert found.fits or found.parts.total == min(every)
     assert bool(found.remedies) == (not found.fits)
-    bigger = dataclasses.replace(card, memory=card.memory + plan.GB)
+    bigger = dataclasses.replace(card, memory=card.memory + cards.GB)
     assert not found.fits or plan.plan_memory(config, method, bigger).fits
 
 
@@ -154,7 +154,7 @@ def test_what_does_not_fit_is_never_chosen_and_what_helps_helps(method: plan.Met
 def test_more_tokens_a_higher_rank_and_more_layers_never_take_less(
     method: plan.Method, config: dict[str, Any], kind: Any, tokens: int, rank: int
 ) -> None:
-    for chosen in plan.list_settings(method, plan.Card("", kind, 0)):
+    for chosen in plan.list_settings(method, cards.Card("", kind, 0)):
 
         def total(method: plan.Method = method, config: dict[str, Any] = config, chosen: plan.Settings = chosen) -> int:
             return plan.estimate(shapes.read_shape(config), method, chosen, kind).total
@@ -168,42 +168,37 @@ def test_more_tokens_a_higher_rank_and_more_layers_never_take_less(
 @given(METHODS, CONFIGS)
 def test_computing_more_layers_twice_never_takes_more(method: plan.Method, config: dict[str, Any]) -> None:
     shape = shapes.read_shape(config)
-    chosen = next(plan.list_settings(method, plan.Card("", "cuda", 0)))
+    chosen = next(plan.list_settings(method, cards.Card("", "cuda", 0)))
     totals = [plan.estimate(shape, method, dataclasses.replace(chosen, checkpoint_every=every), "cuda").activations for every in (1, 2, 4)]
     assert totals == sorted(totals)
 
 
 def test_what_does_not_fit_is_told_with_what_would() -> None:
-    found = plan.plan_memory(LLAMA_8B, make_method("lora"), plan.Card("", "cuda", 12 * plan.GB))
+    found = plan.plan_memory(LLAMA_8B, make_method("lora"), cards.Card("", "cuda", 12 * cards.GB))
     assert not found.fits
     assert found.remedies == ("set method = qlora in the agent's configuration", "use a card of 24 GB")
-    shared = plan.plan_memory(LLAMA_8B, make_method("lora"), plan.Card("", "cuda", 24 * plan.GB, 8 * plan.GB))
+    shared = plan.plan_memory(LLAMA_8B, make_method("lora"), cards.Card("", "cuda", 24 * cards.GB, 8 * cards.GB))
     assert "free the 8.0 GB that others hold on this card" in shared.remedies
     large = {**LLAMA_8B, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
-    apart = plan.plan_memory(LLAMA_8B, make_method("qlora", 64, serves_4bit=False), plan.Card("", "cuda", 12 * plan.GB))
+    apart = plan.plan_memory(LLAMA_8B, make_method("qlora", 64, serves_4bit=False), cards.Card("", "cuda", 12 * cards.GB))
     assert not apart.fits, "its exam reads the whole base, as its servers do"
     assert apart.remedies[0] == "set serve_in_4bit = true in the agent's configuration"
-    huge = plan.plan_memory(large, make_method("full"), plan.Card("", "cuda", 141 * plan.GB))
+    huge = plan.plan_memory(large, make_method("full"), cards.Card("", "cuda", 141 * cards.GB))
     assert huge.remedies[-1].startswith("FSDP")
 
 
 def test_what_trains_all_weights_and_does_not_fit_may_train_an_adapter() -> None:
-    card, host = plan.Card("", "cuda", 12 * plan.GB), plan.Card("", "cpu", 25 * plan.GB)
+    card, host = cards.Card("", "cuda", 12 * cards.GB), cards.Card("", "cpu", 25 * cards.GB)
     quantised = "set method = qlora in the agent's configuration"
     assert plan.plan_memory(LLAMA_8B, make_method("full"), card).remedies[0] == quantised
     assert plan.plan_memory(LLAMA_8B, make_method("lora"), host).remedies[0] == quantised
     texts = plan.Method(name="pretrain", trains="all", rank=16, row_tokens=1024, max_tokens=1024, supervised=1.0)
-    assert plan.plan_memory(LLAMA_8B, texts, plan.Card("", "cuda", 20 * plan.GB)).remedies[0] == "set pretrain.weights = adapter"
+    assert plan.plan_memory(LLAMA_8B, texts, cards.Card("", "cuda", 20 * cards.GB)).remedies[0] == "set pretrain.weights = adapter"
 
 
 def test_several_cards_do_not_update_within_the_backward_pass() -> None:
-    card = plan.Card("", "cuda", 24 * plan.GB)
+    card = cards.Card("", "cuda", 24 * cards.GB)
     assert plan.plan_memory(LLAMA_8B, make_method("full"), card).settings.optimizer_in_backward
     pair = plan.plan_memory(LLAMA_8B, make_method("full"), dataclasses.replace(card, count=2))
     assert not pair.settings.optimizer_in_backward
     assert not pair.fits
-
-
-def test_the_pace_of_another_base_counts_by_its_weights() -> None:
-    assert plan.expect_rate(10, []) is None
-    assert plan.expect_rate(2_000, [plan.Pace(100, 1_000), plan.Pace(50, 2_000), plan.Pace(10, 1_000)]) == 50

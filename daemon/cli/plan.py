@@ -12,7 +12,7 @@ import typer
 from daemon.cli import context
 
 if TYPE_CHECKING:
-    from daemon import estimates
+    from daemon import cards, estimates
     from daemon import plan as planning
     from daemon.settings import Settings
 
@@ -43,12 +43,12 @@ def plan(
     overrides = context.read_overrides(settings, method)
     with context.opened(config) as opened:
         chosen = opened.pick_agent(agent)
-        cards = [parse_card(gpu)] if gpu else list_cards(opened.settings)
+        asked = [parse_card(gpu)] if gpu else list_cards(opened.settings)
         read = training.apply_overrides if training.SERVED in overrides else training.read_options
         options, _ = read(chosen, overrides)
         with opened.reading() as connection:
             graded = estimates.read_supervised(connection, chosen.name)
-            plans = estimates.plan_run(options, "train", base or chosen.base_model, cards, graded)
+            plans = estimates.plan_run(options, "train", base or chosen.base_model, asked, graded)
             told = [
                 (one, estimates.find_measured(connection, one), estimates.expect_time(connection, chosen.name, options.method, one))
                 for one in plans
@@ -63,30 +63,29 @@ def plan(
         raise typer.Exit(1)
 
 
-def list_cards(settings: Settings) -> list[planning.Card]:
+def list_cards(settings: Settings) -> list[cards.Card]:
     """The cards of this machine, and the usual sizes."""
-    from daemon import devices  # noqa: PLC0415 — `ratchet --help` needs none of it
-    from daemon import plan as planning  # noqa: PLC0415
+    from daemon import cards, devices  # noqa: PLC0415 — `ratchet --help` needs none of it
 
     there = {one.card.name: one.card for one in devices.find(settings.devices) if one.card}
-    return [*there.values(), *(make_card(size * planning.GB) for size in planning.CARDS)]
+    return [*there.values(), *(make_card(size * cards.GB) for size in cards.SIZES)]
 
 
-def make_card(memory: int) -> planning.Card:
+def make_card(memory: int) -> cards.Card:
     """A card of which only the size is known."""
-    from daemon import plan as planning  # noqa: PLC0415 — `ratchet --help` needs none of it
+    from daemon import cards  # noqa: PLC0415 — `ratchet --help` needs none of it
 
-    return planning.Card(planning.name_size(memory), "cuda", memory)
+    return cards.Card(cards.name_size(memory), "cuda", memory)
 
 
-def parse_card(size: str) -> planning.Card:
+def parse_card(size: str) -> cards.Card:
     """A card of so much memory; a GB is 10^9 bytes here, so that a card never has less than its name says."""
-    from daemon import plan as planning  # noqa: PLC0415 — `ratchet --help` needs none of it
+    from daemon import cards  # noqa: PLC0415 — `ratchet --help` needs none of it
 
     found = SIZE.fullmatch(size.strip())
     if found is None or not float(found[1]):
         raise typer.BadParameter(f"{size!r} is no size of a card: write it as 12GB, or as 12GiB", param_hint="--gpu")
-    return make_card(round(float(found[1]) * (GIB if found[2].lower() == "gib" else planning.GB)))
+    return make_card(round(float(found[1]) * (GIB if found[2].lower() == "gib" else cards.GB)))
 
 
 def describe(planned: planning.MemoryPlan, measured: int | None, expected: estimates.Duration) -> dict[str, Any]:

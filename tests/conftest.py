@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import structlog
 from sqlalchemy import Engine
 
 from storage import db, schema
@@ -24,6 +26,18 @@ NOW = datetime(2026, 3, 2, 9, 30, tzinfo=UTC)
 def now() -> datetime:
     """A Monday morning in March, for tests that need a clock."""
     return NOW
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_they_were() -> Iterator[None]:
+    """What a command has set for its process is not left to the next test: its standard error is closed by then."""
+    root = logging.getLogger()
+    level = root.level
+    yield
+    structlog.reset_defaults()
+    root.setLevel(level)
+    for handler in [one for one in root.handlers if type(one) is logging.StreamHandler]:
+        root.removeHandler(handler)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import structlog
 
 from daemon import policies
 from daemon.cli import context
@@ -25,13 +24,6 @@ pytest_plugins = ["tests.cli_fixtures"]
 
 AGENT = "adjudication"
 AT = datetime(2026, 1, 5, 9, tzinfo=UTC)
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    """Logging as it was: the commands configure it for their process."""
-    yield
-    structlog.reset_defaults()
 
 
 @pytest.fixture

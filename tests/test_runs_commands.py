@@ -22,7 +22,7 @@ def test_a_run_is_asked_for_with_its_reason_and_options(ask: Any) -> None:
 
 
 def test_a_run_is_asked_for_by_a_method(run: Any, ask: Any) -> None:
-    assert "method = 'more': should be 'lora', 'qlora', 'full' or 'pretrain'" in run("train", "--reason", "x", "--method", "more")[2]
+    assert "method = \"more\": should be 'lora', 'qlora', 'full' or 'pretrain'" in run("train", "--reason", "x", "--method", "more")[2]
     assert "texts is missing: method pretrain reads text files" in run("train", "--reason", "x", "--method", "pretrain")[2]
     assert "full can't load_in_4bit: use method qlora" in run("train", "--reason", "x", "--method", "full", "--set", "load_in_4bit=true")[2]
     ask("train", "--reason", "x", "--method", "full", "--set", "epochs=1")

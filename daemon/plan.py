@@ -259,7 +259,7 @@ def _find_remedies(shape: shapes.Shape, method: Method, card: cards.Card) -> Ite
             where = " in the agent's configuration" if changes.keys() & OF_AGENT else ""
             yield "set " + " and ".join(f"{name} = {value}" for name, value in changes.items()) + where
     if card.taken and _choose(shape, method, dataclasses.replace(card, taken=0)).fits:
-        yield f"free the {card.taken / cards.GB:.1f} cards.GB that others hold on this card"
+        yield f"free the {card.taken / cards.GB:.1f} GB that others hold on this card"
     size = next((size for size in cards.SIZES if _choose(shape, method, cards.Card("", "cuda", size * cards.GB)).fits), None)
     yield f"use a card of {size} GB" if size else "FSDP would spread the weights over several cards: it is not in this version"
 

@@ -15,7 +15,6 @@ import mode
 import structlog
 from faust.transport.drivers import aiokafka
 from mode.services import WaitResults
-from mode.utils.queues import FlowControlEvent
 
 from consumers import broker, records, threads
 from storage import dead_letters
@@ -79,7 +78,7 @@ async def _stop(app: faust.App) -> None:
 
 def make_app(access: broker.Access, group: str, folder: str) -> faust.App:
     """A Faust that keeps nothing and serves nothing; `folder` is for what it writes all the same."""
-    app = faust.App(
+    return faust.App(
         group,
         broker=[f"kafka://{one}" for one in access.bootstrap.split(",")],
         broker_credentials=_to_credentials(access),
@@ -98,21 +97,6 @@ def make_app(access: broker.Access, group: str, folder: str) -> faust.App:
         key_serializer="raw",
         value_serializer="raw",
     )
-    app.flow_control = FlowControl()
-    return app
-
-
-class FlowControl(FlowControlEvent):
-    """Stops what is read on its way to the agent while partitions are divided anew, and throws away what was on its way before.
-
-    Divided twice in a row, Faust lets records through at the end of the first division, and at the end of the second one threw them away
-    and passed over them as read (faust-streaming 0.15).
-    """
-
-    def resume(self) -> None:
-        """Let records through again; where nothing was stopped nothing is thrown away."""
-        if not self.is_active():
-            super().resume()
 
 
 class Prompt(mode.Service):

@@ -88,7 +88,7 @@ SHORT = Pace(
     repeated=2000,
     backlog=1000,
     chunk_seconds=0.1,
-    settle=90,
+    settle=200,
 )
 
 

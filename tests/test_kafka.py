@@ -11,7 +11,6 @@ from typing import Any
 import mode
 import orjson
 import pytest
-from mode.utils.queues import FlowControlQueue
 
 from consumers import broker as brokers
 from consumers import kafka, records
@@ -154,22 +153,6 @@ def test_all_is_read_when_partitions_are_divided_anew_while_faust_commits(broker
         loop.call_soon_threadsafe(stop.set)
         thread.join(30)
     assert len(places) == count
-
-
-def test_what_is_on_its_way_is_thrown_away_when_faust_had_stopped_it_and_not_when_it_resumes_twice(tmp_path) -> None:
-    async def read_sizes() -> list[int]:
-        control = kafka.make_app(brokers.Access("127.0.0.1:1"), "resumes", str(tmp_path)).flow_control
-        queue = FlowControlQueue(flow_control=control, clear_on_resume=True)
-        sizes = []
-        control.resume()
-        await queue.put("a record")
-        control.resume()
-        sizes.append(queue.qsize())
-        control.suspend()
-        control.resume()
-        return [*sizes, queue.qsize()]
-
-    assert asyncio.run(read_sizes()) == [1, 0]
 
 
 def test_a_faust_that_crashed_ends_the_stream(tmp_path) -> None:

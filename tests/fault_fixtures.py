@@ -92,6 +92,29 @@ SHORT = Pace(
 )
 
 
+@contextlib.contextmanager
+def repeating(name: str, seconds: float, work: Callable[[], object]) -> Iterator[None]:
+    """Do something again and again, in a thread, until this ends; raises what it raised."""
+    over, failed = threading.Event(), []
+
+    def repeat_work() -> None:
+        try:
+            while not over.wait(seconds):
+                work()
+        except BaseException as error:  # noqa: BLE001  it is raised where it is seen
+            failed.append(error)
+
+    thread = threading.Thread(target=repeat_work, name=name)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    if failed:
+        raise failed[0]
+
+
 class Traffic:
     """Events that go on coming: predictions, labels, repetitions, and records that are no events; each is sent until it is acknowledged."""
 
@@ -107,24 +130,8 @@ class Traffic:
     @contextlib.contextmanager
     def flowing(self) -> Iterator[None]:
         """Events come until this ends; all that were sent are acknowledged then."""
-        over, failed = threading.Event(), []
-
-        def flow() -> None:
-            try:
-                while not over.wait(self._pace.chunk_seconds):
-                    self.send(self.make(CHUNK))
-            except BaseException as error:  # noqa: BLE001  it is raised where it is seen
-                failed.append(error)
-
-        thread = threading.Thread(target=flow, name="traffic")
-        thread.start()
-        try:
+        with repeating("traffic", self._pace.chunk_seconds, lambda: self.send(self.make(CHUNK))):
             yield
-        finally:
-            over.set()
-            thread.join()
-        if failed:
-            raise failed[0]
 
     def send(self, made: Made) -> None:
         """Send events in order for each claim until all are acknowledged; by another producer when one is not."""
@@ -334,20 +341,11 @@ class Trial:
     @contextlib.contextmanager
     def watching_memory(self) -> Iterator[None]:
         """Look how much memory the daemon and its children take more than at the beginning; the most is `grown`."""
-        number, over, seen = self.daemon.process.pid, threading.Event(), [measure_memory(self.daemon.process.pid)]
-
-        def look() -> None:
-            while not over.wait(LOOK_SECONDS):
-                seen.append(measure_memory(number))
-
-        thread = threading.Thread(target=look, name="memory")
-        thread.start()
-        try:
+        number = self.daemon.process.pid
+        seen = [measure_memory(number)]
+        with repeating("memory", LOOK_SECONDS, lambda: seen.append(measure_memory(number))):
             yield
-        finally:
-            over.set()
-            thread.join()
-            self.grown = max(seen) - seen[0]
+        self.grown = max(seen) - seen[0]
 
     def count(self, table: Any, *where: Any) -> int:
         """How many rows there are."""

@@ -44,6 +44,7 @@ from daemon import holders, service
 from storage import db, dead_letters, reviews, schema
 from tests.broker_fixtures import START, find_port
 from tests.event_fixtures import make_agent
+from tests.process_fixtures import list_children
 
 PARTITIONS, WAIT_SECONDS, RATE, LINGER_MS, FLUSH = 4, 120, 200, 5, 500
 SMALL = 10_000
@@ -106,7 +107,7 @@ class Tally:
     @functools.cached_property
     def _children(self) -> list[int]:
         """The process that the poll consumer polls in."""
-        return [int(number) for file in Path("/proc/self/task").glob("*/children") for number in file.read_text().split()]
+        return list_children(os.getpid())
 
 
 @dataclass(frozen=True, slots=True)

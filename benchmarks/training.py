@@ -1,8 +1,7 @@
 """Training: Ratchet beside what a user would take instead, on the same tiny base, cases, epochs and effective batch.
 
 Every contender trains in a process of its own; they take turns. Of their times the best of the runs counts, of their losses the mean: each
-run has its seed. Ours is the ordinary trainer
-(`python -m trainers.train`), once without and once with shared prefixes.
+run has its seed. Ours is the ordinary trainer (`python -m trainers.train`), once without and once with shared prefixes.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from daemon import config, policies
 from daemon.kafka import Kafka
 from storage import db, dead_letters
 from storage.tables import DeadLetter, Event, Label, Prediction, Review, ReviewStep
-from tests import broker_fixtures, daemon_fixtures, event_fixtures, postgres_fixtures
+from tests import broker_fixtures, daemon_fixtures, event_fixtures, postgres_fixtures, process_fixtures
 
 CHUNK = 20
 IN_ORDER = 500
@@ -450,9 +450,8 @@ class Trial:
 
 def measure_memory(number: int) -> float:
     """MiB that a process and its children take."""
-    tasks = Path(f"/proc/{number}/task").glob("*/children")
-    children = {int(child) for path in tasks for child in path.read_text().split()}
-    pages = sum(int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in (number, *children))
+    numbers = (number, *process_fixtures.list_children(number))
+    pages = sum(int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in numbers)
     return pages * resource.getpagesize() / MIB
 
 

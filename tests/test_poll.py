@@ -22,7 +22,7 @@ from sqlalchemy.exc import OperationalError
 from consumers import broker as brokers
 from consumers import fetcher, poll, records, schemas
 from storage import dead_letters
-from tests import broker_fixtures, event_fixtures
+from tests import broker_fixtures, event_fixtures, process_fixtures
 
 AGENT = event_fixtures.make_agent()
 
@@ -42,9 +42,7 @@ def produce(broker, kafka, count):
 
 def find_fetchers(parent):
     """The processes that poll for a process."""
-    children = Path(f"/proc/{parent}/task").glob("*/children")
-    numbers = [int(number) for file in children for number in file.read_text().split()]
-    return [number for number in numbers if is_polling(number)]
+    return [number for number in process_fixtures.list_children(parent) if is_polling(number)]
 
 
 def is_polling(process):

@@ -6,7 +6,7 @@ import asyncio
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import mode
 import structlog
 from faust.transport.drivers import aiokafka
 from mode.services import WaitResults
+from mode.utils.queues import FlowControlEvent
 
 from consumers import broker, records, threads
 from storage import dead_letters
@@ -78,7 +79,7 @@ async def _stop(app: faust.App) -> None:
 
 def make_app(access: broker.Access, group: str, folder: str) -> faust.App:
     """A Faust that keeps nothing and serves nothing; `folder` is for what it writes all the same."""
-    return faust.App(
+    app = faust.App(
         group,
         broker=[f"kafka://{one}" for one in access.bootstrap.split(",")],
         broker_credentials=_to_credentials(access),
@@ -97,6 +98,21 @@ def make_app(access: broker.Access, group: str, folder: str) -> faust.App:
         key_serializer="raw",
         value_serializer="raw",
     )
+    app.flow_control = FlowControl()
+    return app
+
+
+class FlowControl(FlowControlEvent):
+    """Stops what is read on its way to the agent while partitions are divided anew, and throws away what was on its way before.
+
+    Divided twice in a row, Faust lets records through at the end of the first division, and at the end of the second one threw them away
+    and passed over them as read (faust-streaming 0.15).
+    """
+
+    def resume(self) -> None:
+        """Let records through again; where nothing was stopped nothing is thrown away."""
+        if not self.is_active():
+            super().resume()
 
 
 class Prompt(mode.Service):
@@ -121,7 +137,18 @@ class Prompt(mode.Service):
 
 
 class Consumer(Prompt, aiokafka.Consumer):  # type: ignore[misc]
-    """Faust's own, at two thirds of its costs."""
+    """Faust's own, at two thirds of its costs, and it passes over nothing."""
+
+    async def seek_to_committed(self) -> Mapping[Any, int]:
+        """Go back to what was committed last, and to the beginning of a partition of which nothing was.
+
+        Faust reads while partitions are divided anew, throws that away and goes back to read it again: but not in a partition of which
+        nothing was ever committed (faust-streaming 0.15).
+        """
+        committed: Mapping[Any, int] = await super().seek_to_committed()
+        if never := [partition for partition, offset in committed.items() if offset is None]:
+            await self._thread.seek_to_beginning(*never)
+        return committed
 
 
 def _close(waits: Sequence[Any]) -> None:

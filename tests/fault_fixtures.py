@@ -88,7 +88,7 @@ SHORT = Pace(
     repeated=2000,
     backlog=1000,
     chunk_seconds=0.1,
-    settle=200,
+    settle=90,
 )
 
 
@@ -581,6 +581,8 @@ def fill_disk(trial: Trial) -> None:
                     file.write(bytes(size))
     try:
         trial.wait_for(lambda: trial.events()["database_unavailable"] > before)
+        if "bytes free" not in trial.read_ready()["error"]["value"]:
+            raise RuntimeError("the daemon says that it is ready, with a full disk")
     finally:
         ballast.unlink()
     trial.read_more()

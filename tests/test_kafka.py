@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
+import faust
 import mode
 import orjson
 import pytest
+from mode.utils.queues import FlowControlQueue
 
 from consumers import broker as brokers
 from consumers import kafka, records
@@ -115,44 +118,112 @@ def test_what_has_room_begins_one_task() -> None:
     assert run(work, Service) == 1
 
 
-def test_all_is_read_when_partitions_are_divided_anew_while_faust_commits(broker, engine, monkeypatch):
+@pytest.fixture
+def follow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., faust.App]]:
+    """Begins to read with Faust, in a thread and until the end of the test; returns the worker."""
+    genuine, begun, ends = kafka.make_app, queue.SimpleQueue[faust.App](), []
+
+    def make_app(*arguments: Any) -> faust.App:
+        app = genuine(*arguments)
+        begun.put(app)
+        return app
+
+    async def read(settings: Any, inlet: records.Inlet) -> None:
+        stop = asyncio.Event()
+        ends.append((asyncio.get_running_loop(), stop))
+        await kafka.run(settings.to_access(), settings.group, inlet, stop, threading.Event())
+
+    def begin(settings: Any, inlet: records.Inlet) -> faust.App:
+        threads.append(threading.Thread(target=asyncio.run, args=[read(settings, inlet)], daemon=True))
+        threads[-1].start()
+        return begun.get(timeout=40)
+
+    threads: list[threading.Thread] = []
+    monkeypatch.setattr(kafka, "make_app", make_app)
+    yield begin
+    for (loop, stop), thread in zip(ends, threads, strict=True):
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(30)
+
+
+@pytest.fixture
+def places(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Partition and offset of each record that is handed over, instead of being stored."""
+    handed: list[tuple[int, int]] = []
+    monkeypatch.setattr(records.Inlet, "store", lambda _, batch, __: handed.extend((one.partition, one.offset) for one in batch.records))
+    return handed
+
+
+@pytest.fixture
+def produced(broker, engine):
+    """Puts so many records on a topic of its own; returns its settings and what reads it."""
+
+    def produce(name: str, count: int) -> tuple[Any, records.Inlet]:
+        settings, agent = broker_fixtures.make_topics(broker, name), event_fixtures.make_agent()
+        value = orjson.dumps(event_fixtures.make_prediction(0, datetime.now(UTC)))
+        broker_fixtures.produce(broker, settings.topics.predictions, [value] * count)
+        return settings, records.Inlet(engine, {agent.name: agent}, settings.topics.kinds(), lambda: datetime.now(UTC))
+
+    return produce
+
+
+def test_all_is_read_when_partitions_are_divided_anew_while_faust_commits(produced, follow, places, monkeypatch):
     count, divide_at = 30_000, 12_000  # Faust would commit by itself at 10,000, before it hands a record over
-    settings, agent = broker_fixtures.make_topics(broker, "regroups"), event_fixtures.make_agent()
-    value = orjson.dumps(event_fixtures.make_prediction(0, datetime.now(UTC)))
-    broker_fixtures.produce(broker, settings.topics.predictions, [value] * count)
-    inlet = records.Inlet(engine, {agent.name: agent}, settings.topics.kinds(), lambda: datetime.now(UTC))
-    genuine, found, places, divided = kafka.Consumer.commit, [], set(), threading.Event()
+    settings, inlet = produced("regroups", count)
+    genuine, divided = kafka.Consumer.commit, threading.Event()
 
     async def commit(consumer, *arguments, **options):
-        found.append(consumer)
         if consumer._n_acked == 0 and places:  # only who hands records over begins to count anew
             await asyncio.to_thread(divided.wait, 40)
         return await genuine(consumer, *arguments, **options)
 
-    async def follow():
-        stop = asyncio.Event()
-        ending.append((asyncio.get_running_loop(), stop))
-        await kafka.run(settings.to_access(), settings.group, inlet, stop, threading.Event())
-
-    ending: list[Any] = []
     monkeypatch.setattr(kafka.Consumer, "commit", commit)
-    monkeypatch.setattr(records.Inlet, "store", lambda _, batch, __: places.update((one.partition, one.offset) for one in batch.records))
-    thread = threading.Thread(target=asyncio.run, args=[follow()], daemon=True)
-    thread.start()
+    app = follow(settings, inlet)
     try:
         broker_fixtures.wait_until(lambda: len(places) >= divide_at, 40)
-        [consumer] = set(found)
-        generation, reading = consumer.app.consumer_generation_id, consumer._thread
+        generation, reading = app.consumer_generation_id, app.consumer._thread
         reading.thread_loop.call_soon_threadsafe(reading._consumer._coordinator.request_rejoin)
-        broker_fixtures.wait_until(lambda: consumer.app.consumer_generation_id != generation and consumer.flow_active, 40)
+        broker_fixtures.wait_until(lambda: app.consumer_generation_id != generation and app.consumer.flow_active, 40)
         divided.set()
         broker_fixtures.wait_until(lambda: broker_fixtures.read_lag(settings, settings.topics.predictions) == 0, 40)
     finally:
         divided.set()
-        [(loop, stop)] = ending
-        loop.call_soon_threadsafe(stop.set)
-        thread.join(30)
-    assert len(places) == count
+    assert len(set(places)) == count
+
+
+def test_what_is_thrown_away_is_read_again_though_nothing_was_ever_committed(produced, follow, places, monkeypatch):
+    count = 1000
+
+    async def commit(*_, **__):
+        return False
+
+    async def throw_away(consumer):
+        consumer.stop_flow()
+        await consumer.perform_seek()
+        consumer.resume_flow()
+
+    monkeypatch.setattr(kafka.Consumer, "commit", commit)
+    app = follow(*produced("rereads", count))
+    broker_fixtures.wait_until(lambda: len(places) == count, 40)
+    asyncio.run_coroutine_threadsafe(throw_away(app.consumer), app.loop).result(40)
+    broker_fixtures.wait_until(lambda: len(places) == 2 * count, 40)
+    assert set(places[:count]) == set(places[count:])
+
+
+def test_what_is_on_its_way_is_thrown_away_when_faust_had_stopped_it_and_not_when_it_resumes_twice(tmp_path) -> None:
+    async def read_sizes() -> list[int]:
+        control = kafka.make_app(brokers.Access("127.0.0.1:1"), "resumes", str(tmp_path)).flow_control
+        waiting = FlowControlQueue(flow_control=control, clear_on_resume=True)
+        sizes = []
+        control.resume()
+        await waiting.put("a record")
+        control.resume()
+        sizes.append(waiting.qsize())
+        control.suspend()
+        control.resume()
+        return [*sizes, waiting.qsize()]
+
+    assert asyncio.run(read_sizes()) == [1, 0]
 
 
 def test_a_faust_that_crashed_ends_the_stream(tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,6 +13,8 @@ from sqlalchemy import Engine
 from daemon import status
 from daemon.web import metrics, problems
 from storage import db, events
+
+MIN_FREE_BYTES = 1 << 20
 
 
 class StreamHealth(BaseModel):
@@ -51,14 +54,21 @@ async def show_health() -> Health:
     return Health()
 
 
-@router.get("/readyz", responses={503: {"model": problems.ProblemBody, "description": "The database is not available."}})
+@router.get("/readyz", responses={503: {"model": problems.ProblemBody, "description": "The database is not there, or its disk is full."}})
 def show_readiness(request: Request) -> Readiness:
-    """Answers well while the database does."""
+    """Answers well while the database does, and has room for what comes."""
     engine: Engine = request.app.state.engine
+    _require_room(engine)
     with db.reading(engine) as connection:
         events.oldest_received_at(connection)
         told = status.describe_stream(connection, datetime.now(UTC))
     return Readiness(stream=StreamHealth(**told) if told else None)
+
+
+def _require_room(engine: Engine) -> None:
+    file = db.find_file(engine.url)
+    if file is not None and (free := shutil.disk_usage(file.parent).free) < MIN_FREE_BYTES:
+        raise problems.RequestRefusedError(503, "database", f"{free} bytes free", f"make room under {file.parent}: nothing can be stored")
 
 
 @router.get("/metrics", response_class=Response, responses=TEXT)

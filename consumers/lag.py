@@ -79,14 +79,26 @@ def find_stalled(samples: Sequence[Sample], acknowledged_at: float | None, now: 
 def find_skipped(samples: Sequence[Sample], now: float) -> list[Place]:
     """The partitions of which we had a record `STALL_SECONDS` ago, and the group has still not acknowledged it.
 
-    Faust commits no further than to the first record that it has not seen. One that it passed over, when partitions were divided anew, is
-    read again only by a new process. After an outage it gets some looks' time to commit.
+    Faust commits what follows on what is committed. Where it passed over a record it commits no more, and only a new process reads that
+    again. After an outage it gets some looks' time to commit.
     """
     first = _look_back(samples, now)
     if first is None or samples[-min(LOOKS, len(samples))].at <= first.at:
         return []
     done = samples[-1].done
     return [place for place, offset in first.ours.items() if place in done and done[place] <= offset]
+
+
+def find_cut(sample: Sample) -> str | None:
+    """What to do about a partition that ends before what the group has acknowledged: what comes in between, Faust takes for read."""
+    cut = sorted(place for place, end in sample.ends.items() if sample.done[place] > end)
+    if not cut:
+        return None
+    (topic, partition), end, done = cut[0], sample.ends[cut[0]], sample.done[cut[0]]
+    return (
+        f"{topic}/{partition} ends at {end}, and the group has acknowledged {done}: the broker lost records. "
+        "Stop reading, reset the group's offsets to the earliest, and start again: what is stored already is stored once"
+    )
 
 
 def _look_back(samples: Sequence[Sample], now: float) -> Sample | None:
@@ -138,7 +150,7 @@ class Watch:
         self._samples.append(sample._replace(ours=dict(self._stream.inlet.progress.acknowledged)))
         if len(self._samples) > KEPT:
             self._samples = deque(list(self._samples)[::2])
-        return None
+        return find_cut(sample)
 
     def _tell(self, problem: str | None) -> None:
         incoming, outgoing = self._stream.inlet.progress, self._stream.sent

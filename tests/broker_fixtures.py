@@ -12,11 +12,13 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.consumer.fetcher import ConsumerRecord
 from kafka.errors import RetriableError
+from kafka.structs import OffsetAndMetadata
 
 from consumers import broker as brokers
 from consumers import topics
@@ -154,23 +156,38 @@ def produce(broker: Broker, topic: str, values: Iterable[bytes | None], compress
 
 
 def read_lag(kafka: Kafka, topic: str) -> int:
-    """How many records of a topic the group has not acknowledged; a broker that was started a moment ago has to find its groups first."""
+    """How many records of a topic the group has not acknowledged."""
+    places = _list_places(kafka, topic)
+
+    def ask(admin: KafkaAdminClient) -> Any:
+        done = admin.list_group_offsets({kafka.group: places})[kafka.group]
+        ends = admin.list_partition_offsets(dict.fromkeys(places, -1))
+        return sum(ends[place].offset - max(0, done[place].offset if place in done else 0) for place in places)
+
+    return int(_ask(kafka, ask))
+
+
+def acknowledge(kafka: Kafka, topic: str, offset: int) -> None:
+    """Let the group, of which nobody reads, have acknowledged each partition of a topic up to an offset."""
+    offsets = {place: OffsetAndMetadata(offset, "", -1) for place in _list_places(kafka, topic)}
+    _ask(kafka, lambda admin: admin.alter_group_offsets(kafka.group, offsets))
+
+
+def _list_places(kafka: Kafka, topic: str) -> list[TopicPartition]:
+    return [TopicPartition(topic, number) for number in range(kafka.topics.partitions)]
+
+
+def _ask(kafka: Kafka, question: Callable[[KafkaAdminClient], Any]) -> Any:
+    """The broker's answer; one that was started a moment ago has to find its groups first."""
     deadline = time.monotonic() + 30
     while True:
         try:
-            return _ask_lag(kafka, topic)
+            with brokers.connect(kafka.to_access()) as admin:
+                return question(admin)
         except RetriableError:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
-
-
-def _ask_lag(kafka: Kafka, topic: str) -> int:
-    places = [TopicPartition(topic, number) for number in range(kafka.topics.partitions)]
-    with brokers.connect(kafka.to_access()) as admin:
-        done = admin.list_group_offsets({kafka.group: places})[kafka.group]
-        ends = admin.list_partition_offsets(dict.fromkeys(places, -1))
-    return sum(ends[place].offset - max(0, done[place].offset if place in done else 0) for place in places)
 
 
 def name_topics(broker: Broker, name: str) -> Kafka:

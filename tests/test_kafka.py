@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,6 +15,7 @@ import faust
 import mode
 import orjson
 import pytest
+from aiokafka.errors import GroupAuthorizationFailedError
 from mode.utils.queues import FlowControlQueue
 
 from consumers import broker as brokers
@@ -133,17 +136,19 @@ def follow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., faust.App]
         ends.append((asyncio.get_running_loop(), stop))
         await kafka.run(settings.to_access(), settings.group, inlet, stop, threading.Event())
 
-    def begin(settings: Any, inlet: records.Inlet) -> faust.App:
-        threads.append(threading.Thread(target=asyncio.run, args=[read(settings, inlet)], daemon=True))
-        threads[-1].start()
-        return begun.get(timeout=40)
+    with ThreadPoolExecutor() as threads:
 
-    threads: list[threading.Thread] = []
-    monkeypatch.setattr(kafka, "make_app", make_app)
-    yield begin
-    for (loop, stop), thread in zip(ends, threads, strict=True):
-        loop.call_soon_threadsafe(stop.set)
-        thread.join(30)
+        def begin(settings: Any, inlet: records.Inlet) -> faust.App:
+            reading.append(threads.submit(asyncio.run, read(settings, inlet)))
+            return begun.get(timeout=40)
+
+        reading: list[Future[None]] = []
+        monkeypatch.setattr(kafka, "make_app", make_app)
+        yield begin
+        for loop, stop in ends:
+            loop.call_soon_threadsafe(stop.set)
+        for one in reading:
+            one.result(30)
 
 
 @pytest.fixture
@@ -191,23 +196,44 @@ def test_all_is_read_when_partitions_are_divided_anew_while_faust_commits(produc
     assert len(set(places)) == count
 
 
-def test_what_is_thrown_away_is_read_again_though_nothing_was_ever_committed(produced, follow, places, monkeypatch):
+@pytest.mark.parametrize("committed", [None, 0])
+def test_faust_goes_back_and_reads_again_though_nothing_was_ever_committed(committed, produced, follow, places, monkeypatch):
     count = 1000
+    settings, inlet = produced(f"rereads-{committed}", count)
+    if committed is not None:  # as who resets the group's offsets to the earliest
+        broker_fixtures.acknowledge(settings, settings.topics.predictions, committed)
 
     async def commit(*_, **__):
         return False
 
-    async def throw_away(consumer):
-        consumer.stop_flow()
+    async def go_back(consumer):
         await consumer.perform_seek()
+        was_active = consumer.flow_active
         consumer.resume_flow()
+        return was_active
 
     monkeypatch.setattr(kafka.Consumer, "commit", commit)
-    app = follow(*produced("rereads", count))
-    broker_fixtures.wait_until(lambda: len(places) == count, 40)
-    asyncio.run_coroutine_threadsafe(throw_away(app.consumer), app.loop).result(40)
-    broker_fixtures.wait_until(lambda: len(places) == 2 * count, 40)
-    assert set(places[:count]) == set(places[count:])
+    app = follow(settings, inlet)
+    for times in (1, 2):
+        broker_fixtures.wait_until(lambda times=times: sum(n >= times for n in Counter(places).values()) == count, 40)
+        was_active = asyncio.run_coroutine_threadsafe(go_back(app.consumer), app.loop).result(40)
+        assert not was_active, "what is read while Faust goes back is let through"
+
+
+def test_a_faust_that_can_t_go_back_crashes(tmp_path, monkeypatch) -> None:
+    async def refuse(_):
+        raise GroupAuthorizationFailedError("ratchet")
+
+    async def go_back() -> None:
+        app = kafka.make_app(brokers.Access("127.0.0.1:1"), "stays", str(tmp_path))
+        app.transport.Consumer = kafka.Consumer
+        with pytest.raises(GroupAuthorizationFailedError):
+            await app.consumer.perform_seek()
+        assert app.crashed
+        app.consumer._thread.thread_loop.close()  # that never began
+
+    monkeypatch.setattr(kafka.aiokafka.Consumer, "seek_to_committed", refuse)
+    asyncio.run(go_back())
 
 
 def test_what_is_on_its_way_is_thrown_away_when_faust_had_stopped_it_and_not_when_it_resumes_twice(tmp_path) -> None:

@@ -100,6 +100,16 @@ def test_lag_is_told_for_each_partition_to_status_and_prometheus(source, kafka, 
     assert 'ratchet_kafka_records_total{daemon="here 12"} 0.0' in rendered
 
 
+def test_a_partition_that_ends_before_what_is_acknowledged_is_told_with_the_remedy(source, kafka, broker):
+    broker_fixtures.produce(broker, kafka.topics.labels, [b"1", b"2", b"3"])
+    broker_fixtures.acknowledge(kafka, kafka.topics.labels, 2)
+    watch = lag.Watch(source)
+    watch._tell(watch._look())
+    watch._close()
+    told = status.collect(source.inlet.engine, {}, datetime.now(UTC))["stream"]["problem"]
+    assert told.startswith(f"{kafka.topics.labels}/1 ends at 1, and the group has acknowledged 2: the broker lost records. Stop")
+
+
 def test_a_broker_that_is_away_is_told_and_old_news_are_not_shown(source, engine):
     away = lag.Watch(stream.Stream(brokers.Access("127.0.0.1:1"), "g", "faust", source.inlet, source.outlets, source.lease))
     away._tell(away._look())

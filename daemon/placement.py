@@ -90,4 +90,8 @@ def suit(machinery: Machinery, asked: spec.Spec, name: str) -> spec.Spec:
         if fits_alone(planned):
             raise MemoryTakenError(f"{needed}, others leave {planned.card.free / cards.GB:.1f} GB of {name}")
         raise NothingFitsError(f"{needed}, {name} has {planned.card.memory / cards.GB:.1f} GB: {'; or '.join(planned.remedies)}")
-    return placed.model_copy(update={"options": asked.options.model_copy(update=estimates.choose_options(asked.options, planned.settings))})
+    chosen = asked.options.model_copy(update=estimates.choose_options(asked.options, planned.settings))
+    changed = {option for option in spec.Options.model_fields if getattr(chosen, option) != getattr(asked.options, option)}
+    if changed:
+        log.info("run_fitted", run=asked.run_id, agent=asked.agent, device=name, options=chosen.model_dump(include=changed))
+    return placed.model_copy(update={"options": chosen})

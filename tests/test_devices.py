@@ -19,6 +19,7 @@ import pynvml
 import pytest
 from pydantic import ValidationError
 from sqlalchemy import Engine
+from structlog.testing import capture_logs
 
 from consumers import delivery, handlers, schemas
 from daemon import cards, devices, nvml, placement, plan, policies, training
@@ -266,6 +267,17 @@ def test_memory_that_is_taken_between_claim_and_start_costs_a_retry(world: World
     plug_in(world, Driver([make_card("RTX 3090", 24, used=12)]))
     with pytest.raises(placement.MemoryTakenError, match=r"others leave 12\.9 GB of cuda:0"):
         placement.suit(world.pipeline.machinery, asked, "cuda:0")
+
+
+def test_what_the_plan_changed_of_the_options_is_logged(world: World) -> None:
+    asked = spec.Spec(run_id="r", kind="train", agent="a", base=spec.Base(path=world.agent.base_model, digest="x"))
+    asked = asked.model_copy(update={"options": spec.Options.model_validate({"method": "full"})})
+    plug_in(world, Driver([make_card("RTX 3090", 24)]))
+    with capture_logs() as said:
+        placed = placement.suit(world.pipeline.machinery, asked, "cuda:0")
+    assert (placed.options.optimizer_in_backward, placed.options.accumulation, placed.options.clip) == (True, 1, 0)
+    [told] = [line for line in said if line["event"] == "run_fitted"]
+    assert (told["run"], told["device"], told["options"]["accumulation"], told["options"]["clip"]) == ("r", "cuda:0", 1, 0)
 
 
 @pytest.fixture

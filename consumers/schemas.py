@@ -40,6 +40,7 @@ TOO_DEEP = f"this nests too deep, {DEEPEST} levels are taken"
 TOO_LARGE = "a number is beyond 64 bits: send it as text"
 NO_NUMBER = "JSON has no such number: send a number, or leave the field out"
 HALF_CHARACTER = "a text holds half a character, which is no UTF-8: correct or leave it out"
+NUL = "a text holds the character NUL, which PostgreSQL does not keep: leave it out"
 LONGEST_INTEGER = 20
 """So many characters a whole number of 64 bits has at most, its sign among them."""
 TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[{\]}]', re.DOTALL)
@@ -166,7 +167,7 @@ class MalformedError(ValueError):
 
 
 class UnstorableError(ValueError):
-    """An event holds what our JSON can't keep as it is: a number beyond 64 bits, too deep a nesting, half a character."""
+    """An event holds what our JSON can't keep as it is: a number beyond 64 bits, too deep a nesting, NUL or half a character."""
 
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(str(refusal))
@@ -182,8 +183,8 @@ def parse(body: bytes, kind: str) -> list[AnyEvent | Refusal]:
     if events is not None:
         return cast("list[AnyEvent | Refusal]", events)
     adapter = _ADAPTERS[kind]
-    # Python's JSON readers let NaN pass; orjson does not. The search costs nothing beside the parse that it saves.
-    if b"NaN" not in body and b"Infinity" not in body:
+    # Python's JSON readers let NaN pass, and all of them NUL. The search costs nothing beside the parse that it saves.
+    if not any(mark in body for mark in (b"NaN", b"Infinity", rb"\u0000")):
         try:
             events = adapter.validate_json(body, strict=True)
             if not any(_has_infinity(event["data"]) for event in events):
@@ -275,7 +276,7 @@ def _prune(text: str) -> str:
 
 
 def _find_unstorable(value: Any, *path: str | int) -> Refusal | None:
-    """The first part of a value that our JSON can't keep, by the path to it."""
+    """The first part of a value that we can't keep, by the path to it."""
     if len(path) > DEEPEST:
         return Refusal(_name_path(path[:3]), f"more than {DEEPEST} levels", TOO_DEEP)
     parts: Iterable[tuple[str | int, Any]]
@@ -290,12 +291,14 @@ def _find_unstorable(value: Any, *path: str | int) -> Refusal | None:
 
 
 def _find_remedy(value: Any) -> str | None:
-    """What to do about a text or number that our JSON can't keep; None where it can."""
+    """What to do about a text or number that we can't keep; None where we can."""
     if isinstance(value, _Unread):
         return TOO_LARGE if value[-1].isdigit() else NO_NUMBER
     if isinstance(value, int):
         return None if -(2**63) <= value < 2**64 else TOO_LARGE
-    return HALF_CHARACTER if isinstance(value, str) and re.search("[\ud800-\udfff]", value) else None
+    if not isinstance(value, str):
+        return None
+    return NUL if "\0" in value else HALF_CHARACTER if re.search("[\ud800-\udfff]", value) else None
 
 
 def _name_path(path: Iterable[str | int]) -> str:

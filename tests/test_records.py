@@ -197,3 +197,13 @@ def test_a_field_s_name_that_no_database_takes_is_parked_with_its_reason(inlet, 
     assert count(inlet.engine, Prediction) == 1
     (reason,) = parked(inlet.engine).values()
     assert reason.startswith('data.input."\\u0000"')
+
+
+def test_a_text_that_postgresql_does_not_keep_is_parked_and_one_that_only_looks_like_it_is_read(inlet, now):
+    inputs = {1: {"note": ["a\x00b"]}, 2: {"note": [r"a\u0000b"]}}
+    inlet.take(to_records("predictions", [event_fixtures.make_prediction(number, now, input=held) for number, held in inputs.items()]))
+    (reason,) = parked(inlet.engine).values()
+    assert reason == 'data.input.note.0: a text holds the character NUL, which PostgreSQL does not keep: leave it out (got "a\\u0000b")'
+    with db.reading(inlet.engine) as connection:
+        (kept,) = connection.execute(select(Prediction.input)).scalars()
+    assert kept == inputs[2]

@@ -26,7 +26,7 @@ WRONG = [
     ({"occurred_at": 1767225600}, "data.occurred_at", "1767225600", "a valid datetime"),
     ({"agent": 5}, "data.agent", "5", "a valid string"),
     ({"claim_id": ""}, "data.claim_id", '""', "at least 1 character"),
-    ({"claim_id": "a\x00b"}, "data.claim_id", r'"a\u0000b"', "leave them out"),
+    ({"claim_id": "a\x00b"}, "data.claim_id", r'"a\u0000b"', "the character NUL"),
     ({"input": {}}, "data.input", "{}", "at least 1 item"),
     ({"input": {"text": "x"}, "decison": "APPROVED"}, "data.decison", "APPROVED", "leave it out, or use one of"),
     ({"probabilities": {"APPROVED": -0.1}}, "data.probabilities.APPROVED", "-0.1", "greater than or equal to 0"),

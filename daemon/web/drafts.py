@@ -9,7 +9,7 @@ from fastapi import Form, Request
 
 from consumers import schemas
 
-Text = Annotated[str, Form(max_length=schemas.MAX_TEXT)]
+Text = Annotated[schemas.Text, Form()]
 
 
 @dataclass(frozen=True, slots=True)

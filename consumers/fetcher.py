@@ -101,7 +101,8 @@ def work(job: Job, channel: Connection) -> Failed | None:
     except broker.BrokerError as error:
         return Failed(type(error).__name__, str(error))
     except KafkaError as error:
-        why = f"the group {job.group} can't be read ({type(error).__name__}): all of a group use one consumer"
+        remedy = "all of a group use one consumer, and its user may read topics and group"
+        why = f"the group {job.group} can't be read ({type(error).__name__}): {remedy}"
         return Failed(broker.BrokerError.__name__, why)
     except (EOFError, ConnectionError):
         raise

@@ -238,7 +238,8 @@ async def _watch(app: faust.App, stop: asyncio.Event, failed: asyncio.Future[Non
     try:
         while not (stop.is_set() or failed.done()):
             if app.crashed or app.should_stop:
-                raise FaustCrashedError(f"Faust has crashed: {type(app.crash_reason).__name__}") from app.crash_reason
+                why = type(app.crash_reason).__name__
+                raise FaustCrashedError(f"Faust has crashed ({why}): the service manager starts anew") from app.crash_reason
             await asyncio.wait({stopped, failed}, timeout=CRASH_SECONDS, return_when=asyncio.FIRST_COMPLETED)
     finally:
         stopped.cancel()

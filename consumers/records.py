@@ -207,7 +207,7 @@ def take(
         for sent, prepared in whole:
             delivered, stored = delivery.store(connection, prepared, now, "handled")
             new += stored
-            outcome["duplicate"] += sum(one.outcome in {"duplicate", "conflict"} for one in delivered)
+            outcome += Counter(one.outcome for one in delivered if one.outcome in {"duplicate", "conflict"})
             refused += [
                 Refused(record, one.refusal)
                 for record, one in zip(sent, delivered, strict=True)

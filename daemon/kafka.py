@@ -64,7 +64,7 @@ class Kafka(Section):
     )
     group: Name = Field(default="ratchet", description="The consumer group: all daemons of one installation share it.")
     consumer: Literal["faust", "poll"] = Field(
-        default="faust", description="`poll` handles several times as many events a second; see streaming.md."
+        default="faust", description="`poll` handles 2.5 times as many events a second; see streaming.md."
     )
     tls: bool = Field(default=False, description="Whether the brokers speak TLS.")
     ca_file: HomePath | None = Field(default=None, description="The authority that signed their certificates, unless the system knows it.")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -36,9 +38,12 @@ class DatabaseUnfitError(RuntimeError):
 def upgrade(engine: Engine) -> bool:
     """Bring the schema to this version of Ratchet, all of it or nothing; doing so twice, or twice at once, changes nothing.
 
-    Returns whether it made a new installation, where there was none. Raises `SchemaOutdatedError` for a newer schema.
+    Returns whether it made a new installation, where there was none. Raises `SchemaOutdatedError` for a newer schema, or where the database
+    can't be opened, and `DatabaseUnfitError` for a server that is too old or has no Unicode.
     """
     _make_file(engine)
+    with _reaching(engine) as connection:
+        _check_server(connection)
     with db.writing(engine) as connection:
         config = _alembic_config()
         _refuse_newer(_read_revision(connection), alembic.script.ScriptDirectory.from_config(config))
@@ -77,17 +82,26 @@ def check(engine: Engine) -> None:
     file = db.find_file(engine.url)
     if file is not None and not file.exists():  # to connect would make it
         raise _report_missing(engine)
-    try:
-        with db.reading(engine) as connection:
-            _check_server(connection)
-            current = _read_revision(connection)
-            if current is None and not inspect(connection).get_table_names():
-                raise _report_missing(engine)
-    except OperationalError as error:
-        raise SchemaOutdatedError(f"the database can't be opened: {' '.join(str(error.orig).split())}") from error
+    with _reaching(engine) as connection:
+        _check_server(connection)
+        current = _read_revision(connection)
+        if current is None and not inspect(connection).get_table_names():
+            raise _report_missing(engine)
     _refuse_newer(current, scripts)
     if current != (head := scripts.get_current_head()):
         raise SchemaOutdatedError(f"the database has schema {current or 'none'}, this version needs {head}: run `ratchet db upgrade`")
+
+
+@contextmanager
+def _reaching(engine: Engine) -> Iterator[Connection]:
+    """The database, to read a little of it. Raises `SchemaOutdatedError` with the remedy when it can't be opened."""
+    try:
+        with db.reading(engine) as connection:
+            yield connection
+    except OperationalError as error:
+        what = "that you may write it" if engine.dialect.name == "sqlite" else "that the server runs and lets you in"
+        told = " ".join(str(error.orig).split())
+        raise SchemaOutdatedError(f"the database can't be opened: {told}. Check database.url, and {what}") from error
 
 
 def _report_missing(engine: Engine) -> DatabaseMissingError:

@@ -48,6 +48,16 @@ def test_a_lost_database_is_made_anew_only_when_that_is_asked_for_and_then_it_is
     assert "Made" not in capsys.readouterr().out
 
 
+def test_a_server_that_is_away_is_told_with_the_remedy_and_without_the_password(home, monkeypatch, capsys):
+    monkeypatch.setenv("RATCHET_DATABASE__URL", "postgresql://ratchet:right-horse@127.0.0.1:1/ratchet")
+    for command in "check", "upgrade":
+        assert cli.main(["db", command]) == 1
+        told = capsys.readouterr().err
+        assert told.startswith("ratchet: the database can't be opened: ")
+        assert "Check database.url, and that the server runs and lets you in" in told
+        assert "right-horse" not in told
+
+
 def test_init_never_overwrites_a_configuration(home, capsys):
     (home / "ratchet.toml").write_text("mine")
     assert cli.main(["init", str(home)]) == 1

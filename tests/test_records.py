@@ -187,6 +187,15 @@ def test_a_parked_record_is_replayed_when_what_it_lacked_is_there(tmp_path, monk
     assert cli.main(["dead-letters", "replay", other]) == 1
     assert "it came from the topic elsewhere" in capsys.readouterr().err
     assert states(engine).count("waiting") == 1
+    with db.writing(engine) as connection:
+        value = value.replace(b"DENIED", b"APPROVED")  # under the same id
+        letter = dead_letters.park_record(connection, Record("expert-labels", 1, 8, value), "unknown", "unknown", now)
+    capsys.readouterr()
+    assert cli.main(["dead-letters", "replay", letter]) == 1
+    assert "parked anew" in capsys.readouterr().out
+    with db.reading(engine) as connection:
+        assert letter not in {row["id"] for row in dead_letters.list_parked(connection)}
+        assert any("used for other content" in row["reason"] for row in dead_letters.list_parked(connection))
     engine.dispose()
 
 

@@ -88,10 +88,14 @@ def _replay_record(opened: context.Opened, connection: Connection, letter: str, 
     outcome, refused = records.take(connection, records.read([record], kinds, agents, now), agents, now)
     for _, refusal in refused:
         typer.echo(f"It stays parked: {refusal}.")
-    if not refused:
-        dead_letters.close_replayed(connection, letter, context.read_actor(), now)
-        typer.echo(f"The record is an event now: {', '.join(state for state, count in outcome.items() if count) or 'received'}.")
-    return not refused
+    if refused:
+        return False
+    dead_letters.close_replayed(connection, letter, context.read_actor(), now)
+    if outcome["conflict"]:
+        typer.echo("Its id was used for other content meanwhile: it is parked anew, as a dead letter that says so.")
+        return False
+    typer.echo(f"The record is an event now: {', '.join(state for state, count in outcome.items() if count) or 'received'}.")
+    return True
 
 
 @app.command()

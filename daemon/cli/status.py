@@ -34,7 +34,8 @@ def _compose(told: Mapping[str, Any], *, has_kafka: bool = False) -> Iterator[tu
     if told["stream"]:
         yield from _compose_stream(told["stream"])
     elif has_kafka:
-        yield "Kafka        no daemon has told of it for a minute: `ratchet up` with the role consume reads it", "red"
+        told_by = "by this machine's clock: `ratchet up` with the role consume reads it"
+        yield f"Kafka        no daemon has told of it for a minute, {told_by}", "red"
     if told["dead_letters"]:
         yield f"Dead letters {told['dead_letters']}: `ratchet dead-letters list` shows them", "red"
     yield from _compose_alarms(told["alarms"], "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -61,7 +60,7 @@ def show_readiness(request: Request) -> Readiness:
     _require_room(engine)
     with db.reading(engine) as connection:
         events.oldest_received_at(connection)
-        told = status.describe_stream(connection, datetime.now(UTC))
+        told = status.describe_stream(connection, request.app.state.metrics.clock())
     return Readiness(stream=StreamHealth(**told) if told else None)
 
 

@@ -33,7 +33,7 @@ class Metrics:
     def __init__(
         self, engine: Engine, agents: Mapping[str, Agent], clock: Callable[[], datetime], handled: Mapping[str, int] | None = None
     ) -> None:
-        self.registry = CollectorRegistry()
+        self.registry, self.clock = CollectorRegistry(), clock
         self.events = Counter("ratchet_events", "Events that came in by HTTP.", ["type", "outcome"], registry=self.registry)
         self.requests = Counter("ratchet_http_requests", "Requests.", ["method", "route", "status"], registry=self.registry)
         self.request_seconds = Histogram("ratchet_http_request_seconds", "Time to answer.", ["route"], registry=self.registry)

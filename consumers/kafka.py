@@ -148,12 +148,12 @@ class Consumer(Prompt, aiokafka.Consumer):  # type: ignore[misc]
     async def perform_seek(self) -> None:
         """Go back to what was committed last; the flow is stopped meanwhile and afterwards. Faust crashes where that fails.
 
-        Partitions that are not ours any more are no failure: whoever gets them goes back.
+        Partitions that are not ours any more are no failure, nor is an end: whoever gets them goes back.
         """
         self.stop_flow()
         try:
             await super().perform_seek()
-        except (IllegalStateError, AssertionError):
+        except (IllegalStateError, AssertionError, *self.consumer_stopped_errors):
             raise
         except Exception as error:
             await self.crash(error)

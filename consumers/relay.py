@@ -31,7 +31,7 @@ FIRST_BATCH, BATCH = 250, 2000
 IDLE_SECONDS, FLUSH_SECONDS, WAIT_SECONDS, RENEW_SECONDS = 0.25, 5.0, 5.0, 8.0
 DELIVERY_SECONDS = 15
 """What a producer holds for longer it gives up: else one that lost its lease in an outage would go on sending beside the next. It gets
-nothing later than `RENEW_SECONDS` into a `TERM`. A producer that gave up never recovers (seen with kafka-python 3.0), see `_lead`."""
+nothing that it might hold past the end of a `TERM`. A producer that gave up never recovers (seen with kafka-python 3.0), see `_lead`."""
 BOOTSTRAP_SECONDS = 5.0
 MOST_BYTES_AT_ONCE = 8_000_000
 TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
@@ -125,8 +125,8 @@ class Relay:
             self._mark([], fence)
         promises: list[Future] = []
         for message in messages:
-            if time.monotonic() - self._renewed_at > TERM.total_seconds():
-                raise LeaseLostError("it ran out between two messages: the process was stopped meanwhile")
+            if time.monotonic() - self._renewed_at > TERM.total_seconds() - DELIVERY_SECONDS:
+                raise LeaseLostError("it may run out before the broker has the next message: the process was stopped meanwhile")
             try:
                 promises.append(producer.send(message.topic, key=message.key, value=message.value))
             except TOO_LARGE as error:

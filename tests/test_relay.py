@@ -244,7 +244,7 @@ def test_a_relay_that_was_stopped_between_two_messages_sends_no_more_of_them(sou
 
         def send(self, *_, **__):
             sent.append(1)
-            relay_._renewed_at -= relay.TERM.total_seconds() + 1
+            relay_._renewed_at -= relay.TERM.total_seconds() - relay.DELIVERY_SECONDS + 1
 
     relay_._renewed_at = time.monotonic()
     with pytest.raises(relay.LeaseLostError):

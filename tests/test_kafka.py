@@ -173,7 +173,7 @@ def produced(broker, engine):
 
 
 def test_all_is_read_when_partitions_are_divided_anew_while_faust_commits(produced, follow, places, monkeypatch):
-    count, divide_at = 30_000, 12_000  # Faust would commit by itself at 10,000, before it hands a record over
+    count, divide_at = 18_000, 12_000  # Faust would commit by itself at 10,000, before it hands a record over
     settings, inlet = produced("regroups", count)
     genuine, divided = kafka.Consumer.commit, threading.Event()
 

@@ -27,6 +27,7 @@ WRONG = [
     ({"agent": 5}, "data.agent", "5", "a valid string"),
     ({"claim_id": ""}, "data.claim_id", '""', "at least 1 character"),
     ({"claim_id": "a\x00b"}, "data.claim_id", r'"a\u0000b"', "the character NUL"),
+    ({"claim_id": "a\x01b"}, "data.claim_id", r'"a\u0001b"', "leave them out"),
     ({"input": {}}, "data.input", "{}", "at least 1 item"),
     ({"input": {"text": "x"}, "decison": "APPROVED"}, "data.decison", "APPROVED", "leave it out, or use one of"),
     ({"probabilities": {"APPROVED": -0.1}}, "data.probabilities.APPROVED", "-0.1", "greater than or equal to 0"),

@@ -225,8 +225,7 @@ def test_a_faust_that_can_t_go_back_crashes(tmp_path, monkeypatch) -> None:
         raise GroupAuthorizationFailedError("ratchet")
 
     async def go_back() -> None:
-        app = kafka.make_app(brokers.Access("127.0.0.1:1"), "stays", str(tmp_path))
-        app.transport.Consumer = kafka.Consumer
+        app = kafka.correct(kafka.make_app(brokers.Access("127.0.0.1:1"), "stays", str(tmp_path)))
         with pytest.raises(GroupAuthorizationFailedError):
             await app.consumer.perform_seek()
         assert app.crashed
@@ -238,7 +237,7 @@ def test_a_faust_that_can_t_go_back_crashes(tmp_path, monkeypatch) -> None:
 
 def test_what_is_on_its_way_is_thrown_away_when_faust_had_stopped_it_and_not_when_it_resumes_twice(tmp_path) -> None:
     async def read_sizes() -> list[int]:
-        control = kafka.make_app(brokers.Access("127.0.0.1:1"), "resumes", str(tmp_path)).flow_control
+        control = kafka.correct(kafka.make_app(brokers.Access("127.0.0.1:1"), "resumes", str(tmp_path))).flow_control
         waiting = FlowControlQueue(flow_control=control, clear_on_resume=True)
         sizes = []
         control.resume()

@@ -14,7 +14,15 @@ from typing import Any, cast
 
 import orjson
 from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event, func, make_url, select
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, InternalError, OperationalError, PendingRollbackError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    DisconnectionError,
+    InterfaceError,
+    InternalError,
+    OperationalError,
+    PendingRollbackError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 BUSY_SECONDS = 30
@@ -75,7 +83,8 @@ def mask_passwords(text: str) -> str:
 def open_engine(url: str, connections: int = CONNECTIONS) -> Engine:
     """Open the database at `url`; SQLite runs in WAL mode and syncs every commit to the disk. At most so many connections are open at once.
 
-    Raises `UrlRefusedError`, also when the folder of an SQLite file is missing.
+    To connect makes no SQLite file, `schema.upgrade` does: a file that is gone is an error at the next transaction. Raises
+    `UrlRefusedError`, also when the folder of an SQLite file is missing.
     """
     parsed = parse_url(url)
     is_sqlite = parsed.get_backend_name() == "sqlite"
@@ -91,6 +100,10 @@ def open_engine(url: str, connections: int = CONNECTIONS) -> Engine:
     if is_sqlite:
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
+        if (file := find_file(parsed)) is not None:
+            place = _Place(file)
+            event.listen(engine, "do_connect", place.open_existing)
+            event.listen(engine, "checkout", place.check)
     else:
         event.listen(engine, "handle_error", _hide_detail)
     return engine
@@ -132,6 +145,41 @@ def _hide_detail(context: ExceptionContext) -> None:
     for error in (context.original_exception, context.sqlalchemy_exception):
         if error is not None and error.args:
             error.args = (str(error.args[0]).partition("\nDETAIL:")[0], *error.args[1:])
+
+
+class _Place:
+    """The file of an SQLite database, and which one was opened there first.
+
+    To connect makes none. One that was deleted or replaced is not written to any more: what it took would be lost, and SQLite would apply
+    the log of the old one to the new one.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file.absolute()
+        self._opened: tuple[int, int] | None = None
+
+    def open_existing(self, _dialect: object, _record: object, arguments: list[Any], options: dict[str, Any]) -> None:
+        """Before a connection is opened. Raises `sqlite3.OperationalError` unless the file is there, the same as before."""
+        found = self._identify()
+        if found is None:
+            raise sqlite3.OperationalError(f"there is no {self._file}: restore it from a backup (docs/operations.md)")
+        if found != (self._opened or found):
+            remedy = "stop every process that uses it, restore it (docs/operations.md)"
+            raise sqlite3.OperationalError(f"{self._file} was replaced by another file: {remedy}")
+        self._opened = found
+        arguments[:], options["uri"] = [f"{self._file.as_uri()}?mode=rw"], True
+
+    def check(self, _connection: object, _record: object, _proxy: object) -> None:
+        """Before an open connection is used: it is opened anew, and that says what is wrong."""
+        if self._identify() != self._opened:
+            raise DisconnectionError(f"{self._file} is not the file that it was")
+
+    def _identify(self) -> tuple[int, int] | None:
+        try:
+            found = self._file.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return found.st_dev, found.st_ino
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:

@@ -80,7 +80,7 @@ def check(engine: Engine) -> None:
     """
     scripts = alembic.script.ScriptDirectory.from_config(_alembic_config())
     file = db.find_file(engine.url)
-    if file is not None and not file.exists():  # to connect would make it
+    if file is not None and not file.exists():
         raise _report_missing(engine)
     with _reaching(engine) as connection:
         _check_server(connection)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sqlite3
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import OperationalError
 
 from storage import alarms, db, policies, tokens
 
 pytestmark = pytest.mark.databases("sqlite", "postgresql")
+Way = Callable[[Engine], AbstractContextManager[Connection]]
 
 
 @pytest.mark.databases("sqlite")
@@ -46,6 +50,33 @@ def test_who_writes_waits_for_another_process_and_says_when_that_takes_too_long(
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(db.UrlRefusedError, match=r"nowhere/ratchet.db does not exist: create it, or correct database.url"):
         db.open_engine(f"sqlite:///{tmp_path}/nowhere/ratchet.db")
+
+
+@pytest.mark.databases("sqlite")
+@pytest.mark.parametrize("way", [db.reading, db.writing])
+def test_a_file_that_was_deleted_is_told_at_the_next_transaction_and_not_made_anew(engine: Engine, way: Way) -> None:
+    file = Path(engine.url.database or "")
+    with db.reading(engine), db.reading(engine):
+        pass
+    file.unlink()
+    for _ in range(3):
+        with pytest.raises(OperationalError, match=rf"there is no {file}: restore it from a backup") as told, way(engine):
+            pass
+        assert not db.is_passing(told.value)
+    assert not file.exists()
+
+
+@pytest.mark.databases("sqlite")
+@pytest.mark.parametrize("way", [db.reading, db.writing])
+def test_a_file_that_was_replaced_is_not_used_in_place_of_the_first(engine: Engine, migrated: Path, way: Way) -> None:
+    file = Path(engine.url.database or "")
+    with db.reading(engine):
+        pass
+    copy = shutil.copy(migrated, file.with_name("copy"))
+    copy.replace(file)
+    with pytest.raises(OperationalError, match=rf"{file} was replaced by another file: stop every process that uses it"), way(engine):
+        pass
+    assert file.read_bytes() == migrated.read_bytes()
 
 
 def test_writers_wait_for_each_other(engine: Engine, now: datetime) -> None:

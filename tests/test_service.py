@@ -120,6 +120,17 @@ def test_a_role_that_dies_while_it_works_ends_the_process_with_1(daemon, home):
     assert next(line["role"] for line in daemon.lines() if line["event"] == "role_died") == "consume"
 
 
+def test_a_daemon_whose_database_was_deleted_ends_and_says_so_and_makes_none(daemon, home):
+    daemon.start("--role", "consume")
+    (home / "ratchet.db").unlink()
+    assert daemon.process.wait(60) == 1
+    [died] = [line for line in daemon.lines() if line["event"] == "role_died"]
+    assert f"there is no {home / 'ratchet.db'}: restore it from a backup" in died["exception"]
+    assert daemon.begin().process.wait(60) == 1
+    assert "restore it from a backup (docs/operations.md), or make a new, empty one" in daemon.log.read_text().splitlines()[-1]
+    assert not (home / "ratchet.db").exists()
+
+
 def test_a_role_that_does_not_stop_is_left_behind(daemon):
     daemon.begin("--role", "consume", patch=HANG)
     daemon.wait_for(lambda: daemon.ops_url)

@@ -161,6 +161,18 @@ def test_readiness_is_the_database_s(site):
     assert read_metrics(get(site.app, site, "/metrics"))[("ratchet_database_up",)] == 0
 
 
+@pytest.mark.databases("sqlite")
+def test_a_database_whose_file_was_deleted_is_told_with_the_remedy_and_not_made_anew(site):
+    file = db.find_file(site.engine.url)
+    file.unlink()
+    answer = get(site.app, site, "/readyz")
+    assert (answer.status_code, answer.json()["error"]["value"]) == (503, f"there is no {file}")
+    assert "restore the database from a backup" in answer.json()["error"]["remedy"]
+    assert get(site.app, site, "/v1/reviews/next", "ann").status_code == 503
+    assert read_metrics(get(site.app, site, "/metrics"))[("ratchet_database_up",)] == 0
+    assert not file.exists()
+
+
 def test_metrics_count_requests_by_template_and_tell_how_things_stand(busy):
     metrics = Metrics(busy.engine, busy.settings.agents, busy.clock, {"handled": 4, "dead": 1})
     app = web.create_app(busy.engine, busy.settings, {"adjudication": busy.agent}, busy.clock, lambda: None, metrics)

@@ -57,16 +57,22 @@ async def show_health() -> Health:
 def show_readiness(request: Request) -> Readiness:
     """Answers well while the database does, and has room for what comes."""
     engine: Engine = request.app.state.engine
-    _require_room(engine)
+    _require_place(engine)
     with db.reading(engine) as connection:
         events.oldest_received_at(connection)
         told = status.describe_stream(connection, request.app.state.metrics.clock())
     return Readiness(stream=StreamHealth(**told) if told else None)
 
 
-def _require_room(engine: Engine) -> None:
+def _require_place(engine: Engine) -> None:
+    """Refuse to be ready where the file of an SQLite database is gone, or can't grow."""
     file = db.find_file(engine.url)
-    if file is not None and (free := shutil.disk_usage(file.parent).free) < MIN_FREE_BYTES:
+    if file is None:
+        return
+    if not file.exists():
+        remedy = "stop the daemon, restore the database from a backup (docs/operations.md), and start it again"
+        raise problems.RequestRefusedError(503, "database", f"there is no {file}", remedy)
+    if (free := shutil.disk_usage(file.parent).free) < MIN_FREE_BYTES:
         raise problems.RequestRefusedError(503, "database", f"{free} bytes free", f"make room under {file.parent}: nothing can be stored")
 
 

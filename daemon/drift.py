@@ -8,7 +8,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from scipy import stats
+import scipy
 
 from daemon import significance
 
@@ -92,7 +92,7 @@ def _compare_numbers(reference: Sequence[Any], window: Sequence[Any]) -> Compari
     samples = [[float("-inf") if value is None else float(value) for value in values] for values in (reference, window)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the exact method says so when it falls back to the asymptotic one
-        result = stats.ks_2samp(*samples)
+        result = scipy.stats.ks_2samp(*samples)
     return "Kolmogorov-Smirnov", float(result.statistic), float(result.pvalue)
 
 
@@ -101,7 +101,7 @@ def _compare_categories(reference: Sequence[Hashable], window: Sequence[Hashable
     table = _group_rare(Counter(reference), Counter(window))
     if len(table) <= 1:
         return "constant", 0.0, 1.0
-    result = stats.chi2_contingency([[row[0] for row in table], [row[1] for row in table]], correction=len(table) == 2)  # noqa: PLR2004
+    result = scipy.stats.chi2_contingency([[row[0] for row in table], [row[1] for row in table]], correction=len(table) == 2)  # noqa: PLR2004
     return "chi-square", float(result.statistic), float(result.pvalue)
 
 

@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping
 from typing import TypeVar
 
-from scipy import special, stats
+import scipy  # its parts load when they are first used: they are half of what a daemon imports, and the first verdict may be weeks away
 
 Name = TypeVar("Name")
 
 
 def posterior_better(wins: int, losses: int, prior: float) -> float:
     """P(right in more than half of the decided cases), from Beta(prior + wins, prior + losses)."""
-    return float(special.betaincc(prior + wins, prior + losses, 0.5))
+    return float(scipy.special.betaincc(prior + wins, prior + losses, 0.5))
 
 
 def mixture_evalue(wins: int, losses: int) -> float:
@@ -22,16 +22,16 @@ def mixture_evalue(wins: int, losses: int) -> float:
     The likelihood ratio to a fair coin averaged over shares from Beta(2, 2) above 1/2, most of which are 0.5 to 0.8, as useful
     candidates have them: 2^(n+1) B(w+2, l+2) / B(2, 2) P(Beta(w+2, l+2) > 1/2).
     """
-    tail = float(special.betaincc(wins + 2, losses + 2, 0.5))
+    tail = float(scipy.special.betaincc(wins + 2, losses + 2, 0.5))
     if not tail:  # so many losses that the number underflows
         return 0.0
-    ratio = float(special.betaln(wins + 2, losses + 2) - special.betaln(2, 2))
+    ratio = float(scipy.special.betaln(wins + 2, losses + 2) - scipy.special.betaln(2, 2))
     return math.exp(min((wins + losses + 1) * math.log(2) + ratio + math.log(tail), 690.0))
 
 
 def sign_test(more: int, fewer: int) -> float:
     """The exact one-sided chance of `more` or more heads in more + fewer tosses of a fair coin."""
-    return float(special.bdtrc(more - 1, more + fewer, 0.5)) if more else 1.0
+    return float(scipy.special.bdtrc(more - 1, more + fewer, 0.5)) if more else 1.0
 
 
 def drop_test(losses: int, wins: int, pairs: int, allowed: float) -> float:
@@ -46,13 +46,13 @@ def drop_test(losses: int, wins: int, pairs: int, allowed: float) -> float:
     restricted = (math.sqrt(linear * linear - 8 * pairs * constant) - linear) / (4 * pairs)
     variance = pairs * (2 * restricted + allowed * (1 - allowed))
     score = (losses - wins - pairs * allowed) / math.sqrt(variance) if variance > 0 else math.inf
-    return max(float(special.ndtr(-score)), sign_test(losses, wins))
+    return max(float(scipy.special.ndtr(-score)), sign_test(losses, wins))
 
 
 def fall_test(before: tuple[int, int], now: tuple[int, int]) -> float:
     """Fisher's exact one-sided p-value against `the share of right answers did not fall`; arguments are (right, total)."""
     (right_before, total_before), (right_now, total_now) = before, now
-    return float(stats.hypergeom.cdf(right_now, total_before + total_now, right_before + right_now, total_now))
+    return float(scipy.stats.hypergeom.cdf(right_now, total_before + total_now, right_before + right_now, total_now))
 
 
 def adjust_holm(raw: Mapping[Name, float]) -> dict[Name, float]:
@@ -78,6 +78,6 @@ def gain_interval(
     net = (wins - losses) / answered if answered else 0.0
     smoothed, total = (wins - losses) / (answered + 2), answered + 2
     variance = ((wins + losses + 1) / total - smoothed**2) / total
-    spread = float(stats.norm.isf((1 - confidence) / 2)) * math.sqrt(share**2 * variance + smoothed**2 * share * (1 - share) / pool)
+    spread = -float(scipy.special.ndtri((1 - confidence) / 2)) * math.sqrt(share**2 * variance + smoothed**2 * share * (1 - share) / pool)
     centre = share * smoothed
     return share * net, max(-share, centre - spread), min(share, centre + spread)

@@ -184,6 +184,11 @@ def test_the_command_line_starts_without_its_heavy_parts():
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"
 
 
+def test_the_daemon_starts_without_the_statistics_that_a_verdict_needs():
+    code = "import sys, daemon.service; print({'scipy.special', 'scipy.stats', 'torch'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "set()\n"
+
+
 def test_the_version_is_the_packages(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("ratchet ")

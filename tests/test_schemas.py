@@ -146,6 +146,17 @@ def test_the_order_of_fields_makes_no_other_event_but_the_data_keeps_it(engine: 
     assert list(orjson.loads(first.data)["input"]) == ["b", "a"]
 
 
+@pytest.mark.parametrize("note", ["one line", "two\nlines"], ids=["read quickly", "left to the exact types"])
+def test_of_a_key_that_stands_twice_the_last_counts(now: datetime, note: str) -> None:
+    body = orjson.dumps([make_prediction(1, now, claim_id="first", input={"note": note, "age": 46})])
+    for once, twice in ((b'"claim_id":"first"', b'"claim_id":"first","claim_id":"last"'), (b'"age":46', b'"age":46,"age":47')):
+        assert once in body
+        body = body.replace(once, twice)
+    [event] = schemas.parse(body, schemas.PREDICTION)
+    assert not isinstance(event, schemas.Refusal)
+    assert (event["data"]["claim_id"], event["data"]["input"]) == ("last", {"note": note, "age": 47})
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),

@@ -12,6 +12,7 @@ from sqlalchemy import Engine
 
 from consumers import outages
 from daemon import deployments, dispatch, holders
+from daemon.herald import Herald
 from daemon.pipeline import Pipeline
 from storage import db, leases, schema
 
@@ -31,6 +32,8 @@ class Leader:
         self._clock = clock
         self._holder = holders.make_name()
         self._until: datetime | None = None
+        self.fence: int | None = None
+        """Of the last time that this process led."""
 
     @property
     def is_leading(self) -> bool:
@@ -43,6 +46,7 @@ class Leader:
         with db.writing(self._engine, alone=False) as connection:
             fence = holders.acquire(connection, LEASE, self._holder, now, TERM)
         self._until = None if fence is None else now + TERM
+        self.fence = self.fence if fence is None else fence
         if (fence is not None) != was_leading:
             log.info("leading_began" if fence is not None else "leading_ended", holder=self._holder)
         return fence is not None
@@ -62,6 +66,7 @@ class Scheduler:
         self._machinery = pipeline.machinery
         self._clock = clock
         self._leader = Leader(pipeline.machinery.engine, clock)
+        self._herald = Herald(pipeline.machinery.engine, pipeline.machinery.settings.agents)
         self._working: set[asyncio.Task[object]] = set()
         self._failed: list[BaseException] = []
         self._is_over = asyncio.Event()
@@ -112,6 +117,7 @@ class Scheduler:
 
     def _tick(self) -> None:
         if self._leader.is_leading or self._leader.renew():
+            self._herald.tell(self._leader.fence)
             self._pipeline.advance(self._clock())
 
     def _reconcile(self) -> None:

@@ -229,6 +229,12 @@ def history(connection: Connection, agent: str | None = None) -> list[RowMapping
     return list(connection.execute(query.where(Deployment.agent == agent) if agent else query).mappings())
 
 
+def list_changes(connection: Connection, agent: str, after: int) -> list[RowMapping]:
+    """The changes of an agent's champion that came after the one of that number, oldest first."""
+    query = select(Deployment.__table__).where(Deployment.agent == agent, Deployment.number > after)
+    return list(connection.execute(query.order_by(Deployment.number)).mappings())
+
+
 def predecessor(connection: Connection, agent: str) -> str | None:
     """The version that a rollback goes back to: the champion before this one, leaving out those that were gone back from."""
     now = champion(connection, agent)

@@ -104,6 +104,7 @@ def open_engine(url: str, connections: int = CONNECTIONS) -> Engine:
             place = _Place(file)
             event.listen(engine, "do_connect", place.open_existing)
             event.listen(engine, "checkout", place.check)
+            event.listen(engine, "engine_disposed", place.forget)
     else:
         event.listen(engine, "handle_error", _hide_detail)
     return engine
@@ -173,6 +174,10 @@ class _Place:
         """Before an open connection is used: it is opened anew, and that says what is wrong."""
         if self._identify() != self._opened:
             raise DisconnectionError(f"{self._file} is not the file that it was")
+
+    def forget(self, _engine: object) -> None:
+        """After all connections were closed: whatever lies there may be opened."""
+        self._opened = None
 
     def _identify(self) -> tuple[int, int] | None:
         try:

@@ -77,6 +77,9 @@ def test_a_file_that_was_replaced_is_not_used_in_place_of_the_first(engine: Engi
     with pytest.raises(OperationalError, match=rf"{file} was replaced by another file: stop every process that uses it"), way(engine):
         pass
     assert file.read_bytes() == migrated.read_bytes()
+    engine.dispose()
+    with way(engine):
+        pass
 
 
 def test_writers_wait_for_each_other(engine: Engine, now: datetime) -> None:

@@ -1,7 +1,8 @@
 """One CUDA card, 1B- and 8B-shaped models with random weights: speed and memory beside the guide's script and TRL.
 
 `benchmarks/gpu.sh` runs it. A row that was not run, or that failed, says so in place of a figure. Two more runs take the settings that the
-planner chooses for cards of 12 and 24 GB, with passes of 4,096 tokens, and hold the planner against the peak.
+planner chooses for cards of 12 and 24 GB, with passes of 4,096 tokens, and hold the planner against the peak. Every run of ours is done by
+one resident trainer, which reads 16 GB once; each of the others has a process of its own. The largest shape comes first.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,15 @@ ROW_TOKENS, ROWS = 4096, 64
 PLANNED: tuple[tuple[Method, int, float], ...] = (("qlora", 12, 10.0), ("lora", 24, 20.0))
 """Method, the card in GB that it is planned for, and the GB that it may take with passes of 4,096 tokens."""
 DEFAULTS, TUNED = ("trl-packing-checkpointed",), ("trl-packing", "trl-padding-free")
-SPARING, SPARING_OPTIONS = "ours-sparing", {"recompute_layers": 1, "max_tokens": 512}
+SPARING = {"recompute_layers": 1, "max_tokens": 900}
+OURS: tuple[tuple[str, Method, dict[str, Any]], ...] = (
+    ("ours-unshared", "lora", {}),
+    ("ours", "lora", {}),
+    ("ours-sparing-unshared", "lora", SPARING),
+    ("ours-sparing", "lora", SPARING),
+    ("ours", "qlora", {}),
+)
+"""Name, method, and options that are changed. What is *sparing* computes all activations again, in passes as TRL's default has them."""
 GOALS = (
     ("claims/s against the guide's script", "claims_per_second", "ours-unshared", ("guide",), {"at_least": 3.0}),
     (
@@ -50,19 +60,16 @@ GOALS = (
         {"at_least": 1.3},
     ),
     ("peak GB against the same", "peak_gb", "ours-unshared", DEFAULTS, {"at_most": 1.0}),
-    (
-        "claims/s against the same, activations computed again",
-        "claims_per_second",
-        SPARING,
-        DEFAULTS,
-        {"at_least": 1.3},
-    ),
-    ("peak GB against the same, activations computed again", "peak_gb", SPARING, DEFAULTS, {"at_most": 1.0}),
+    ("claims/s against the same, activations computed again", "claims_per_second", "ours-sparing-unshared", DEFAULTS, {"at_least": 1.3}),
+    ("peak GB against the same, activations computed again", "peak_gb", "ours-sparing-unshared", DEFAULTS, {"at_most": 1.0}),
+    ("claims/s against the same, with a shared prefix too", "claims_per_second", "ours-sparing", DEFAULTS, {"at_least": 1.3}),
+    ("peak GB against the same, with a shared prefix too", "peak_gb", "ours-sparing", DEFAULTS, {"at_most": 1.0}),
     ("claims/s against TRL tuned", "claims_per_second", "ours-unshared", TUNED, {"at_least": 1.0}),
     ("claims/s against TRL tuned, with a shared prefix", "claims_per_second", "ours", TUNED, {"at_least": 1.5}),
 )
-NAMES = ("guide", "trl-packing-checkpointed", "trl-packing", "trl-padding-free", "ours-unshared", "ours", SPARING)
+OTHERS = (*DEFAULTS, *TUNED, "guide")
 GB = 1e9
+LEAST_SECONDS, NO_TIME = 5, "not measured: no time left"
 console = Console(stderr=True)
 
 
@@ -75,17 +82,16 @@ def main() -> None:
     asked = parser.parse_args()
     ends = time.monotonic() + asked.seconds
     cases = list(imr.read_decisions(2001, 2005))[: 32 if asked.tiny else asked.cases]
-    rows = []
-    for shape in ["tiny"] if asked.tiny else ["1B", "8B"]:
+    rows: list[dict[str, Any]] = []
+    shapes = ["tiny"] if asked.tiny else ["8B", "1B"]
+    for shape in shapes:
         with tempfile.TemporaryDirectory() as folder:
             base = make_base(Path(folder) / "base", shape, asked.device, cases)
             task = Task(shape, Prompt(text=POLICY + PROMPT), cases, cases[:16])
-            if shape != "1B":
-                rows += [measure_planned(Path(folder), base, task, method, size, asked.device, ends) for method, size, _ in PLANNED]
-            methods = [(name, "lora") for name in NAMES] + ([("ours", "qlora")] if shape != "1B" else [])
-            rows += [measure(Path(folder), base, task, name, method, asked.device, ends) for name, method in methods]
-    largest = rows[-1]["shape"]
-    figures = list(judge({(row["name"], row["method"]): row for row in rows if row["shape"] == largest}))
+            planned = PLANNED if shape == shapes[0] else ()
+            rows += measure_ours(Path(folder), base, task, planned, asked.device, ends)
+            rows += [measure(Path(folder), base, task, name, ends) for name in OTHERS]
+    figures = list(judge({(row["name"], row["method"]): row for row in rows if row["shape"] == shapes[0]}))
     print(json.dumps({"benchmark": "gpu", "machine": describe_card(asked.device), "rows": rows, "figures": figures}))
 
 
@@ -110,54 +116,98 @@ def make_base(folder: Path, shape: str, device: str, cases: list[dict[str, Any]]
     return folder
 
 
-def measure(work: Path, base: Path, task: Task, name: str, method: str, device: str, ends: float) -> dict[str, Any]:
-    """Claims a second and peak memory of one contender, or why there are none."""
-    row: dict[str, Any] = {"shape": task.name, "name": name, "method": method}
+def measure(work: Path, base: Path, task: Task, name: str, ends: float) -> dict[str, Any]:
+    """Claims a second and peak memory of one of the others, or why there are none."""
+    row: dict[str, Any] = {"shape": task.name, "name": name, "method": "lora"}
     left = ends - time.monotonic()
-    if left < 5:
-        return row | {"result": "not measured: no time left"}
-    out = work / f"{name}-{method}"
+    if left < LEAST_SECONDS:
+        return row | {"result": NO_TIME}
+    out = work / name
     out.mkdir()
-    if name.startswith("ours"):
-        changes = SPARING_OPTIONS if name == SPARING else {}
-        training.write_run(out, base, task, share_prefixes=name == "ours", device=device, method=method, **changes)
-        job = out / "spec.json"
-    else:
-        job = training.write_job(out, base, replace(task, held_out=task.held_out[:4]))
+    job = training.write_job(out, base, replace(task, held_out=task.held_out[:4]))
     try:
-        told = training.run_contender("ours" if name.startswith("ours") else name, job, timeout=left)
-    except (subprocess.TimeoutExpired, training.ContenderFailedError) as error:
-        return row | {"result": explain(error)}
-    figures = {"claims_per_second": len(task.train) * training.EPOCHS / told["seconds"], "peak_gb": told["peak_bytes"] / GB}
-    console.print(f"{task.name}, {name}, {method}: {figures}")
-    return row | figures
+        told = training.run_contender(name, job, timeout=left)
+    except subprocess.TimeoutExpired:
+        return row | {"result": NO_TIME}
+    except training.ContenderFailedError as error:
+        return row | {"result": explain(str(error))}
+    return tell(row | {"claims_per_second": len(task.train) * training.EPOCHS / told["seconds"], "peak_gb": told["peak_bytes"] / GB})
 
 
-def measure_planned(work: Path, base: Path, task: Task, method: Method, size: int, device: str, ends: float) -> dict[str, Any]:
+def measure_ours(
+    work: Path, base: Path, task: Task, planned: Sequence[tuple[Method, int, float]], device: str, ends: float
+) -> Iterator[dict[str, Any]]:
+    """The same of our own trainer, with options and as planned for cards, one run after another in one process."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "trainers.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as worker:
+        limit = threading.Timer(max(0.0, ends - time.monotonic()), worker.kill)
+        limit.start()
+        for name, method, changes in OURS:
+            if method == "lora" or planned:
+                run_dir = work / f"{name}-{method}"
+                training.write_run(run_dir, base, task, share_prefixes="unshared" not in name, device=device, method=method, **changes)
+                yield train(worker, run_dir, {"shape": task.name, "name": name, "method": method}, task)
+        for method, size, _ in planned:
+            yield train_as_planned(worker, work, base, task, method, size, device)
+        limit.cancel()
+        worker.kill()
+
+
+def train(worker: subprocess.Popen[str], run_dir: Path, row: dict[str, Any], task: Task) -> dict[str, Any]:
+    """A run of ours: the row with its figures, or why there are none."""
+    assert worker.stdin
+    assert worker.stdout
+    try:
+        worker.stdin.write(json.dumps({"run_dir": str(run_dir)}) + "\n")
+        worker.stdin.flush()
+        answer = json.loads(worker.stdout.readline() or "null")
+    except BrokenPipeError:
+        answer = None
+    if answer is None:
+        return row | {"result": NO_TIME}
+    if answer["exit"]:
+        return row | {"result": explain(answer["reason"])}
+    told = read_result(run_dir)
+    epochs = told["training"]["epochs"]
+    figures = {"claims_per_second": len(task.train) * epochs / told["training"]["seconds"], "peak_gb": told["memory"]["peak_bytes"] / GB}
+    return tell(row | figures)
+
+
+def read_result(run_dir: Path) -> dict[str, Any]:
+    """What a run of ours tells of itself."""
+    told: dict[str, Any] = json.loads((run_dir / "attempts" / "1" / "result.json").read_text())
+    return told
+
+
+def train_as_planned(
+    worker: subprocess.Popen[str], work: Path, base: Path, task: Task, method: Method, size: int, device: str
+) -> dict[str, Any]:
     """Peak memory of a run as it is planned for a card of so many GB, and what the plan says of it."""
     row: dict[str, Any] = {"shape": task.name, "name": "planned", "method": method}
-    if ends - time.monotonic() < 5:
-        return row | {"result": "not measured: no time left"}
     card = cards.Card(cards.name_size(size * cards.GB), "cpu" if device == "cpu" else "cuda", size * cards.GB)
     options = Options(method=method, lora=LoraOptions(rank=16, alpha=32), max_row_tokens=ROW_TOKENS, max_tokens=ROW_TOKENS)
     chosen = estimates.choose_options(options, estimates.plan_run(options, "train", base, [card])[0].settings)
-    out = work / f"planned-{method}"
-    training.write_run(out, base, task, share_prefixes=False, device=device, method=method, **chosen, batch_rows=ROWS, epochs=1.0)
-    try:
-        training.run_contender("ours", out / "spec.json", timeout=ends - time.monotonic())
-    except (subprocess.TimeoutExpired, training.ContenderFailedError) as error:
-        return row | {"result": explain(error)}
-    told = json.loads((out / "attempts" / "1" / "result.json").read_text())
+    run_dir = work / f"planned-{method}"
+    training.write_run(run_dir, base, task, share_prefixes=False, device=device, method=method, **chosen, batch_rows=ROWS, epochs=1.0)
+    row = train(worker, run_dir, row, task)
+    if "peak_gb" not in row:
+        return row
+    told = read_result(run_dir)
     graded = told["training"]["supervised_tokens"] / told["training"]["tokens"]
     planned = estimates.plan_run(options, "train", base, [card], graded)[0]
-    figures = {"peak_gb": told["memory"]["peak_bytes"] / GB, "planned_gb": planned.parts.allocated / GB, "halved": told["memory"]["halved"]}
-    console.print(f"{task.name}, planned for {size} GB, {method}: {figures}")
-    return row | figures
+    return tell(row | {"planned_gb": planned.parts.allocated / GB, "halved": told["memory"]["halved"]})
 
 
-def explain(error: Exception) -> str:
+def tell(row: dict[str, Any]) -> dict[str, Any]:
+    """The row, shown as soon as it is known."""
+    console.print(row)
+    return row
+
+
+def explain(reason: str) -> str:
     """Why there is no figure: the last line of what was said."""
-    return f"not measured: {str(error).strip().splitlines()[-1][-300:]}"
+    return f"not measured: {reason.strip().splitlines()[-1][-300:]}"
 
 
 def judge(rows: dict[tuple[str, str], dict[str, Any]]) -> Iterator[dict[str, Any]]:

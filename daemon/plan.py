@@ -1,8 +1,8 @@
 """What a run takes of its card, from the base's `config.json` alone, and the settings that make it fit.
 
-A decoder of the Llama kind saves, for each token and layer, what its backward pass reads: the inputs of both norms in fp32, the norms'
-outputs, queries, keys, values and what attention made of them, and in the MLP gate, its activation, up, and their product. Counted so,
-Llama 3 8B with bf16 adapters of rank 16 takes 180.3 KiB; 180.4 were measured (docs/hardware.md).
+A decoder of the Llama kind saves, for each token and layer, what its backward pass reads: inputs and outputs of both norms, queries, keys,
+values and what attention made of them, and in the MLP gate, up and their product. Counted so, Llama 3 8B with adapters of rank 16 takes
+136.4 KiB, and so much was measured (docs/hardware.md).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from daemon import cards, shapes
 
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 
-NORM_BYTES, FP32_BYTES = 4, 4
+FP32_BYTES = 4
 NF4_BYTES = 0.516
 """Of a weight in NF4 with double quantisation (Dettmers et al. 2023, QLoRA): 4 bits and its share of the blocks' scales."""
 LOGIT_BYTES = 10
@@ -200,7 +200,9 @@ def estimate(shape: shapes.Shape, method: Method, settings: Settings, kind: str)
     weights = round(shape.in_layers * (NF4_BYTES if settings.is_4bit else value)) + rest * value
     adapters = shape.count_adapter(method.rank) * adapter_value if method.trains != "all" else 0
     optimizer = _count_optimizer(shape, method, settings, value, adapters)
-    activations = tokens * _count_saved(shape, method, settings, value, adapter_value)
+    # An adapter in fp32 is copied into the precision of what it is applied to, and the copies are kept with the activations.
+    copies = shape.count_adapter(method.rank) * value if adapters and adapter_value != value and settings.adapter_dtype else 0
+    activations = tokens * _count_saved(shape, method, settings, value) + copies
     logits = round(tokens * method.supervised) * shape.vocabulary * LOGIT_BYTES
     unpacked = value * max(inputs * outputs for inputs, outputs in shape.linears) if settings.is_4bit else 0
     fragments = round(FRAGMENTED * (adapters + optimizer + activations + logits))
@@ -221,11 +223,11 @@ def _count_optimizer(shape: shapes.Shape, method: Method, settings: Settings, va
     return value * gradients + MOMENTS[settings.optimizer] * shape.parameters + beside * largest
 
 
-def _count_saved(shape: shapes.Shape, method: Method, settings: Settings, value: int, adapter_value: int) -> int:
+def _count_saved(shape: shapes.Shape, method: Method, settings: Settings, value: int) -> int:
     """Bytes for each token of a pass: what all layers keep, the gradients that pass through one, and the last norm."""
-    layer = count_layer(shape, method, value, adapter_value)
+    layer = count_layer(shape, method, value)
     passing = value * (3 * shape.inner + 2 * shape.width)
-    last = NORM_BYTES * shape.width
+    last = value * shape.width
     if method.trains == "nothing":  # Nothing is kept but for the layer that is computed.
         return layer + last
     if not settings.checkpoint_every:
@@ -234,19 +236,14 @@ def _count_saved(shape: shapes.Shape, method: Method, settings: Settings, value:
     return (shape.layers - thrown) * layer + thrown * value * shape.width + layer + passing + last
 
 
-def count_layer(shape: shapes.Shape, method: Method, value: int, adapter_value: int) -> int:
-    """Bytes that one layer saves for each token, with values of `value` bytes and adapters of `adapter_value`."""
-    norms = 2 * NORM_BYTES * shape.width + 2 * value * shape.width
-    attention = 2 * value * (shape.queries + shape.keys) + NORM_BYTES * shape.heads
-    saved = norms + attention + 4 * value * shape.inner
-    if method.trains == "all":
-        return saved + 2 * value * shape.width
-    saved += adapter_value * method.rank * len(shape.linears)
-    if adapter_value == value:
-        return saved
-    # PEFT casts the input of each of the seven matrices to the adapter's dtype; what was cast is then read by nobody else.
-    cast = 5 * shape.width + shape.queries + shape.inner
-    return saved + adapter_value * cast - value * (2 * shape.width + shape.inner)
+def count_layer(shape: shapes.Shape, method: Method, value: int) -> int:
+    """Bytes that one layer saves for each token, with values of `value` bytes."""
+    norms = 4 * value * shape.width + 2 * FP32_BYTES
+    attention = 2 * value * (shape.queries + shape.keys) + FP32_BYTES * shape.heads
+    saved = norms + attention + 3 * value * shape.inner
+    if method.trains == "all":  # On a CPU torch's norm keeps what it made of its input, for its weights' gradients.
+        return saved + (2 * value * shape.width if value == FP32_BYTES else 0)
+    return saved + value * method.rank * len(shape.linears)
 
 
 def _find_remedies(shape: shapes.Shape, method: Method, card: cards.Card) -> Iterator[str]:

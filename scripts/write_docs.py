@@ -90,12 +90,11 @@ of width k together; V words; T tokens in a pass, T_s of them graded (5 % unless
 | part | bytes |
 |---|---|
 | weights | 2 P in bf16 (4 P in fp32 on a CPU); in 4 bits with double quantisation 0.516 P_l, and 2 for the rest |
-| adapter | r · Σ(in + out) over all matrices, in 2 or 4 bytes |
+| adapter | r · Σ(in + out) over all matrices, in 2 or 4 bytes; in 4 bytes on a base in bf16 there are copies in bf16 beside it |
 | optimizer | gradients as wide as what is trained, and AdamW's two moments: 8 bytes in fp32, 2 in 8 bits, none when paged to the host |
 | the same for all weights | so too; *in backward*: the largest gradient alone |
 | the update of a weight in bf16 | 2 bytes for each weight of the largest matrix; 8 with `adamw` |
-| activations of a layer, a token | 12 d + 4 q + 4 k + 8 f, and 4 for each head |
-| besides | bf16 adapter: 14 r; fp32 adapter: 28 r + 16 d + 4 q + 2 f; all weights: 4 d |
+| activations of a layer, a token | 8 d + 4 q + 4 k + 6 f, 4 for each head, 8, and with an adapter 14 r |
 | activations in all | L of these; a layer that is computed twice keeps 2 d, and one whole layer's are there beside them |
 | gradients on their way, a token | 6 f + 4 d |
 | logits | 10 V T_s |
@@ -106,13 +105,15 @@ tensor hooks, rank 16:
 
 | for each token and layer | counted | measured |
 |---|---|---|
-| bf16 adapters | 180.3 KiB | 180.4 |
-| fp32 adapters | 288.6 KiB | 288.6 |
-| all weights, bf16 | 196.1 KiB | 196.1 |
+| adapters | 136.4 KiB | 136.4 |
+| all weights | 136.1 KiB | 136.1 |
 | computed twice | 8.0 KiB | 8.0 |
 
-A test counts a small Llama's and a small Mistral's the same way in the real training loop. On one NVIDIA H200 an 8B-shaped base with
-rank 16 and passes of 4,096 tokens, as planned for 12 GB (`qlora`) and for 24 GB (`lora`), took 8.34 GB of 8.68 planned and 19.49 of 19.66
+The libraries' own layers keep 180 KiB with adapters in bf16, 289 with adapters in fp32, and 196 where all weights are trained
+(`trainers/lean_layers.py`).
+
+A test counts a small Llama's and a small Mistral's the same way in the real training loop. On one NVIDIA H100 an 8B-shaped base with
+rank 16 and passes of 4,096 tokens, as planned for 12 GB (`qlora`) and for 24 GB (`lora`), took 8.12 GB of 8.46 planned and 18.65 of 19.07
 (`benchmarks/gpu.sh`; without the context and the fragments that the table counts in). `ratchet runs show` puts each run's plan beside
 what it took.
 

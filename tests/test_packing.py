@@ -128,7 +128,7 @@ def test_the_last_layer_makes_of_graded_positions_only_what_nothing_else_reads(m
     packed = packing.pack(examples, 4096, "cpu")[0]
     read = {}
     layer = model.get_decoder().layers[-1]
-    parts = {"keys": layer.self_attn.k_proj, "queries": layer.self_attn.q_proj.base_layer, "mlp": layer.mlp.act_fn}
+    parts = {"keys": layer.self_attn.k_proj, "queries": layer.self_attn.q_proj.base_layer, "mlp": layer.mlp.down_proj.base_layer}
     hooks = [
         part.register_forward_hook(lambda _module, inputs, _output, name=name: read.update({name: inputs[0].shape[1]}))
         for name, part in parts.items()

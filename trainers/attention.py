@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from trainers import last_layer
+from trainers import last_layer, lean_layers
 from trainers.spec import SpecRefusedError
 
 NAME = "packed"
@@ -50,9 +50,9 @@ class Groups:
 
 @dataclass(frozen=True, slots=True)
 class Ragged:
-    """Sequences without padding: where each one's queries and keys begin, and the keys' places in the pack."""
+    """Sequences without padding: where each one's queries and keys begin, and the keys' places in the pack, or None: as they lie."""
 
-    keys: torch.Tensor
+    keys: torch.Tensor | None
     query_begins: torch.Tensor
     key_begins: torch.Tensor
     longest_query: int
@@ -87,11 +87,14 @@ class Layout:
     @functools.cached_property
     def ragged(self) -> Ragged:
         """The same without groups."""
-        places = [torch.arange(begin, begin + count) for s in self.spans for begin, count in ((s.after, s.shared), (s.start, s.length))]
+        keys = None
+        if any(span.shared for span in self.spans):
+            places = [torch.arange(b, b + count) for s in self.spans for b, count in ((s.after, s.shared), (s.start, s.length))]
+            keys = torch.cat(places).to(self.device)
         lengths = torch.tensor([[span.length, span.shared + span.length] for span in self.spans])
         begins = functional.pad(lengths.cumsum(0), (0, 0, 1, 0)).to(torch.int32).T.contiguous().to(self.device)
         longest = lengths.amax(0).tolist()
-        return Ragged(torch.cat(places).to(self.device), begins[0], begins[1], *longest)
+        return Ragged(keys, begins[0], begins[1], *longest)
 
 
 def group_spans(spans: Sequence[Span]) -> Iterator[list[Span]]:
@@ -163,8 +166,8 @@ def attend_ragged(
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         attended = varlen.varlen_attn(
             query.transpose(0, 1).contiguous(),
-            key.transpose(0, 1).index_select(0, ragged.keys),
-            value.transpose(0, 1).index_select(0, ragged.keys),
+            gather(key.transpose(0, 1), ragged.keys),
+            gather(value.transpose(0, 1), ragged.keys),
             ragged.query_begins,
             ragged.key_begins,
             ragged.longest_query,
@@ -173,6 +176,11 @@ def attend_ragged(
             **options,
         )
     return torch.as_tensor(attended)
+
+
+def gather(tokens: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
+    """These of the tokens, which come first; None means all, as they are."""
+    return tokens.contiguous() if places is None else tokens.index_select(0, places)
 
 
 AttentionInterface.register(NAME, attend)
@@ -189,7 +197,7 @@ def packed(model: Any) -> Iterator[None]:
             f"{type(model).__name__} can't read packed sequences: use a base that follows transformers' AttentionInterface"
         )
     try:
-        with last_layer.narrowed(model):
+        with last_layer.narrowed(model), lean_layers.used(model):
             yield
     finally:
         model.set_attn_implementation(before)

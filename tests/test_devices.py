@@ -243,7 +243,7 @@ def test_a_run_waits_while_others_hold_the_memory_and_says_so(world: World) -> N
         world.tick()
     row = read_run(world, run)
     assert row["state"] == "queued"
-    assert row["error"].startswith("waits for memory: it needs 18.3 GB, others leave 12.9 GB of cuda:0")
+    assert row["error"].startswith("waits for memory: it needs 18.2 GB, others leave 12.9 GB of cuda:0")
     plug_in(world, DRIVER)
     world.tick()
     assert (read_run(world, run)["state"], read_run(world, run)["error"]) == ("running", None)
@@ -256,7 +256,7 @@ def test_a_run_that_fits_no_card_is_refused_with_what_would_help(world: World) -
     row = read_run(world, run)
     assert row["state"] == "failed"
     assert (
-        "needs 18.3 GB at the least, cuda:0 has 12.9 GB: set method = qlora in the agent's configuration; or use a card of 24 GB"
+        "needs 18.2 GB at the least, cuda:0 has 12.9 GB: set method = qlora in the agent's configuration; or use a card of 24 GB"
         in row["error"]
     )
     assert world.launcher.started == []

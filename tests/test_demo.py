@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -92,6 +93,7 @@ def test_an_interrupted_demo_leaves_no_process_behind(tmp_path):
     demo = subprocess.Popen([sys.executable, "-m", "daemon.demo", "--out", tmp_path / "run"], stdout=subprocess.PIPE, text=True)
     while not (tmp_path / "run" / "base.log").exists():  # it makes the small base in a process of its own
         assert demo.poll() is None
+        time.sleep(0.05)
     demo.send_signal(signal.SIGTERM)
     told = demo.communicate()[0]
     assert demo.returncode == 130
@@ -115,9 +117,11 @@ def test_an_interrupted_demo_on_kafka_stops_broker_and_database_too(tmp_path, po
     if missing:
         pytest.skip(missing)
     command = [sys.executable, "-m", "daemon.demo", "--kafka", "--out", tmp_path / "run"]
-    demo = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, "KAFKA_OPTS": broker_fixtures.QUICK_START}
+    demo = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     while not (tmp_path / "run" / "base.log").exists():  # by then both servers answer and the topics are there
         assert demo.poll() is None, demo.stdout.read()
+        time.sleep(0.05)
     database = (tmp_path / "run" / home.DATABASE_LINK).resolve()
     living = [line for _, line in command_lines() if str(tmp_path / "run" / "kafka") in line or str(database) in line]
     assert len(living) >= 2

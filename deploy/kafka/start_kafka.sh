@@ -4,7 +4,7 @@
 #   start_kafka.sh stop  DATA_DIR          clean stop (SIGTERM)
 #   start_kafka.sh kill  DATA_DIR          SIGKILL, for failure tests ("start" brings it back with its data)
 #   start_kafka.sh wipe  DATA_DIR          stop and delete the data
-# Env: KAFKA_HEAP (default 384m), KAFKA_JARS (jar folder), KAFKA_EXTRA (file appended to server.properties)
+# Env: KAFKA_HEAP (default 384m), KAFKA_OPTS (more for java), KAFKA_JARS (jar folder), KAFKA_EXTRA (file appended to server.properties)
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 cmd="${1:?start|stop|kill|wipe}"; data="${2:?data dir}"; port="${3:-9092}"
@@ -63,8 +63,8 @@ appender.out.layout.pattern=%d{HH:mm:ss.SSS} %p %c{1}: %m%n
 L
   opts=(-Xms128m "-Xmx$heap" -XX:+UseSerialGC "-Dlog4j2.configurationFile=file:$data/log4j2.properties" -cp "$jars/*")
   if [ ! -f "$data/log/meta.properties" ]; then
-    id="$(java "${opts[@]}" kafka.tools.StorageTool random-uuid)"
-    java "${opts[@]}" kafka.tools.StorageTool format --standalone -t "$id" -c "$data/server.properties" ${KAFKA_FORMAT_ARGS:-} >&2
+    id="$(head -c 16 /dev/urandom | base64 | tr '+/' 'xy' | cut -c 1-22)"  # as `StorageTool random-uuid` makes one, without a JVM
+    java "${opts[@]}" ${KAFKA_OPTS:-} kafka.tools.StorageTool format --standalone -t "$id" -c "$data/server.properties" ${KAFKA_FORMAT_ARGS:-} >&2
   fi
   setsid java "${opts[@]}" ${KAFKA_OPTS:-} kafka.Kafka "$data/server.properties" >> "$data/kafka.out" 2>&1 < /dev/null &
   echo $! > "$pidf"

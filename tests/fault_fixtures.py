@@ -76,6 +76,7 @@ from storage import db
 broker.PROBE_SECONDS, broker.SESSION_SECONDS, broker.HEARTBEAT_SECONDS = 1.0, 2.0, 0.5
 relay.DELIVERY_SECONDS, relay.FLUSH_SECONDS, relay.WAIT_SECONDS = 2, 0.5, 0.5
 records.LONGEST_WAIT_SECONDS = stream.LONGEST_WAIT_SECONDS = db.BUSY_SECONDS = 1
+stream.END_SECONDS = 5
 """
 SHORT = Pace(
     SHORT_PATCH,

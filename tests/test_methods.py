@@ -23,7 +23,7 @@ METHODS = {
     "pretrain": {"method": "pretrain", "learning_rate": 5e-3, "pretrain": {"weights": "adapter", "general_share": 0.2}},
     "pretrain-all": {"method": "pretrain", "learning_rate": 2e-3, "pretrain": {"weights": "all"}},
 }
-KILLED = {"epochs": 10, "checkpoint_steps": 4}
+KILLED = {"epochs": 7, "checkpoint_steps": 4}
 
 
 @pytest.fixture(autouse=True)
@@ -111,10 +111,10 @@ def test_a_run_that_is_killed_goes_on_as_if_nothing_had_happened(method, finish,
     asked = make(place, method, KILLED)
     spec.write_spec(tmp_path, asked)
     process = runs.start("trainers.train", tmp_path, said=tmp_path / "said")
-    runs.wait_for(lambda: runs.last_step(tmp_path) >= 8, process)
+    runs.wait_for(lambda: runs.last_step(tmp_path) >= 4, process)
     os.kill(process.pid, signal.SIGKILL)
     process.join(30)
-    assert 8 <= runs.last_step(tmp_path) < 60
+    assert 4 <= runs.last_step(tmp_path) < 42
     (tmp_path / "attempts" / "2").mkdir()
     assert runs.perform(tmp_path, asked) == spec.EXIT_DONE
     assert runs.result(tmp_path, 2)["training"]["final_loss"] == pytest.approx(runs.result(reference)["training"]["final_loss"], rel=1e-6)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from storage import artifacts
 from tests.model_fixtures import LABELS, PROMPT, claim, random_adapter, tiny_base
-from trainers import adapters, bases, encoding, score
+from trainers import adapters, bases, encoding, score, trees
 from trainers.spec import Base, Prompt, SpecRefusedError
 
 
@@ -71,6 +71,11 @@ def test_a_sliding_window_shorter_than_the_prompt_is_kept(tmp_path, prompts):
     np.testing.assert_allclose(scores, separate_forwards(model, tokenizer, prompts[:9], LABELS), atol=1e-4, rtol=0)
 
 
+def count_beginnings(prompts):
+    """How many tokens a tree of the prompts has."""
+    return len({tuple(prompt[:end]) for prompt in prompts for end in range(1, len(prompt) + 1)})
+
+
 POLICY = "Coverage follows the plan. Surgery needs a referral, imaging a diagnosis, and dialysis neither of them.\n" * 2
 
 
@@ -86,8 +91,9 @@ def test_a_policy_that_all_prompts_begin_with_is_read_once_and_changes_no_score(
     finally:
         hook.remove()
 
-    alone = sum(len(encoding.encode_prompt(tokenizer, prompt)) for prompt in asked)
-    assert sum(read) < alone
+    encoded = [encoding.encode_prompt(tokenizer, prompt) for prompt in asked]
+    branches = len(trees.build_branches([encoding.label_tokens(tokenizer, label) for label in LABELS]).tokens)
+    assert sum(read) == count_beginnings(encoded) + len(encoded) * branches < sum(map(len, encoded))
     np.testing.assert_allclose(scores, separate_forwards(model, tokenizer, asked, LABELS), atol=1e-4, rtol=0)
 
 
@@ -103,16 +109,6 @@ def test_scores_come_in_the_order_of_the_prompts_with_repetitions(base, prompts)
 
 def test_no_prompts_give_no_scores(base):
     assert score.score_prompts(*base, [], LABELS, max_tokens=100).shape == (0, 3)
-
-
-def test_a_batch_holds_the_token_budget_padding_included():
-    lengths = [5, 30, 7, 6, 31, 100, 5]
-
-    batches = list(score.batch_by_tokens(lengths, 62))
-
-    assert sorted(row for batch in batches for row in batch) == list(range(7))
-    assert all(len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= 62 for batch in batches)
-    assert len(batches) == 3
 
 
 def test_labels_with_the_same_tokens_are_refused(base):
@@ -257,6 +253,27 @@ def test_adapters_are_switched_without_touching_the_base(tmp_path, prompts):
     assert (ask(model, None) == bare).all()
     fresh = peft.PeftModel.from_pretrained(bases.load_base(tmp_path / "base", "cpu")[0], first)
     np.testing.assert_allclose(separate_forwards(fresh, tokenizer, prompts[:5], LABELS), by_first, atol=1e-4)
+
+
+def test_many_tokens_are_read_by_a_merged_matrix_and_the_base_stays_as_it_was(tmp_path, prompts):
+    model, tokenizer = bases.load_base(tiny_base(tmp_path / "base"), "cpu")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    worn = adapters.load_adapter(model, "worn", random_adapter(tmp_path / "base", tmp_path / "adapter", 1))
+    apart = []
+    for layer in worn.modules():
+        if adapters.is_mergeable(layer):
+            layer.lora_A["worn"].register_forward_hook(lambda *_: apart.append(1))
+
+    few = score.score_prompts(worn, tokenizer, ["a"], LABELS[:2], max_tokens=4096)
+    assert apart
+    apart.clear()
+    many = score.score_prompts(worn, tokenizer, prompts, LABELS, max_tokens=4096)
+
+    assert not apart
+    np.testing.assert_allclose(many, separate_forwards(worn, tokenizer, prompts, LABELS), atol=1e-4, rtol=0)
+    np.testing.assert_allclose(few, separate_forwards(worn, tokenizer, ["a"], LABELS[:2]), atol=1e-4, rtol=0)
+    bare = adapters.drop_adapter(worn, "worn").state_dict()
+    assert all((bare[name] == weight).all() for name, weight in before.items())
 
 
 def test_what_was_in_force_is_so_again_afterwards(tmp_path):

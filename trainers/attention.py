@@ -190,14 +190,20 @@ AttentionMaskInterface.register(NAME, lambda *_args, **_options: None)
 @contextlib.contextmanager
 def packed(model: Any) -> Iterator[None]:
     """Let the model read packs. Raises `SpecRefusedError` for an architecture that can't take another attention."""
+    with implemented(model, NAME), last_layer.narrowed(model), lean_layers.used(model):
+        yield
+
+
+@contextlib.contextmanager
+def implemented(model: Any, name: str) -> Iterator[None]:
+    """Let the model attend by a registered implementation. Raises `SpecRefusedError` for an architecture that can't take another."""
     before = model.config._attn_implementation  # noqa: SLF001  # The library has no public way to ask.
-    model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:  # noqa: SLF001
+    model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:  # noqa: SLF001
         raise SpecRefusedError(
             f"{type(model).__name__} can't read packed sequences: use a base that follows transformers' AttentionInterface"
         )
     try:
-        with last_layer.narrowed(model), lean_layers.used(model):
-            yield
+        yield
     finally:
         model.set_attn_implementation(before)

@@ -115,7 +115,7 @@ class Loop:
 
     def calibrate(self) -> None:
         """Try the heaviest passes of the run and move no weight: what would find no memory in hours is halved now, or fails."""
-        graded, longest = (find(self.examples, self.options.batch_rows) for find in (calibration.find_graded, calibration.find_longest))
+        graded, longest = calibration.find_heaviest(self.examples, self.options.batch_rows)
         self.budget.fit(functools.partial(self.try_passes, self.share(graded), self.share(longest)))
         self.drop_gradients()
         self.budget.calibrated_bytes = memory.read_peak(self.device)

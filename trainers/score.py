@@ -1,14 +1,13 @@
 """Scoring: how probable a model finds each label of a claim. No text is generated.
 
-One forward pass answers a prompt for all labels: the labels' tokens hang side by side behind the prompt's end, and an attention mask
-keeps them from seeing each other. On CPU it takes about a fifth less time than a prefix cache with one branch per label.
-What many prompts begin with is read once for all of them.
+One forward pass answers many prompts for all labels. It reads them as a tree: what some of them begin with stands once, and the labels'
+tokens hang side by side behind each prompt's end (`trees.py`).
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import transformers
 from scipy import optimize, special
-from torch.nn import functional
 
 from storage import artifacts
-from trainers import encoding, last_layer, prefixes
+from trainers import adapters, attention, encoding, last_layer, trees
 from trainers.spec import SpecRefusedError
 
 TEMPERATURES = (0.05, 100.0)
-# What it costs to score a family of prompts by themselves, in tokens: batches that are less full, and a forward pass for their prefix.
-FAMILY_COST = 512
-
 SCHEMA = pa.schema(
     [
         pa.field("set", pa.string(), nullable=False),
@@ -59,56 +53,18 @@ class Score:
     logprobs: list[float]
 
 
-@dataclass(frozen=True, slots=True)
-class Branches:
-    """The labels' tokens as the model reads them behind every prompt, the last one of each left out, for it is only predicted.
-
-    `tokens`, `depths` and `sees` describe the columns behind the prompt: the token, how far behind the prompt it stands, and which
-    of these columns it attends to. `reads`, `targets` and `owners` describe every label token: the column that predicts it (0 is the
-    prompt's last), the token, and the label's index.
-    """
-
-    tokens: torch.Tensor
-    depths: torch.Tensor
-    sees: torch.Tensor
-    reads: torch.Tensor
-    targets: torch.Tensor
-    owners: torch.Tensor
-    labels: int
-
-
-class Prefix(transformers.DynamicCache):  # type: ignore[misc]  # transformers is not typed
-    """Keys and values of what prompts begin with; those of what is read after them are not kept."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.is_read = False
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *rest: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a layer attends to: the prefix, the same in every row, and then its own."""
-        if not self.is_read:
-            kept: tuple[torch.Tensor, torch.Tensor] = super().update(keys, values, layer, *rest, **options)
-            return kept
-        mine = self.layers[layer]
-        return join(mine.keys, keys), join(mine.values, values)
-
-
-def join(prefix: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """A prefix [1, heads, tokens, width] before what each row has of its own."""
-    return torch.cat([prefix.expand(len(own), -1, -1, -1), own], dim=2)
-
-
 def score_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], labels: Sequence[str], *, max_tokens: int) -> np.ndarray:
     """Log-probability of each whole label, newline included, after each prompt: float64 of shape [prompts, labels].
 
     Prompts and labels are given as the model reads and writes them (`Form.wrap`, `Form.say`).
 
-    A forward pass reads at most `max_tokens` tokens, padding and labels included, or a single longer prompt. Equal prompts are read once,
-    and so is what many of them begin with.
+    A forward pass reads at most `max_tokens` tokens, the labels' included, or what is left of a single longer prompt. Equal prompts are
+    read once, and so is what any of them begin with, in whatever passes they lie.
     Raises `SpecRefusedError` for labels that can't be told apart and `LogitsNotFiniteError` when the model's output is no number.
     """
     encoding.check_labels(tokenizer, labels)
-    branches = build_branches([encoding.label_tokens(tokenizer, label) for label in labels], model.device)
+    branches = trees.build_branches([encoding.label_tokens(tokenizer, label) for label in labels])
+    trunk, window = trees.Trunk(), getattr(model.config, "sliding_window", None)
     distinct = list(dict.fromkeys(prompts))
     encoded = encoding.encode_prompts(tokenizer, distinct)
     if not all(encoded):
@@ -117,107 +73,36 @@ def score_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], labels: Se
     was_training = model.training
     model.eval()
     try:
-        with last_layer.narrowed(model):
-            for family in prefixes.find_families(encoded, FAMILY_COST):
-                prefix = read_prefix(model, encoded[family.rows[0]][: family.shared])
-                for some in batch_by_tokens([len(encoded[row]) - family.shared + len(branches.tokens) for row in family.rows], max_tokens):
-                    rows = [family.rows[place] for place in some]
-                    scores[rows] = score_batch(model, [encoded[row][family.shared :] for row in rows], branches, prefix, family.shared)
+        with attention.implemented(model, trees.NAME), last_layer.narrowed(model), adapters.merging(model):
+            for tree in trees.grow(encoded, branches, max_tokens, window, str(model.device)):
+                scores[tree.rows] = score_tree(model, tree, branches, trunk)
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
     if not np.isfinite(scores).all():
         raise LogitsNotFiniteError("the model's output holds NaN or infinity: its weights are damaged, go back to the version before")
     place = {prompt: row for row, prompt in enumerate(distinct)}
     return scores[[place[prompt] for prompt in prompts]]
 
 
-def build_branches(labels: Sequence[Sequence[int]], device: torch.device) -> Branches:
-    """Lay the labels' tokens side by side."""
-    tokens: list[int] = []
-    branch: list[int] = []
-    depths: list[int] = []
-    reads: list[int] = []
-    for index, label in enumerate(labels):
-        reads += [0, *range(len(tokens) + 1, len(tokens) + len(label))]
-        tokens += label[:-1]
-        branch += [index] * (len(label) - 1)
-        depths += range(len(label) - 1)
-    same = torch.tensor(branch)[:, None] == torch.tensor(branch)[None, :]
-    return Branches(
-        tokens=torch.tensor(tokens, dtype=torch.long, device=device),
-        depths=torch.tensor(depths, dtype=torch.long, device=device),
-        sees=same.tril().to(device),
-        reads=torch.tensor(reads, device=device),
-        targets=torch.tensor([token for label in labels for token in label], device=device),
-        owners=torch.tensor([index for index, label in enumerate(labels) for _ in label], device=device),
-        labels=len(labels),
-    )
-
-
-def batch_by_tokens(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of rows of similar length, as many at a time as fit into `max_tokens` when padded to the longest; one at least."""
-    batch: list[int] = []
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) + 1) * lengths[row] > max_tokens:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
 @torch.inference_mode()
-def read_prefix(model: Any, tokens: Sequence[int]) -> Prefix | None:
-    """The tokens as the model keeps them for what follows; None for none."""
-    if not tokens:
-        return None
-    prefix = Prefix()
-    model(input_ids=torch.tensor([tokens], device=model.device), past_key_values=prefix, logits_to_keep=1, use_cache=True)
-    prefix.is_read = True
-    return prefix
-
-
-@torch.inference_mode()
-def score_batch(model: Any, prompts: Sequence[Sequence[int]], branches: Branches, prefix: Prefix | None, shared: int) -> np.ndarray:
-    """The labels' log-probabilities after the `shared` tokens of the prefix and what each prompt has of its own, from one forward pass.
-
-    Prompts are padded on the left, so that they end in the same column and the language-model head runs from there on only.
-    """
-    longest = max(map(len, prompts))
-    padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=branches.tokens.device)
-    read = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=branches.tokens.device)
-    column = torch.cat([torch.arange(longest, device=padding.device), longest + branches.depths])
-    positions = shared + (column[None, :] - padding[:, None]).clamp_min(0)
-    asked = torch.arange(longest - 1, len(column), device=padding.device)
+def score_tree(model: Any, tree: trees.Tree, branches: trees.Branches, trunk: trees.Trunk) -> np.ndarray:
+    """The labels' log-probabilities after each prompt of the tree, from one forward pass; the head runs where labels are read."""
+    trunk.bear(tree)
     logits = model(
-        input_ids=torch.cat([read, branches.tokens.expand(len(prompts), -1)], dim=1),
-        attention_mask=attention(positions, padding, longest, branches, shared, getattr(model.config, "sliding_window", None)),
-        position_ids=positions,
-        past_key_values=prefix,
-        logits_to_keep=asked,
-        asked=asked,
+        input_ids=tree.input_ids,
+        position_ids=tree.position_ids,
+        past_key_values=trunk,
+        logits_to_keep=tree.asked,
+        asked=tree.asked,
+        tree=tree,
         use_cache=False,
     ).logits.float()
-    chosen = logits[:, branches.reads, branches.targets] - logits.logsumexp(-1)[:, branches.reads]
-    sums = torch.zeros(len(prompts), branches.labels, dtype=torch.float64, device=padding.device)
-    return np.asarray(sums.index_add_(1, branches.owners, chosen.double()).cpu())
-
-
-def attention(
-    positions: torch.Tensor, padding: torch.Tensor, longest: int, branches: Branches, shared: int, window: int | None
-) -> torch.Tensor:
-    """Who sees whom, bool [rows, 1, columns, shared + columns]: a prompt its past, a branch the prompt and itself, nobody the padding."""
-    columns = positions.shape[1]
-    sees = torch.ones(columns, columns, dtype=torch.bool, device=padding.device).tril()
-    sees[longest:, longest:] = branches.sees
-    mask = sees & (torch.arange(columns, device=padding.device) >= padding[:, None])[:, None, :]
-    # A row of the mask without any column gives NaN: padding sees itself.
-    mask |= torch.eye(columns, dtype=torch.bool, device=padding.device)
-    mask = functional.pad(mask, (shared, 0), value=True)
-    if window is not None:
-        seen = torch.cat([torch.arange(shared, device=padding.device).expand(len(positions), -1), positions], dim=1)
-        mask &= positions[:, :, None] - seen[:, None, :] < window
-    return mask[:, None]
+    logits = logits.view(len(tree.rows), -1, logits.shape[-1])
+    reads, targets, owners = (torch.from_numpy(part).to(logits.device) for part in (branches.reads, branches.targets, branches.owners))
+    chosen = logits[:, reads, targets] - logits.logsumexp(-1)[:, reads]
+    sums = torch.zeros(len(tree.rows), branches.labels, dtype=torch.float64, device=logits.device)
+    return np.asarray(sums.index_add_(1, owners, chosen.double()).cpu())
 
 
 def probabilities(logprobs: np.ndarray, temperature: float) -> np.ndarray:

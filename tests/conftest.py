@@ -47,6 +47,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Give back what was passed over: some libraries call it leaked when it is still there at the end."""
+    gc.unfreeze()
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test of a module or a function marked `databases` on each of those that it names."""
     marker = metafunc.definition.get_closest_marker("databases")

@@ -142,6 +142,25 @@ def test_the_last_layer_makes_of_graded_positions_only_what_nothing_else_reads(m
     assert read == {"keys": packed.tokens, "queries": len(packed.keep), "mlp": len(packed.keep)}
 
 
+@pytest.mark.parametrize(("shared", "apart", "goes_on"), [(1.0, 2.0, True), (2.0, 1.0, False), (1.0, 1.0, True)])
+def test_where_sharing_is_tried_the_faster_way_goes_on(shared: float, apart: float, goes_on: bool):
+    sharing = prefixes.Sharing(is_wanted=True, is_tried=True)
+    ways = []
+    for step in range(3 * prefixes.TURNS):
+        ways.append(sharing.is_on)
+        first = 50.0 if step < 2 else 0.0  # the first step of each way loads what it needs
+        sharing.note(first + (shared if ways[-1] else apart) * 100, 100)
+    assert ways == [True, False] * prefixes.TURNS + [goes_on] * prefixes.TURNS
+
+
+@pytest.mark.parametrize("is_wanted", [True, False])
+def test_where_sharing_is_not_tried_it_is_as_wanted(is_wanted: bool):
+    sharing = prefixes.Sharing(is_wanted)
+    for seconds in (1.0, 100.0, 1.0, 100.0):
+        assert sharing.is_on == is_wanted
+        sharing.note(seconds, 10)
+
+
 def test_layers_that_are_computed_again_teach_the_same(model, examples):
     plain = unpacked_loss(model, examples)
     (packed,) = packing.pack(examples, 4096, "cpu")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from storage import artifacts, snapshots
 from tests import training_fixtures as runs
 from tests.model_fixtures import tiny_base
-from trainers import bases, score, spec
+from trainers import bases, prefixes, score, spec
 
 SLOW = {"epochs": 25, "checkpoint_steps": 4}
 
@@ -398,3 +398,14 @@ def read_if_there(path):
 def test_every_number_of_the_options_is_finite(name, value):
     with pytest.raises(ValidationError, match=f"{name}\n.*finite number"):
         spec.Options.model_validate({name: value})
+
+
+def test_a_run_learns_the_same_while_it_tries_whether_sharing_pays(tmp_path, base, data, monkeypatch):
+    asked = runs.make_spec(base, data, {"batch_rows": 8, "epochs": 2})
+    assert runs.perform(tmp_path / "plain", asked) == 0
+    sharing = prefixes.Sharing
+    monkeypatch.setattr(prefixes, "Sharing", lambda is_wanted, _: sharing(is_wanted, is_tried=True))
+    assert runs.perform(tmp_path / "tried", asked) == 0
+    plain, tried = (runs.result(tmp_path / name)["training"] for name in ("plain", "tried"))
+    assert tried["final_loss"] == pytest.approx(plain["final_loss"], rel=1e-4)
+    assert 0 < tried["tokens_saved"] < plain["tokens_saved"]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from torch.nn import functional
 
 from storage import artifacts
 from trainers.spec import SpecRefusedError
@@ -21,7 +18,6 @@ from trainers.spec import SpecRefusedError
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
 from peft import LoraConfig, PeftModel  # noqa: E402  it imports bitsandbytes
-from peft.tuners import lora  # noqa: E402
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # What a plain LoRA adapter may choose; anything else would change the base's own weights or get lost in an export.
@@ -111,38 +107,3 @@ def answering_with(model: Any, name: str | None) -> Iterator[Any]:
         yield model
     finally:
         model.set_adapter(before, inference_mode=model.peft_config[before].inference_mode)
-
-
-@contextmanager
-def merging(model: Any) -> Iterator[None]:
-    """Let a pass over many tokens compute an adapted layer as one product, by a matrix that is made for it: the base's own stays as it is.
-
-    In fp32 alone, where rounding the sum of the two loses nothing that counts.
-    """
-    is_exact = isinstance(model, PeftModel) and model.dtype == torch.float32
-    layers = [layer for layer in model.modules() if is_mergeable(layer)] if is_exact else []
-    for layer in layers:
-        layer.forward = functools.partial(compute_merged, layer, layer.forward)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def is_mergeable(layer: torch.nn.Module) -> bool:
-    """Whether it is a linear layer in fp32 that can wear adapters."""
-    return isinstance(layer, lora.Linear) and type(layer.base_layer) is torch.nn.Linear and layer.base_layer.weight.dtype == torch.float32
-
-
-def compute_merged(layer: lora.Linear, apart: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
-    """What the layer makes of `hidden`; apart where making the matrix costs more than the adapter's own two products."""
-    weight, bias = layer.base_layer.weight, layer.base_layer.bias
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    is_few = hidden.numel() // hidden.shape[-1] * sum(weight.shape) <= weight.numel()
-    if is_few or layer.disable_adapters or layer.merged or len(names) != 1:
-        return apart(hidden)
-    down, up = layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight
-    if down.dtype != weight.dtype:
-        return apart(hidden)
-    return functional.linear(hidden, torch.addmm(weight, up, down, alpha=layer.scaling[names[0]]), bias)

@@ -2,6 +2,7 @@
 
 PEFT copies what an adapted matrix reads into the adapter's precision and keeps the copy; here the adapter's small matrices are cast
 instead, and what is learned stays in its own precision with its gradients. The MLP's activation is computed again where its gradient is.
+Where nothing is learned, in fp32, an adapter is added to its matrix for the pass.
 The norms are torch's own, one kernel on a card.
 """
 
@@ -13,7 +14,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch.nn import functional
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
@@ -69,13 +69,27 @@ class Gate(torch.autograd.Function):
 
 def adapt(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """What an adapted matrix makes of x [..., inputs], in place of PEFT's own `forward`; there is no dropout."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.disable_adapters or layer.merged or not names:
+        return layer.base_layer(x)  # type: ignore[no-any-return]
+    parts = [(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]) for name in names]
+    if len(parts) == 1 and is_mergeable(layer.base_layer, x, *parts[0]):
+        a, b, scaling = parts[0]
+        return functional.linear(x, torch.addmm(layer.base_layer.weight, b, a, alpha=scaling), layer.base_layer.bias)
     output: torch.Tensor = layer.base_layer(x)
-    if layer.disable_adapters or layer.merged:
-        return output
-    for name in layer.active_adapters:
-        if name in layer.lora_A:
-            output = AddAdapter.apply(output, x, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+    for part in parts:
+        output = AddAdapter.apply(output, x, *part)
     return output
+
+
+def is_mergeable(base: torch.nn.Linear, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, _: float) -> bool:
+    """Whether one product, by a matrix that is made for the pass, does: nothing is learned, and x has so many tokens that it costs less.
+
+    In fp32 alone, where rounding the sum of the two loses nothing that counts. The base's own matrix stays as it is.
+    """
+    is_exact = type(base) is torch.nn.Linear and {one.dtype for one in (base.weight, a, b, x)} == {torch.float32}
+    is_long = x.numel() // x.shape[-1] * sum(base.weight.shape) > base.weight.numel()
+    return is_exact and is_long and not torch.is_grad_enabled()
 
 
 def gate(mlp: Any, x: torch.Tensor) -> torch.Tensor:
@@ -90,7 +104,7 @@ def norm(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 def choose(module: torch.nn.Module, *, is_known: bool) -> Callable[[Any, torch.Tensor], torch.Tensor] | None:
     """How the module is computed, if not as it does by itself; `is_known` says that it belongs to one of `DECODERS`."""
-    if isinstance(module, LoraLayer) and isinstance(module.base_layer, torch.nn.Linear):
+    if hasattr(module, "lora_A") and isinstance(module.base_layer, torch.nn.Linear):
         return adapt
     name = type(module).__name__
     if is_known and name.endswith("RMSNorm"):

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from trainers import attention, calibration, checkpoints, memory, optimizers, packing, ranks
+from trainers import attention, calibration, checkpoints, memory, optimizers, packing, prefixes, ranks
 from trainers.attempts import Attempt, Progress
 from trainers.data import Example
 from trainers.schedule import Schedule
@@ -87,6 +87,8 @@ class Loop:
         self.parameters = list(checkpoints.trained_parameters(model).values())
         self.updates = optimizers.choose(self.parameters, options, seed)
         self.device = str(model.device)
+        # On a CPU a run is the same to the last bit, and where each pass is an update of its own, other passes learn something else.
+        self.sharing = prefixes.Sharing(options.share_prefixes, self.device != "cpu" and not self.updates.is_per_pass)
 
     def run(self) -> Counters:
         """Train to the end from wherever the run stopped; raises `StoppedError` (checkpointed), `SupersededError` or `DivergedError`."""
@@ -151,7 +153,9 @@ class Loop:
         counters.tokens += done.tokens
         counters.tokens_saved += done.tokens_saved
         counters.graded_tokens += done.graded_tokens
-        counters.seconds += time.monotonic() - started
+        took = time.monotonic() - started
+        counters.seconds += took
+        self.sharing.note(took, done.tokens + done.tokens_saved)
         counters.epoch_loss += done.loss * done.weight
         counters.epoch_weight += done.weight
         self.report(done.loss, rate)
@@ -229,7 +233,7 @@ class Loop:
         """The passes over some rows."""
         if not examples:
             return []
-        return packing.pack(examples, self.limit(examples, max_tokens), self.device, share_prefixes=self.options.share_prefixes)
+        return packing.pack(examples, self.limit(examples, max_tokens), self.device, share_prefixes=self.sharing.is_on)
 
     def limit(self, examples: Sequence[Example], max_tokens: int) -> int:
         """How many tokens a pass over some rows may have: there are as many passes at least as `options.accumulation` says."""

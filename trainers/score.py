@@ -19,7 +19,7 @@ import torch
 from scipy import optimize, special
 
 from storage import artifacts
-from trainers import adapters, attention, encoding, last_layer, trees
+from trainers import attention, encoding, last_layer, lean_layers, trees
 from trainers.spec import SpecRefusedError
 
 TEMPERATURES = (0.05, 100.0)
@@ -71,9 +71,10 @@ def score_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], labels: Se
         raise SpecRefusedError("a prompt is empty: the template must render to some text")
     scores = np.empty((len(distinct), len(labels)))
     was_training = model.training
-    model.eval()
+    if was_training:
+        model.eval()
     try:
-        with attention.implemented(model, trees.NAME), last_layer.narrowed(model), adapters.merging(model):
+        with attention.implemented(model, trees.NAME), last_layer.narrowed(model), lean_layers.used(model):
             for tree in trees.grow(encoded, branches, max_tokens, window, str(model.device)):
                 scores[tree.rows] = score_tree(model, tree, branches, trunk)
     finally:

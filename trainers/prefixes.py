@@ -91,5 +91,5 @@ class Sharing:
 
     def note(self, seconds: float, tokens: int) -> None:
         """What the step took, for so many tokens as it would read apart."""
-        if len(self.paces[False]) < TURNS:
+        if self.is_tried and len(self.paces[False]) < TURNS:
             self.paces[self.is_on].append(seconds / tokens)

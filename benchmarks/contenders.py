@@ -61,7 +61,7 @@ class Clock(transformers.TrainerCallback):
     def read(self, trainer: transformers.Trainer) -> float:
         """The seconds of all steps."""
         steps = trainer.state.global_step
-        return (time.perf_counter() - self.began) * steps / (steps - self.skipped)
+        return (time.perf_counter() - self.began) * steps / max(1, steps - self.skipped)
 
 
 def run_timed(trainer: transformers.Trainer) -> float:

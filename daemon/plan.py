@@ -27,6 +27,8 @@ FRAGMENTED = 0.05
 """Of what is not weights, lost between blocks."""
 SUPERVISED = 0.05
 """The share of a claim's tokens that are graded, where no run has told it."""
+ASKED, GATHERED = 1 / 16, 2**15
+"""In scoring: the share of a pass's tokens that are asked for what follows, and the keys that one call gathers (`trainers.trees`)."""
 LEAST_ROW = 256
 """Remedies cut rows to so many tokens at the least."""
 ADAPTER_RANK = 64
@@ -203,7 +205,11 @@ def estimate(shape: shapes.Shape, method: Method, settings: Settings, kind: str)
     # An adapter in fp32 is copied into the precision of what it is applied to, and the copies are kept with the activations.
     copies = shape.count_adapter(method.rank) * value if adapters and adapter_value != value and settings.adapter_dtype else 0
     activations = tokens * _count_saved(shape, method, settings, value) + copies
-    logits = round(tokens * method.supervised) * shape.vocabulary * LOGIT_BYTES
+    graded = method.supervised
+    if method.trains == "nothing":  # Each prompt is asked for its labels, and what they attend to lies there in copies, of every head.
+        graded = max(graded, ASKED)
+        activations += 2 * value * GATHERED * shape.queries
+    logits = round(tokens * graded) * shape.vocabulary * LOGIT_BYTES
     unpacked = value * max(inputs * outputs for inputs, outputs in shape.linears) if settings.is_4bit else 0
     fragments = round(FRAGMENTED * (adapters + optimizer + activations + logits))
     return Parts(weights, adapters, optimizer, activations, logits, CONTEXT_BYTES + unpacked + fragments)

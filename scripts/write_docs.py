@@ -65,7 +65,8 @@ This page is generated from the planner: change it there or in `scripts/write_do
 
 ## What fits where
 In GB (10^9 bytes) with the default options: rows of up to 2,048 tokens, passes of up to 4,096. A cell names what is taken at the peak, the
-tokens of a pass, and which layers' activations are computed twice (gradient checkpointing, about a quarter slower). *bf16*: the adapter
+tokens of a pass, and which layers' activations are computed twice (gradient checkpointing, a third more to compute; on a
+fast card with short steps half as fast). *bf16*: the adapter
 too is kept in bf16. *8-bit moments*: those of the adapter, by bitsandbytes' AdamW. *in backward*: the optimizer works in the backward pass,
 so gradients are neither summed nor clipped. All weights have 8-bit moments that are paged to the host's memory. *no*: so much would be
 needed at the least.

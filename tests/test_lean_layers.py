@@ -114,6 +114,16 @@ def test_another_kind_of_decoder_keeps_its_own_norms_and_mlp() -> None:
         assert not any("forward" in vars(module) for module in model.modules())
 
 
+def test_used_within_used_leaves_what_was_before() -> None:
+    model = make_model()
+    with lean_layers.used(model):
+        logits = model(input_ids=ask()).logits
+        with lean_layers.used(model):
+            pass
+        assert any("forward" in vars(module) for module in model.modules())
+        torch.testing.assert_close(model(input_ids=ask()).logits, logits)
+
+
 def test_the_libraries_own_layers_are_back_afterwards() -> None:
     model = make_model()
     with pytest.raises(ZeroDivisionError), lean_layers.used(model):

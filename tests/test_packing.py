@@ -11,6 +11,7 @@ from torch.nn import functional
 from tests.model_fixtures import tiny_base
 from trainers import attention, bases, loop, packing, prefixes
 from trainers.data import Example
+from trainers.spec import SpecRefusedError
 
 LENGTHS = [(5, 3), (30, 2), (6, 3), (90, 1), (1, 4), (31, 6), (29, 2)]
 
@@ -142,25 +143,6 @@ def test_the_last_layer_makes_of_graded_positions_only_what_nothing_else_reads(m
     assert read == {"keys": packed.tokens, "queries": len(packed.keep), "mlp": len(packed.keep)}
 
 
-@pytest.mark.parametrize(("shared", "apart", "goes_on"), [(1.0, 2.0, True), (2.0, 1.0, False), (1.0, 1.0, True)])
-def test_where_sharing_is_tried_the_faster_way_goes_on(shared: float, apart: float, goes_on: bool):
-    sharing = prefixes.Sharing(is_wanted=True, is_tried=True)
-    ways = []
-    for step in range(3 * prefixes.TURNS):
-        ways.append(sharing.is_on)
-        first = 50.0 if step < 2 else 0.0  # the first step of each way loads what it needs
-        sharing.note(first + (shared if ways[-1] else apart) * 100, 100)
-    assert ways == [True, False] * prefixes.TURNS + [goes_on] * prefixes.TURNS
-
-
-@pytest.mark.parametrize("is_wanted", [True, False])
-def test_where_sharing_is_not_tried_it_is_as_wanted(is_wanted: bool):
-    sharing = prefixes.Sharing(is_wanted)
-    for seconds in (1.0, 100.0, 1.0, 100.0):
-        assert sharing.is_on == is_wanted
-        sharing.note(seconds, 10)
-
-
 def test_layers_that_are_computed_again_teach_the_same(model, examples):
     plain = unpacked_loss(model, examples)
     (packed,) = packing.pack(examples, 4096, "cpu")
@@ -168,6 +150,26 @@ def test_layers_that_are_computed_again_teach_the_same(model, examples):
         actual = gradients(model, (packing.token_losses(model, packed) * packed.weights).sum() / packed.weights.sum())
     for name, gradient in gradients(model, plain).items():
         assert (actual[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+
+
+def test_layers_that_are_computed_again_drop_nothing_out(examples):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.AutoConfig.for_model("phi", vocab_size=400, resid_pdrop=0.5, embd_pdrop=0.5, **sizes)
+    other = transformers.AutoModelForCausalLM.from_config(config).eval()
+    (packed,) = packing.pack(examples, 4096, "cpu")
+    with attention.packed(other):
+        kept = packing.token_losses(other, packed)
+        with loop.recomputing(other, 1):
+            computed_again = packing.token_losses(other, packed)
+    torch.testing.assert_close(computed_again, kept)
+
+
+def test_a_model_whose_layers_keep_the_pack_to_themselves_is_refused(examples):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    other = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("stablelm", vocab_size=400, **sizes)).eval()
+    (packed,) = packing.pack(examples, 4096, "cpu")
+    with attention.packed(other), pytest.raises(SpecRefusedError, match="use a base that follows transformers' AttentionInterface"):
+        packing.token_losses(other, packed)
 
 
 def test_a_model_whose_layers_have_other_names_is_packed_too(examples):

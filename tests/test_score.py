@@ -255,6 +255,14 @@ def test_adapters_are_switched_without_touching_the_base(tmp_path, prompts):
     np.testing.assert_allclose(separate_forwards(fresh, tokenizer, prompts[:5], LABELS), by_first, atol=1e-4)
 
 
+@pytest.mark.parametrize("first_with_a_window", [0, 2])
+def test_layers_see_as_far_back_as_the_base_says(tmp_path, prompts, first_with_a_window):
+    windowed = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": first_with_a_window}
+    model, tokenizer = bases.load_base(tiny_base(tmp_path / "base", "qwen2", **windowed), "cpu")
+    actual = score.score_prompts(model, tokenizer, prompts[:6], LABELS, max_tokens=4096)
+    np.testing.assert_allclose(actual, separate_forwards(model, tokenizer, prompts[:6], LABELS), atol=1e-4, rtol=0)
+
+
 def test_many_tokens_are_read_by_a_merged_matrix_and_the_base_stays_as_it_was(tmp_path, prompts, monkeypatch):
     model, tokenizer = bases.load_base(tiny_base(tmp_path / "base"), "cpu")
     before = {name: weight.clone() for name, weight in model.state_dict().items()}

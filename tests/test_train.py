@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from storage import artifacts, snapshots
 from tests import training_fixtures as runs
 from tests.model_fixtures import tiny_base
-from trainers import bases, prefixes, score, spec
+from trainers import bases, loop, memory, score, spec
 
 SLOW = {"epochs": 25, "checkpoint_steps": 4}
 
@@ -400,12 +400,23 @@ def test_every_number_of_the_options_is_finite(name, value):
         spec.Options.model_validate({name: value})
 
 
-def test_a_run_learns_the_same_while_it_tries_whether_sharing_pays(tmp_path, base, data, monkeypatch):
-    asked = runs.make_spec(base, data, {"batch_rows": 8, "epochs": 2})
+@pytest.mark.parametrize(("shared", "apart", "goes_on"), [(1.0, 2.0, True), (2.0, 1.0, False)])
+def test_where_a_pass_can_be_short_prefixes_are_shared_only_if_that_is_faster(tmp_path, base, data, monkeypatch, shared, apart, goes_on):
+    asked = runs.make_spec(base, data, {"epochs": 1})
     assert runs.perform(tmp_path / "plain", asked) == 0
-    sharing = prefixes.Sharing
-    monkeypatch.setattr(prefixes, "Sharing", lambda is_wanted, _: sharing(is_wanted, is_tried=True))
+    monkeypatch.setattr(memory, "can_run_out", lambda _: True)
+    monkeypatch.setattr(loop, "can_be_short", lambda _: True)
+    time_passes, timed = loop.Loop.time_passes, []
+
+    def take_so_long(self, examples):
+        assert time_passes(self, examples) > 0
+        timed.append(self.is_sharing)
+        return shared if self.is_sharing else apart
+
+    monkeypatch.setattr(loop.Loop, "time_passes", take_so_long)
     assert runs.perform(tmp_path / "tried", asked) == 0
     plain, tried = (runs.result(tmp_path / name)["training"] for name in ("plain", "tried"))
+    assert timed == [True] * loop.TRIED_STEPS + [False] * loop.TRIED_STEPS
+    assert tried["tokens_saved"] == (plain["tokens_saved"] if goes_on else 0)
+    assert plain["tokens_saved"] > 0
     assert tried["final_loss"] == pytest.approx(plain["final_loss"], rel=1e-4)
-    assert 0 < tried["tokens_saved"] < plain["tokens_saved"]

@@ -65,3 +65,10 @@ def test_a_long_prompt_lends_its_padding_to_no_short_one(monkeypatch):
     (tree,) = trees.grow(prompts, BRANCHES, 4096, None, "cpu")
     assert sum(group.keys.numel() for group in tree.groups) < 300 + 31 * 2 * 25
     assert max(group.keys.numel() for group in tree.groups if len(group.keys) > 1) <= 512
+
+
+def test_no_more_is_asked_than_its_share_of_a_pass_so_that_what_the_head_says_fits():
+    prompts = [[1] * 9 + [2] * shared + [3, own] for shared in range(6) for own in (4, 5)]
+    passes = list(trees.grow(prompts, BRANCHES, 160, None, "cpu"))
+    assert max(len(tree.asked) for tree in passes) == 8 <= 160 / trees.ASKED
+    assert sum(len(tree.rows) for tree in passes) == len(prompts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from trainers.work import Work
 SCORES = "scores.parquet"
 UNTOUCHED = "base"
 FORGETTING_PIECES, FORGETTING_TOKENS = 200, 512
-# Rows between two signs of life while scoring.
-SCORED_AT_ONCE = 256
 
 
 def score_models(work: Work, models: Sequence[Model], asked: Sequence[Sequence[Sheet]]) -> dict[str, Any]:
@@ -74,17 +71,13 @@ def answer(work: Work, model: Model, prompts: Sequence[str]) -> np.ndarray:
     tokenizer = work.held.tokenizer(model.base or work.spec.base)
     form = forms.find(tokenizer, model.prompt.form)
     labels = [form.say(label) for label in model.labels]
-    parts = [np.empty((0, len(model.labels)))]
+
+    def tell(done: int) -> None:
+        work.stop.check()
+        work.progress.write("scoring", model=model.name, rows=done, of=len(prompts))
+
+    tell(0)
     with wearing(base, model.adapter) as worn:
-        for start in range(0, len(prompts), SCORED_AT_ONCE):
-            work.stop.check()
-            work.progress.write("scoring", model=model.name, rows=start, of=len(prompts))
-            some = prompts[start : start + SCORED_AT_ONCE]
-            ask = functools.partial(ask_prompts, worn, tokenizer, some, labels)
-            parts.append(work.budget.fit(ask))
-    return np.concatenate(parts)
-
-
-def ask_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], labels: Sequence[str], max_tokens: int) -> np.ndarray:
-    """The label log-probabilities in passes of so many tokens."""
-    return score.score_prompts(model, tokenizer, prompts, labels, max_tokens=max_tokens)
+        return work.budget.fit(
+            lambda max_tokens: score.score_prompts(worn, tokenizer, prompts, labels, max_tokens=max_tokens, after_pass=tell)
+        )

@@ -115,15 +115,18 @@ def attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,  # noqa: ARG001  # The layout is the mask.
     *,
-    layout: Layout,
+    layout: Layout | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention within a pack, as an implementation of transformers' attention interface.
 
-    Takes heads first, [1, heads, tokens, width], and returns tokens first, [1, tokens, heads, width].
+    Takes heads first, [1, heads, tokens, width], and returns tokens first, [1, tokens, heads, width]. Raises `SpecRefusedError` for an
+    architecture whose layers don't hand the layout on.
     """
+    if layout is None:
+        raise SpecRefusedError(describe_misfit(module))
     options = {"scale": scaling, "enable_gqa": getattr(module, "num_key_value_groups", 1) > 1}
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
         return attend_ragged(query[0], key[0], value[0], layout.ragged, sliding_window, options)[None], None
@@ -187,6 +190,11 @@ AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, lambda *_args, **_options: None)
 
 
+def describe_misfit(module: torch.nn.Module) -> str:
+    """Why a base can't be used, and which can."""
+    return f"{type(module).__name__} can't read packed sequences: use a base that follows transformers' AttentionInterface"
+
+
 @contextlib.contextmanager
 def packed(model: Any) -> Iterator[None]:
     """Let the model read packs. Raises `SpecRefusedError` for an architecture that can't take another attention."""
@@ -200,9 +208,7 @@ def implemented(model: Any, name: str) -> Iterator[None]:
     before = model.config._attn_implementation  # noqa: SLF001  # The library has no public way to ask.
     model.set_attn_implementation(name)
     if model.config._attn_implementation != name:  # noqa: SLF001
-        raise SpecRefusedError(
-            f"{type(model).__name__} can't read packed sequences: use a base that follows transformers' AttentionInterface"
-        )
+        raise SpecRefusedError(describe_misfit(model))
     try:
         yield
     finally:

@@ -73,8 +73,8 @@ def adapt(layer: Any, x: torch.Tensor) -> torch.Tensor:
     if layer.disable_adapters or layer.merged or not names:
         return layer.base_layer(x)  # type: ignore[no-any-return]
     parts = [(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]) for name in names]
-    if len(parts) == 1 and is_mergeable(layer.base_layer, x, *parts[0]):
-        a, b, scaling = parts[0]
+    a, b, scaling = parts[0]
+    if len(parts) == 1 and is_mergeable(layer.base_layer, x, a, b):
         return functional.linear(x, torch.addmm(layer.base_layer.weight, b, a, alpha=scaling), layer.base_layer.bias)
     output: torch.Tensor = layer.base_layer(x)
     for part in parts:
@@ -82,7 +82,7 @@ def adapt(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return output
 
 
-def is_mergeable(base: torch.nn.Linear, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, _: float) -> bool:
+def is_mergeable(base: torch.nn.Linear, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether one product, by a matrix that is made for the pass, does: nothing is learned, and x has so many tokens that it costs less.
 
     In fp32 alone, where rounding the sum of the two loses nothing that counts. The base's own matrix stays as it is.
@@ -118,13 +118,15 @@ def choose(module: torch.nn.Module, *, is_known: bool) -> Callable[[Any, torch.T
 def used(model: Any) -> Iterator[None]:
     """Let the model's layers compute so."""
     is_known = model.config.model_type in DECODERS
-    changed: list[Any] = []
+    before: list[tuple[Any, Any]] = []
     for module in model.modules():
         if compute := choose(module, is_known=is_known):
+            before.append((module, vars(module).get("forward")))
             module.forward = functools.partial(compute, module)
-            changed.append(module)
     try:
         yield
     finally:
-        for module in changed:
+        for module, forward in before:
             del module.forward
+            if forward is not None:
+                module.forward = forward

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trainers import attention, calibration, checkpoints, memory, optimizers, packing, prefixes, ranks
+from trainers import attention, calibration, checkpoints, memory, optimizers, packing, ranks
 from trainers.attempts import Attempt, Progress
 from trainers.data import Example
 from trainers.schedule import Schedule
@@ -26,6 +27,8 @@ from trainers.stopping import Stop
 
 # Rows that are packed together where order doesn't matter.
 ROWS_AT_ONCE = 256
+TRIED_STEPS = 3
+"""Steps whose passes are tried with shared prefixes and without; the first is not timed."""
 
 
 class DivergedError(ArithmeticError):
@@ -48,6 +51,7 @@ class Counters:
     best_dev_loss: float | None = None
     epochs_without_gain: int = 0
     is_finished: bool = False
+    sharing_pays: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +91,6 @@ class Loop:
         self.parameters = list(checkpoints.trained_parameters(model).values())
         self.updates = optimizers.choose(self.parameters, options, seed)
         self.device = str(model.device)
-        # On a CPU a run is the same to the last bit, and where each pass is an update of its own, other passes learn something else.
-        self.sharing = prefixes.Sharing(options.share_prefixes, self.device != "cpu" and not self.updates.is_per_pass)
 
     def run(self) -> Counters:
         """Train to the end from wherever the run stopped; raises `StoppedError` (checkpointed), `SupersededError` or `DivergedError`."""
@@ -121,6 +123,8 @@ class Loop:
         self.budget.fit(functools.partial(self.try_passes, self.share(graded), self.share(longest)))
         self.drop_gradients()
         self.budget.calibrated_bytes = memory.read_peak(self.device)
+        if self.options.share_prefixes and can_be_short(self.device) and not self.updates.is_per_pass:
+            self.counters.sharing_pays = self.try_sharing()
         self.progress.write("calibrating", now=True, max_tokens=self.budget.tokens, peak_bytes=self.budget.calibrated_bytes)
 
     def try_passes(self, graded: Sequence[Example], longest: Sequence[Example], max_tokens: int) -> None:
@@ -143,6 +147,27 @@ class Loop:
             torch.autograd.backward(packing.token_losses(self.model, packed).mean())
         del moments
 
+    def try_sharing(self) -> bool:
+        """Whether the first steps' passes take less time with shared prefixes; no weight is moved.
+
+        On a card a short step takes as long as the processor needs to start its kernels, however few tokens it reads.
+        """
+        batches = [[self.examples[row] for row in self.schedule.batch(step)] for step in range(min(TRIED_STEPS, self.schedule.steps))]
+        seconds = {}
+        for way in (True, False):
+            self.counters.sharing_pays = way
+            seconds[way] = sum([self.time_passes(rows) for rows in batches][1:])  # the first loads what the others need
+        self.drop_gradients()
+        return seconds[True] <= seconds[False]
+
+    def time_passes(self, examples: Sequence[Example]) -> float:
+        """The seconds of forward and backward over some rows."""
+        memory.synchronize(self.device)
+        began = time.monotonic()
+        self.budget.fit(functools.partial(self.take_passes, examples))
+        memory.synchronize(self.device)
+        return time.monotonic() - began
+
     def take_step(self) -> None:
         """One optimizer step on the next rows, and its line of progress."""
         counters, started = self.counters, time.monotonic()
@@ -153,9 +178,7 @@ class Loop:
         counters.tokens += done.tokens
         counters.tokens_saved += done.tokens_saved
         counters.graded_tokens += done.graded_tokens
-        took = time.monotonic() - started
-        counters.seconds += took
-        self.sharing.note(took, done.tokens + done.tokens_saved)
+        counters.seconds += time.monotonic() - started
         counters.epoch_loss += done.loss * done.weight
         counters.epoch_weight += done.weight
         self.report(done.loss, rate)
@@ -233,7 +256,12 @@ class Loop:
         """The passes over some rows."""
         if not examples:
             return []
-        return packing.pack(examples, self.limit(examples, max_tokens), self.device, share_prefixes=self.sharing.is_on)
+        return packing.pack(examples, self.limit(examples, max_tokens), self.device, share_prefixes=self.is_sharing)
+
+    @property
+    def is_sharing(self) -> bool:
+        """Whether prefixes are shared."""
+        return self.options.share_prefixes and self.counters.sharing_pays
 
     def limit(self, examples: Sequence[Example], max_tokens: int) -> int:
         """How many tokens a pass over some rows may have: there are as many passes at least as `options.accumulation` says."""
@@ -263,7 +291,7 @@ class Loop:
         counters.is_finished = counters.step >= self.schedule.steps
         if not (self.options.patience and self.dev):
             return
-        loss = self.budget.fit(lambda tokens: mean_loss(self.model, self.dev, tokens))
+        loss = self.budget.fit(lambda tokens: mean_loss(self.model, self.dev, tokens, share_prefixes=self.is_sharing))
         # Each process measured it a little otherwise; were one to stop here and another not, they would wait for each other for ever.
         loss = self.together.sum_numbers(loss / self.together.size, device=self.device)[0]
         self.progress.plot(counters.step, {"dev_loss": loss})
@@ -294,6 +322,11 @@ def sum_up(loss: float, examples: Sequence[Example], packs: Sequence[packing.Pac
     return StepLoss(loss, weigh(examples), sum(packed.tokens for packed in packs), sum(packed.saved for packed in packs), graded)
 
 
+def can_be_short(device: str) -> bool:
+    """Whether a pass may take less time to compute than to start. On a CPU it may not, and there a run is the same to the last bit."""
+    return device != "cpu"
+
+
 @contextlib.contextmanager
 def recomputing(model: Any, every: int) -> Iterator[None]:
     """Keep the activations of all layers but every n-th one, which are computed again in the backward pass; 0 keeps all."""
@@ -301,20 +334,24 @@ def recomputing(model: Any, every: int) -> Iterator[None]:
         yield
         return
     model.gradient_checkpointing_enable({"use_reentrant": False, "every_n_layers": every})
-    model.train()  # the layers recompute in this mode only, and nothing else depends on it: there is no dropout
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.training = True  # It computes twice in this mode only. What is in it stays in the other: there is no dropout.
     try:
         yield
     finally:
-        model.eval()
+        for layer in layers:
+            layer.training = False
         model.gradient_checkpointing_disable()
 
 
 @torch.inference_mode()
-def mean_loss(model: Any, examples: Sequence[Example], max_tokens: int) -> float:
+def mean_loss(model: Any, examples: Sequence[Example], max_tokens: int, *, share_prefixes: bool = True) -> float:
     """The weighted mean loss over all graded tokens; to be called under `attention.packed`."""
     total = weight = 0.0
     for start in range(0, len(examples), ROWS_AT_ONCE):
-        for packed in packing.pack(examples[start : start + ROWS_AT_ONCE], max_tokens, str(model.device)):
+        some = examples[start : start + ROWS_AT_ONCE]
+        for packed in packing.pack(some, max_tokens, str(model.device), share_prefixes=share_prefixes):
             total += (packing.token_losses(model, packed).double() * packed.weights).sum().item()
             weight += packed.weights.double().sum().item()
     return total / weight

@@ -55,6 +55,12 @@ def can_run_out(device: str) -> bool:
     return device != "cpu"
 
 
+def synchronize(device: str) -> None:
+    """Wait until the device has done what it was asked."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+
+
 def reset_peak(device: str) -> None:
     """Begin to measure anew."""
     if device != "cpu":

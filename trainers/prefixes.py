@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 # What one more attention call costs, in tokens that are read: a family that saves less is not worth it.
 COST = 16
-TURNS = 5
-"""Steps by each way before one is chosen; the first of each, which may load kernels, does not count."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,8 +26,8 @@ class Family:
         return (len(self.rows) - 1) * self.shared
 
 
-def find_families(prompts: Sequence[Sequence[int] | np.ndarray], cost: int = COST) -> list[Family]:
-    """Part the prompts into families so that the fewest tokens are read, a family counted as `cost` of them; most often it is one.
+def find_families(prompts: Sequence[Sequence[int] | np.ndarray]) -> list[Family]:
+    """Part the prompts into families so that the fewest tokens are read, a family counted as `COST` of them; most often it is one.
 
     In the order of their tokens relatives are neighbours, so a family is a stretch of that order: the best partition of the first n
     prompts is that of the first m with the family of the others, for the best m. Those without relatives come last, sharing nothing.
@@ -43,9 +40,9 @@ def find_families(prompts: Sequence[Sequence[int] | np.ndarray], cost: int = COS
         best, family, shared = saved[-1], (end - 1, 0), sys.maxsize
         for begin in range(end - 2, -1, -1):
             shared = min(shared, alike[begin])
-            if shared * (end - 1) <= cost:  # not even with all that come before
+            if shared * (end - 1) <= COST:  # not even with all that come before
                 break
-            gain = saved[begin] + shared * (end - begin - 1) - cost
+            gain = saved[begin] + shared * (end - begin - 1) - COST
             if gain > best:
                 best, family = gain, (begin, shared)
         saved.append(best)
@@ -65,31 +62,3 @@ def count_alike(first: np.ndarray, second: np.ndarray) -> int:
     length = min(len(first), len(second)) - 1
     same = first[:length] == second[:length]
     return length if same.all() else int(same.argmin())
-
-
-@dataclass(slots=True)
-class Sharing:
-    """Whether a step's prompts share what they begin with: as `is_wanted` says, or, where `is_tried` too, only if that is faster.
-
-    On a card a short step takes as long as the processor needs to start its kernels, however few tokens it reads: fewer tokens gain
-    nothing there. What is learned is the same either way, so the first steps take turns, and the faster way goes on.
-    """
-
-    is_wanted: bool
-    is_tried: bool = False
-    paces: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
-
-    @property
-    def is_on(self) -> bool:
-        """Whether the next step shares."""
-        if not (self.is_wanted and self.is_tried):
-            return self.is_wanted
-        if len(self.paces[False]) < TURNS:
-            return len(self.paces[True]) <= len(self.paces[False])
-        shared, apart = (statistics.median(self.paces[way][1:]) for way in (True, False))
-        return shared <= apart
-
-    def note(self, seconds: float, tokens: int) -> None:
-        """What the step took, for so many tokens as it would read apart."""
-        if self.is_tried and len(self.paces[False]) < TURNS:
-            self.paces[self.is_on].append(seconds / tokens)

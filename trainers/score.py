@@ -7,7 +7,7 @@ tokens hang side by side behind each prompt's end (`trees.py`).
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,18 +53,26 @@ class Score:
     logprobs: list[float]
 
 
-def score_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], labels: Sequence[str], *, max_tokens: int) -> np.ndarray:
+def score_prompts(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    labels: Sequence[str],
+    *,
+    max_tokens: int,
+    after_pass: Callable[[int], None] = lambda _: None,
+) -> np.ndarray:
     """Log-probability of each whole label, newline included, after each prompt: float64 of shape [prompts, labels].
 
     Prompts and labels are given as the model reads and writes them (`Form.wrap`, `Form.say`).
 
     A forward pass reads at most `max_tokens` tokens, the labels' included, or what is left of a single longer prompt. Equal prompts are
-    read once, and so is what any of them begin with, in whatever passes they lie.
+    read once, and so is what any of them begin with, in whatever passes they lie. `after_pass` is told how many of them were answered.
     Raises `SpecRefusedError` for labels that can't be told apart and `LogitsNotFiniteError` when the model's output is no number.
     """
     encoding.check_labels(tokenizer, labels)
     branches = trees.build_branches([encoding.label_tokens(tokenizer, label) for label in labels])
-    trunk, window = trees.Trunk(), getattr(model.config, "sliding_window", None)
+    trunk, window = trees.Trunk(), find_window(model.config)
     distinct = list(dict.fromkeys(prompts))
     encoded = encoding.encode_prompts(tokenizer, distinct)
     if not all(encoded):
@@ -75,8 +83,11 @@ def score_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], labels: Se
         model.eval()
     try:
         with attention.implemented(model, trees.NAME), last_layer.narrowed(model), lean_layers.used(model):
+            done = 0
             for tree in trees.grow(encoded, branches, max_tokens, window, str(model.device)):
                 scores[tree.rows] = score_tree(model, tree, branches, trunk)
+                done += len(tree.rows)
+                after_pass(done)
     finally:
         if was_training:
             model.train()
@@ -84,6 +95,12 @@ def score_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], labels: Se
         raise LogitsNotFiniteError("the model's output holds NaN or infinity: its weights are damaged, go back to the version before")
     place = {prompt: row for row, prompt in enumerate(distinct)}
     return scores[[place[prompt] for prompt in prompts]]
+
+
+def find_window(config: Any) -> int | None:
+    """How far back the layers see; None where that is everything. `load_base` takes no base whose layers differ in that."""
+    is_full = set(getattr(config, "layer_types", None) or ()) == {"full_attention"}
+    return None if is_full else getattr(config, "sliding_window", None)
 
 
 @torch.inference_mode()

@@ -17,11 +17,14 @@ import transformers
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from trainers import prefixes
+from trainers import attention, prefixes
+from trainers.spec import SpecRefusedError
 
 NAME = "tree"
 # Keys that one attention call gathers at most, or a single prompt's: what prompts share is read once, but each attends to all of it.
 CELLS = 2**15
+ASKED = 16
+"""One in so many of a pass's tokens may be asked what follows it: what the head says is as wide as the vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,17 +134,22 @@ def build_branches(labels: Sequence[Sequence[int]]) -> Branches:
 
 
 def grow(prompts: Sequence[Sequence[int]], branches: Branches, max_tokens: int, window: int | None, device: str) -> Iterator[Tree]:
-    """Spread the prompts over passes of at most `max_tokens` tokens, the labels' included; a longer one has a pass of its own."""
+    """Spread the prompts over passes of at most `max_tokens` tokens, the labels' included, one in `ASKED` of them asked.
+
+    A longer prompt, or one with more labels, has a pass of its own.
+    """
     tokens = [np.asarray(prompt, dtype=">u4") for prompt in prompts]
     order = sorted(range(len(tokens)), key=lambda row: tokens[row].tobytes())
     alike = [0, *(prefixes.count_alike(tokens[first], tokens[second]) for first, second in itertools.pairwise(order))]
+    width = len(branches.tokens)
+    most = max_tokens // ASKED // (width + 1)
     limbs, count = list[Limb](), 0
     for row, shared in zip(order, alike[: len(order)], strict=True):
         limb = Limb(row, tokens[row], shared)
-        count += limb.own + len(branches.tokens)
-        if limbs and count > max_tokens:
+        count += limb.own + width
+        if limbs and (count > max_tokens or len(limbs) >= most):
             yield lay(limbs, branches, window, device)
-            limbs, count = [], limb.own + len(branches.tokens)
+            limbs, count = [], limb.own + width
         limbs.append(limb)
     if limbs:
         yield lay(limbs, branches, window, device)
@@ -220,14 +228,17 @@ def attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,  # noqa: ARG001  # The groups have masks of their own.
     *,
-    tree: Tree,
+    tree: Tree | None = None,
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention in a tree, group by group, as an implementation of transformers' attention interface.
 
-    Takes heads first, [1, heads, tokens, width], and returns tokens first, [1, tokens, heads, width].
+    Takes heads first, [1, heads, tokens, width], and returns tokens first, [1, tokens, heads, width]. Raises `SpecRefusedError` for an
+    architecture whose layers don't hand the tree on.
     """
+    if tree is None:
+        raise SpecRefusedError(attention.describe_misfit(module))
     attended = []
     for some in tree.groups:
         asked = ((query, some.queries), (key, some.keys), (value, some.keys))

@@ -54,4 +54,5 @@ class Work:
         if not examples:
             return None
         with attention.packed(model):
-            return self.budget.fit(lambda tokens: loop.mean_loss(model, examples, tokens))
+            share = self.spec.options.share_prefixes
+            return self.budget.fit(lambda tokens: loop.mean_loss(model, examples, tokens, share_prefixes=share))

@@ -152,16 +152,24 @@ def test_layers_that_are_computed_again_teach_the_same(model, examples):
         assert (actual[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
 
 
-def test_layers_that_are_computed_again_drop_nothing_out(examples):
+@pytest.mark.parametrize(
+    ("architecture", "dropout"),
+    [("phi", {"resid_pdrop": 0.5, "embd_pdrop": 0.5}), ("opt", {"dropout": 0.5, "word_embed_proj_dim": 32, "ffn_dim": 64})],
+)
+def test_layers_that_are_computed_again_drop_nothing_out(examples, architecture, dropout):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.AutoConfig.for_model("phi", vocab_size=400, resid_pdrop=0.5, embd_pdrop=0.5, **sizes)
+    config = transformers.AutoConfig.for_model(architecture, vocab_size=400, **sizes, **dropout)
     other = transformers.AutoModelForCausalLM.from_config(config).eval()
     (packed,) = packing.pack(examples, 4096, "cpu")
     with attention.packed(other):
         kept = packing.token_losses(other, packed)
+        slopes = gradients(other, kept.sum())
         with loop.recomputing(other, 1):
             computed_again = packing.token_losses(other, packed)
+            again = gradients(other, computed_again.sum())
     torch.testing.assert_close(computed_again, kept)
+    for name, slope in slopes.items():
+        torch.testing.assert_close(again[name], slope, msg=name)
 
 
 def test_a_model_whose_layers_keep_the_pack_to_themselves_is_refused(examples):

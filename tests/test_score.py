@@ -388,3 +388,13 @@ def test_scores_survive_their_file(tmp_path):
 def test_no_scores_make_a_file_with_the_same_columns(tmp_path):
     score.write_scores(tmp_path / "scores.parquet", [])
     assert score.read_scores(tmp_path / "scores.parquet") == []
+
+
+def test_scoring_leaves_each_module_in_the_mode_that_it_was_in(tmp_path, prompts):
+    model, tokenizer = bases.load_base(tiny_base(tmp_path / "base"), "cpu")
+    worn = adapters.load_adapter(model, "worn", random_adapter(tmp_path / "base", tmp_path / "adapter", 1))
+    assert not any(module.training for module in worn.modules())
+    worn.training = worn.get_decoder().layers[0].training = True
+    before = [module.training for module in worn.modules()]
+    score.score_prompts(worn, tokenizer, prompts[:2], LABELS, max_tokens=4096)
+    assert [module.training for module in worn.modules()] == before

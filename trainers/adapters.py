@@ -50,7 +50,7 @@ def load_adapter(model: Any, name: str, folder: Path) -> PeftModel:
     if problem:
         drop_adapter(model, name)
         raise SpecRefusedError(f"adapter {folder} doesn't fit the base: {problem}")
-    return model
+    return model.eval()
 
 
 def fill_adapter(model: PeftModel, name: str, folder: Path) -> str | None:

@@ -335,11 +335,20 @@ def recomputing(model: Any, every: int) -> Iterator[None]:
         return
     model.gradient_checkpointing_enable({"use_reentrant": False, "every_n_layers": every})
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+    def switch(layer: torch.nn.Module, *_: Any) -> None:
+        layer.training = not layer.training
+
+    # A layer is computed twice when it is asked for in training mode. While it computes it is in the other: nothing drops out.
+    hooks = [layer.register_forward_pre_hook(switch) for layer in layers]
+    hooks += [layer.register_forward_hook(switch, always_call=True) for layer in layers]
     for layer in layers:
-        layer.training = True  # It computes twice in this mode only. What is in it stays in the other: there is no dropout.
+        layer.training = True
     try:
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for layer in layers:
             layer.training = False
         model.gradient_checkpointing_disable()

@@ -78,8 +78,8 @@ def score_prompts(
     if not all(encoded):
         raise SpecRefusedError("a prompt is empty: the template must render to some text")
     scores = np.empty((len(distinct), len(labels)))
-    was_training = model.training
-    if was_training:
+    training = [module for module in model.modules() if module.training] if model.training else []
+    if training:
         model.eval()
     try:
         with attention.implemented(model, trees.NAME), last_layer.narrowed(model), lean_layers.used(model):
@@ -89,8 +89,8 @@ def score_prompts(
                 done += len(tree.rows)
                 after_pass(done)
     finally:
-        if was_training:
-            model.train()
+        for module in training:
+            module.training = True
     if not np.isfinite(scores).all():
         raise LogitsNotFiniteError("the model's output holds NaN or infinity: its weights are damaged, go back to the version before")
     place = {prompt: row for row, prompt in enumerate(distinct)}

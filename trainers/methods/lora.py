@@ -39,7 +39,7 @@ def begin(base: Any, options: Options, init_adapter: Path | None) -> Any:
     if options.lora.dtype == "bfloat16":
         for parameter in checkpoints.trained_parameters(model).values():
             parameter.data = parameter.data.to(torch.bfloat16)
-    return model
+    return model.eval()  # PEFT's own modules begin otherwise; nothing drops out
 
 
 def continue_from(base: Any, folder: Path) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -115,18 +115,15 @@ def attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,  # noqa: ARG001  # The layout is the mask.
     *,
-    layout: Layout | None = None,
+    layout: Layout,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention within a pack, as an implementation of transformers' attention interface.
 
-    Takes heads first, [1, heads, tokens, width], and returns tokens first, [1, tokens, heads, width]. Raises `SpecRefusedError` for an
-    architecture whose layers don't hand the layout on.
+    Takes heads first, [1, heads, tokens, width], and returns tokens first, [1, tokens, heads, width].
     """
-    if layout is None:
-        raise SpecRefusedError(describe_misfit(module))
     options = {"scale": scaling, "enable_gqa": getattr(module, "num_key_value_groups", 1) > 1}
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
         return attend_ragged(query[0], key[0], value[0], layout.ragged, sliding_window, options)[None], None
@@ -186,8 +183,20 @@ def gather(tokens: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
     return tokens.contiguous() if places is None else tokens.index_select(0, places)
 
 
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, lambda *_args, **_options: None)
+def register(name: str, attend: Callable[..., Any], layout: str) -> None:
+    """Let models attend by `attend`, without a mask of the library's, under this name.
+
+    It is called with what the forward pass was given as `layout`. An architecture whose layers don't hand that on is refused
+    (`SpecRefusedError`).
+    """
+
+    def attend_or_refuse(module: torch.nn.Module, *heads: Any, **options: Any) -> Any:
+        if layout not in options:
+            raise SpecRefusedError(describe_misfit(module))
+        return attend(module, *heads, **options)
+
+    AttentionInterface.register(name, attend_or_refuse)
+    AttentionMaskInterface.register(name, lambda *_args, **_options: None)
 
 
 def describe_misfit(module: torch.nn.Module) -> str:
@@ -213,3 +222,6 @@ def implemented(model: Any, name: str) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+register(NAME, attend, "layout")

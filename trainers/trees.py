@@ -14,11 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from trainers import attention, prefixes
-from trainers.spec import SpecRefusedError
 
 NAME = "tree"
 # Keys that one attention call gathers at most, or a single prompt's: what prompts share is read once, but each attends to all of it.
@@ -213,9 +211,9 @@ def pad(
         keys[row, longest - len(path) : longest] = path
     keys[:, longest:] = (kept + starts + own)[:, None] + np.arange(width)
     positions = np.concatenate([np.arange(longest) - (longest - lengths)[:, None], lengths[:, None] + branches.depths], axis=1)
-    sees = np.tril(np.ones((longest + width, longest + width), dtype=bool))
-    sees[longest:, longest:] = branches.sees
-    mask = sees[-columns:] & (positions >= 0)[:, None]
+    sees = np.tri(columns, longest + width, longest + width - columns, dtype=bool)
+    sees[columns - width :, longest:] = branches.sees
+    mask = sees & (positions >= 0)[:, None]
     if window is not None:
         mask &= positions[:, -columns:, None] - positions[:, None] < window
     return queries, keys, mask[:, None]
@@ -228,17 +226,14 @@ def attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,  # noqa: ARG001  # The groups have masks of their own.
     *,
-    tree: Tree | None = None,
+    tree: Tree,
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention in a tree, group by group, as an implementation of transformers' attention interface.
 
-    Takes heads first, [1, heads, tokens, width], and returns tokens first, [1, tokens, heads, width]. Raises `SpecRefusedError` for an
-    architecture whose layers don't hand the tree on.
+    Takes heads first, [1, heads, tokens, width], and returns tokens first, [1, tokens, heads, width].
     """
-    if tree is None:
-        raise SpecRefusedError(attention.describe_misfit(module))
     attended = []
     for some in tree.groups:
         asked = ((query, some.queries), (key, some.keys), (value, some.keys))
@@ -247,5 +242,4 @@ def attend(
     return torch.cat(attended).index_select(0, tree.cells)[None], None
 
 
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, lambda *_args, **_options: None)
+attention.register(NAME, attend, "tree")

@@ -138,46 +138,30 @@ def measure_ours(
     work: Path, base: Path, task: Task, planned: Sequence[tuple[Method, int, float]], device: str, ends: float
 ) -> Iterator[dict[str, Any]]:
     """The same of our own trainer, with options and as planned for cards, one run after another in one process."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "trainers.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as worker:
+    with training.start_worker() as worker:
         limit = threading.Timer(max(0.0, ends - time.monotonic()), worker.kill)
         limit.start()
         for name, method, changes in OURS:
             if method == "lora" or planned:
                 run_dir = work / f"{name}-{method}"
                 training.write_run(run_dir, base, task, share_prefixes="unshared" not in name, device=device, method=method, **changes)
-                yield train(worker, run_dir, {"shape": task.name, "name": name, "method": method}, task)
+                yield tell(train(worker, run_dir, {"shape": task.name, "name": name, "method": method}, task))
         for method, size, _ in planned:
-            yield train_as_planned(worker, work, base, task, method, size, device)
+            yield tell(train_as_planned(worker, work, base, task, method, size, device))
         limit.cancel()
-        worker.kill()
 
 
 def train(worker: subprocess.Popen[str], run_dir: Path, row: dict[str, Any], task: Task) -> dict[str, Any]:
     """A run of ours: the row with its figures, or why there are none."""
-    assert worker.stdin
-    assert worker.stdout
-    try:
-        worker.stdin.write(json.dumps({"run_dir": str(run_dir)}) + "\n")
-        worker.stdin.flush()
-        answer = json.loads(worker.stdout.readline() or "null")
-    except BrokenPipeError:
-        answer = None
+    answer = training.ask_worker(worker, run_dir)
     if answer is None:
         return row | {"result": NO_TIME}
     if answer["exit"]:
         return row | {"result": explain(answer["reason"])}
-    told = read_result(run_dir)
+    told = training.read_result(run_dir)
     epochs = told["training"]["epochs"]
     figures = {"claims_per_second": len(task.train) * epochs / told["training"]["seconds"], "peak_gb": told["memory"]["peak_bytes"] / GB}
-    return tell(row | figures)
-
-
-def read_result(run_dir: Path) -> dict[str, Any]:
-    """What a run of ours tells of itself."""
-    told: dict[str, Any] = json.loads((run_dir / "attempts" / "1" / "result.json").read_text())
-    return told
+    return row | figures
 
 
 def train_as_planned(
@@ -193,10 +177,10 @@ def train_as_planned(
     row = train(worker, run_dir, row, task)
     if "peak_gb" not in row:
         return row
-    told = read_result(run_dir)
+    told = training.read_result(run_dir)
     graded = told["training"]["supervised_tokens"] / told["training"]["tokens"]
     planned = estimates.plan_run(options, "train", base, [card], graded)[0]
-    return tell(row | {"planned_gb": planned.parts.allocated / GB, "halved": told["memory"]["halved"]})
+    return row | {"planned_gb": planned.parts.allocated / GB, "halved": told["memory"]["halved"]}
 
 
 def tell(row: dict[str, Any]) -> dict[str, Any]:

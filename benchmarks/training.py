@@ -174,7 +174,7 @@ def train_here(out: Path, base: Path, task: Task, name: str, seed: int) -> Outco
         began = time.perf_counter()
         peak = run_measured([sys.executable, "-m", "trainers.train", str(run_dir)])
         whole = time.perf_counter() - began
-    result = json.loads((run_dir / "attempts" / "1" / "result.json").read_text())
+    result = read_result(run_dir)
     adapter = run_dir / "attempts" / "1" / result["adapter"]["path"]
     return Outcome(len(task.train) * EPOCHS, result["training"]["seconds"], whole, peak, [adapter])
 
@@ -192,21 +192,39 @@ def run_measured(command: list[str]) -> int:
 def run_resident(out: Path, base: Path, task: Task, run_dir: Path) -> tuple[float, int]:
     """The seconds of a run in a worker that has done another one before; its memory is not told apart."""
     write_run(out / "before", base, task, share_prefixes=True)
-    with subprocess.Popen(
-        [sys.executable, "-m", "trainers.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as worker:
-        assert worker.stdin
-        assert worker.stdout
+    with start_worker() as worker:
         for place in (out / "before", run_dir):
             began = time.perf_counter()
-            worker.stdin.write(json.dumps({"run_dir": str(place)}) + "\n")
-            worker.stdin.flush()
-            answer = json.loads(worker.stdout.readline())
-            if answer["exit"]:
-                raise SystemExit(answer["reason"])
+            answer = ask_worker(worker, place)
+            if answer is None or answer["exit"]:
+                raise SystemExit(answer["reason"] if answer else "the worker ended")
         seconds = time.perf_counter() - began
-        worker.stdin.close()
     return seconds, 0
+
+
+def start_worker() -> subprocess.Popen[str]:
+    """Our own trainer, resident."""
+    command = [sys.executable, "-m", "trainers.worker"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def ask_worker(worker: subprocess.Popen[str], run_dir: Path) -> dict[str, Any] | None:
+    """Let it do a run; returns what it answers, or None when it is gone."""
+    assert worker.stdin
+    assert worker.stdout
+    try:
+        worker.stdin.write(json.dumps({"run_dir": str(run_dir)}) + "\n")
+        worker.stdin.flush()
+    except BrokenPipeError:
+        return None
+    answer: dict[str, Any] | None = json.loads(worker.stdout.readline() or "null")
+    return answer
+
+
+def read_result(run_dir: Path) -> dict[str, Any]:
+    """What a run of ours tells of itself."""
+    told: dict[str, Any] = json.loads((run_dir / "attempts" / "1" / "result.json").read_text())
+    return told
 
 
 def write_run(

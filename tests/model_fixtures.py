@@ -1,6 +1,9 @@
 """A tiny random language model as an ordinary checkpoint folder, made in about a second and the same every time."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -93,3 +96,19 @@ def random_adapter(base: Path, folder: Path, seed: int) -> Path:
     tuned.save_pretrained(folder)
     artifacts.pin_base(folder, artifacts.digest_folder(base))
     return folder
+
+
+@contextlib.contextmanager
+def counting_kept(model: Any) -> Iterator[Callable[[], int]]:
+    """Count the bytes that are kept for the backward pass, each storage once, the model's own and what is no float not counted."""
+    own = {one.untyped_storage().data_ptr() for one in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is given away twice
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.is_floating_point() and storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield lambda: sum(storage.nbytes() for storage in kept.values())

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from tests import model_fixtures
 from trainers import lean_layers
 
 RANK, ALPHA, TOKENS = 4, 6, 24
@@ -40,23 +41,12 @@ def ask() -> torch.Tensor:
 
 def learn(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
     """The logits, what each trained matrix learns of them, and the bytes that were kept for it."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if tensor.is_floating_point() and storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        held.append(tensor)  # An address must not be given away twice.
-        return tensor
-
-    held: list[torch.Tensor] = []
     model.zero_grad()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with model_fixtures.counting_kept(model) as count:
         logits = model(input_ids=ask(), use_cache=False).logits
     logits.float().logsumexp(-1).square().mean().backward()
     learned = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
-    return logits.detach(), learned, sum(kept.values())
+    return logits.detach(), learned, count()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

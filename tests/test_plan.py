@@ -9,14 +9,13 @@ from typing import Any
 
 import peft
 import pytest
-import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from daemon import cards, plan, shapes
 from tests import model_fixtures
-from trainers import attention, data, packing
+from trainers import attention, data, packing, trees
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -73,20 +72,11 @@ CARDS = some.builds(
 
 
 def measure_saved(model: Any, packed: packing.Pack) -> int:
-    """The bytes that a forward pass keeps for its backward pass, each storage once, weights and what came in not counted."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if tensor.is_floating_point() and storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with attention.packed(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    """The bytes that a forward pass keeps for its backward pass."""
+    with attention.packed(model), model_fixtures.counting_kept(model) as count:
         losses = packing.token_losses(model, packed)
     assert losses.requires_grad
-    return sum(storage.nbytes() for storage in kept.values())
+    return count()
 
 
 def make_pack() -> packing.Pack:
@@ -110,6 +100,10 @@ def test_a_layer_saves_what_the_plan_counts(tmp_path: Path, architecture: str, m
     counted = plan.count_layer(shape, make_method(method, RANK, ROW, ROW), 4) * pack.tokens
     # Attention over packed rows gathers its result anew where no kernel for rows of different lengths is at hand: 6 % here.
     assert saved[3] - saved[2] == pytest.approx(counted, rel=0.07)
+
+
+def test_the_plan_of_scoring_counts_as_a_pass_is_laid() -> None:
+    assert (plan.ASKED, plan.GATHERED) == (1 / trees.ASKED, trees.CELLS)
 
 
 def test_what_was_measured_for_llama_3_8b_is_what_is_counted() -> None:

@@ -42,12 +42,13 @@ class Decoder:
             if not body.isascii():
                 body.decode()  # what is passed over is not looked into, and must be text too
             events: list[dict[str, Any]] = msgspec.to_builtins(self._decoder.decode(body))
+            read, times = self._read_time, self._times
             for event in events:
                 data = event["data"]
-                for name in self._times:
-                    data[name] = self._read_time(data[name])
+                for name in times:
+                    data[name] = read(data[name])
                 if "time" in event:
-                    event["time"] = self._read_time(event["time"])
+                    event["time"] = read(event["time"])
         except (ValueError, RecursionError):  # msgspec's errors are ValueErrors
             return None
         return events

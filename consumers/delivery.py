@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
+from msgspec import Struct
 from sqlalchemy import Connection
 
 from consumers import schemas, work
@@ -24,7 +25,7 @@ AHEAD = timedelta(minutes=10)
 """How far the clock of whoever sends may be ahead of ours: a label's time decides which answer is the later one."""
 
 
-class Delivered(NamedTuple):
+class Delivered(Struct, frozen=True, gc=False):
     """What became of one item: `ulid` and `outcome` when it was stored now or before, else the refusal."""
 
     ulid: str | None
@@ -75,13 +76,15 @@ def prepare(
     contents: list[Any] = []
     latest = now + AHEAD
     for item in items:
-        prepared = _prepare_one(item, labels_of, principal, latest)
-        if isinstance(prepared, Delivered):
-            results.append(prepared)
-        else:
-            results.append(None)
-            good.append(prepared)
-            contents.append(item["data"])  # type: ignore[index]
+        refused = _refuse(item, labels_of, principal, latest)
+        if refused is None:
+            event: Any = item
+            try:
+                good.append(schemas.to_incoming(event, principal.name))
+                contents.append(event["data"])
+            except schemas.UnstorableError as error:
+                refused = Delivered(None, "refused", error.refusal)
+        results.append(refused)
     return Prepared(results, good, contents)
 
 
@@ -89,11 +92,12 @@ def store(connection: Connection, prepared: Prepared, now: datetime, state: even
     """Store what was prepared in the caller's transaction; returns what `deliver_as` does."""
     results, good, contents = prepared
     receipts = events.append(connection, good, now, state)
-    told = map(_to_delivered, receipts)
-    delivered = [result or next(told) for result in results]
-    for receipt, one in zip(receipts, good, strict=True):
+    told = [Delivered(receipt.ulid, receipt.outcome) for receipt in receipts]
+    for place, receipt in enumerate(receipts):
         if receipt.outcome == "conflict":
-            _park(connection, one, receipt.ulid, now)
+            told[place] = _park(connection, good[place], receipt.ulid, now)
+    rest = iter(told)
+    delivered = [result or next(rest) for result in results] if len(told) < len(results) else told
     return delivered, _list_new(receipts, good, contents, now) if state == "handled" else []
 
 
@@ -101,24 +105,19 @@ def _list_new(
     receipts: Sequence[events.Receipt], good: Sequence[events.Incoming], contents: Sequence[Any], now: datetime
 ) -> list[work.Item]:
     """The events that were stored just now, each once."""
-    items = zip(events.to_stored(receipts, good, "handled", now), contents, strict=True)
-    return list({item[0].ulid: item for item, receipt in zip(items, receipts, strict=True) if receipt.outcome == "stored"}.values())
+    items = list(zip(events.to_stored(receipts, good, "handled", now), contents, strict=True))
+    stored = {receipt.ulid: place for place, receipt in enumerate(receipts) if receipt.outcome == "stored"}
+    return items if len(stored) == len(items) else [items[place] for place in stored.values()]
 
 
-def _prepare_one(
+def _refuse(
     item: schemas.AnyEvent | schemas.Refusal, labels_of: Mapping[str, Sequence[str]], principal: tokens.Principal, latest: datetime
-) -> events.Incoming | Delivered:
+) -> Delivered | None:
     refused = item if isinstance(item, schemas.Refusal) else schemas.check(item, labels_of, latest)
     if refused is not None:
         return Delivered(None, "refused", refused)
     event: Any = item
-    denied = _check_expert(event, principal) if event["type"] == schemas.LABEL else None
-    if denied is not None:
-        return denied
-    try:
-        return schemas.to_incoming(event, principal.name)
-    except schemas.UnstorableError as error:
-        return Delivered(None, "refused", error.refusal)
+    return _check_expert(event, principal) if event["type"] == schemas.LABEL else None
 
 
 def _check_expert(event: Any, principal: tokens.Principal) -> Delivered | None:
@@ -135,14 +134,9 @@ def _check_expert(event: Any, principal: tokens.Principal) -> Delivered | None:
     return None
 
 
-def _park(connection: Connection, one: events.Incoming, known: str, now: datetime) -> None:
+def _park(connection: Connection, one: events.Incoming, known: str, now: datetime) -> Delivered:
     """Keep what a used identity came with, once while it is parked, so that an operator can see both."""
     reason = f"its (source, id) was used for other content, stored as {known}; this content has the digest {one.digest[:16]}"
     dead_letters.park(connection, one.subject, reason, now, key=f"{known}/{one.digest}", payload=one.data)
-
-
-def _to_delivered(receipt: events.Receipt) -> Delivered:
-    if receipt.outcome != "conflict":
-        return Delivered(receipt.ulid, receipt.outcome)
-    remedy = f"this (source, id) was used for other content, stored as {receipt.ulid}: give a new event a new id"
-    return Delivered(receipt.ulid, "conflict", schemas.Refusal("id", receipt.ulid, remedy))
+    remedy = f"this (source, id) was used for other content, stored as {known}: give a new event a new id"
+    return Delivered(known, "conflict", schemas.Refusal("id", known, remedy))

@@ -28,8 +28,7 @@ def handle_batch(connection: Connection, batch: Sequence[events.Stored], agents:
     """
     _take_turn(connection, batch)
     try:
-        with connection.begin_nested():
-            return _handle(connection, [_read(event) for event in batch], agents, now)
+        return _handle_in_savepoint(connection, [_read(event) for event in batch], agents, now)
     except Exception as error:
         # Whatever one event does wrong must not hold up the others: find it, park it, go on. A database that is
         # gone is no event's fault: the whole transaction fails.
@@ -51,8 +50,7 @@ def handle_new(connection: Connection, items: Sequence[work.Item], agents: Mappi
         return Counter()
     _take_turn(connection, [event for event, _ in items])
     try:
-        with connection.begin_nested():
-            return _handle(connection, sorted(items, key=_by_ulid), agents, now)
+        return _handle_in_savepoint(connection, sorted(items, key=_by_ulid), agents, now)
     except Exception as error:
         if db.is_passing(error):
             raise
@@ -63,8 +61,7 @@ def handle_new(connection: Connection, items: Sequence[work.Item], agents: Mappi
 
 def _handle_alone(connection: Connection, event: events.Stored, agents: Mapping[str, rules.Agent], now: datetime) -> Counter[str]:
     try:
-        with connection.begin_nested():
-            return _handle(connection, [_read(event)], agents, now)
+        return _handle_in_savepoint(connection, [_read(event)], agents, now)
     except Exception as error:
         if db.is_passing(error):
             raise
@@ -73,7 +70,7 @@ def _handle_alone(connection: Connection, event: events.Stored, agents: Mapping[
 
 def _take_turn(connection: Connection, batch: Sequence[events.Stored]) -> None:
     """Predictions are handled beside others, labels alone: else a label and its prediction, each not seeing the other, would both wait."""
-    db.take_turn(connection, alone=any(event.type == schemas.LABEL for event in batch))
+    db.take_turn(connection, alone=schemas.LABEL in {event.type for event in batch})
 
 
 def _by_ulid(item: work.Item) -> str:
@@ -84,7 +81,24 @@ def _read(event: events.Stored) -> work.Item:
     return event, None if event.data is None else orjson.loads(event.data)
 
 
-def _handle(connection: Connection, items: Sequence[work.Item], agents: Mapping[str, rules.Agent], now: datetime) -> Counter[str]:
+def _handle_in_savepoint(
+    connection: Connection, items: Sequence[work.Item], agents: Mapping[str, rules.Agent], now: datetime
+) -> Counter[str]:
+    try:
+        with db.savepoint(connection):
+            return _handle(connection, items, agents, now, _HANDLERS)
+    except prediction_handler.RepeatedError:
+        with db.savepoint(connection):
+            return _handle(connection, items, agents, now, {**_HANDLERS, schemas.PREDICTION: prediction_handler.handle_repeated})
+
+
+def _handle(
+    connection: Connection,
+    items: Sequence[work.Item],
+    agents: Mapping[str, rules.Agent],
+    now: datetime,
+    handlers: Mapping[str, _Handler],
+) -> Counter[str]:
     outcome: Counter[str] = Counter()
     by_type: dict[str, list[work.Item]] = {}
     for item in items:
@@ -95,7 +109,7 @@ def _handle(connection: Connection, items: Sequence[work.Item], agents: Mapping[
             outcome += work.park(connection, event, f"agent {data['agent']!r} is not configured any more", now)
         else:
             by_type.setdefault(event.type, []).append(item)
-    for kind, handler in _HANDLERS.items():  # predictions before labels: then fewer labels have to wait
+    for kind, handler in handlers.items():  # predictions before labels: then fewer labels have to wait
         if kind in by_type:
             outcome += handler(connection, by_type[kind], agents, now)
     return outcome

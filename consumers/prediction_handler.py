@@ -19,29 +19,48 @@ from storage import events, labels, predictions, reviews
 NEVER_EXPIRE = {routing.AUDIT, routing.MUST_REVIEW, routing.EXAM, routing.WATCH}
 
 
-class PredictedMeanwhileError(RuntimeError):
-    """A prediction id was used by two events at the same moment: tried again, the later one is a repetition or a conflict."""
+class RepeatedError(RuntimeError):
+    """A prediction id is stored already, or two events bring it: the transaction must not go on with what was stored beside it."""
 
 
 def handle(connection: Connection, items: Sequence[work.Item], agents: Mapping[str, rules.Agent], now: datetime) -> Counter[str]:
-    """Route and store predictions, ask experts, and apply the labels that waited. Raises `PredictedMeanwhileError`."""
+    """Route and store predictions, ask experts, and apply the labels that waited.
+
+    Raises `RepeatedError` unless all of them are new, as in nearly every batch; what it stored must be rolled back then.
+    """
     outcome: Counter[str] = Counter()
     rows: list[predictions.New] = []
-    by_agent: dict[str, list[work.Item]] = {}
-    for item in items:
-        by_agent.setdefault(item[1]["agent"], []).append(item)
-    for name, mine in by_agent.items():
-        new = _route_unknown(connection, agents[name], mine, now)
-        if new is None:
-            outcome += _drop_repeated(connection, mine, now)
-            new = _route_all(connection, agents[name], mine, now)
-            if predictions.insert_new(connection, new) < len(new):
-                raise PredictedMeanwhileError("another consumer stored one of these prediction ids a moment ago")
+    for name, mine in _by_agent(items).items():
+        new = _route_all(connection, agents[name], mine, now)
+        if predictions.insert_new(connection, new) < len(new):
+            raise RepeatedError("one of these prediction ids is stored already")
         rows += new
         outcome += work.mark_handled(connection, mine, now)
+    return outcome + _ask(connection, rows, agents, now)
+
+
+def handle_repeated(connection: Connection, items: Sequence[work.Item], agents: Mapping[str, rules.Agent], now: datetime) -> Counter[str]:
+    """`handle` those that are new, and settle the others. Raises `RepeatedError` when another consumer stored one a moment ago."""
+    outcome: Counter[str] = Counter()
+    new: list[work.Item] = []
+    for mine in _by_agent(items).values():
+        outcome += _drop_repeated(connection, mine, now)
+        new += mine
+    return outcome + handle(connection, new, agents, now)
+
+
+def _by_agent(items: Sequence[work.Item]) -> dict[str, list[work.Item]]:
+    found: dict[str, list[work.Item]] = {}
+    for item in items:
+        found.setdefault(item[1]["agent"], []).append(item)
+    return found
+
+
+def _ask(connection: Connection, rows: Sequence[predictions.New], agents: Mapping[str, rules.Agent], now: datetime) -> Counter[str]:
+    """Open a review for each that was routed to an expert, and apply the labels that came before."""
     routed = _drop_under_review(connection, [row for row in rows if row.reasons])
     reviews.open_new(connection, [_to_review(row, agents[row.agent], now) for row in routed], now, "ratchet")
-    return outcome + label_handler.apply_waiting(connection, rows, agents, now)
+    return label_handler.apply_waiting(connection, rows, agents, now)
 
 
 def _drop_under_review(connection: Connection, rows: Sequence[predictions.New]) -> list[predictions.New]:
@@ -82,16 +101,6 @@ def _settle_repeated(connection: Connection, event: events.Stored, prediction_id
     return Counter(handled=1)
 
 
-def _route_unknown(connection: Connection, agent: rules.Agent, items: Sequence[work.Item], now: datetime) -> list[predictions.New] | None:
-    """Route and store predictions, none of which is known, as in nearly every batch; None, and nothing is stored, when one is."""
-    with connection.begin_nested() as attempt:
-        rows = _route_all(connection, agent, items, now)
-        if predictions.insert_new(connection, rows) == len(rows):
-            return rows
-        attempt.rollback()
-    return None
-
-
 def _route_all(connection: Connection, agent: rules.Agent, items: Sequence[work.Item], now: datetime) -> list[predictions.New]:
     policy = agent.policy
     counts_by_slice = labels.count_by_attributes(connection, agent.name, policy.slice_by) if policy.explore_share else {}
@@ -100,31 +109,36 @@ def _route_all(connection: Connection, agent: rules.Agent, items: Sequence[work.
     router = routing.Router(policy, window, windows.read_spent(connection, agent.name, policy, now), counts_by_slice)
     rows = []
     for event, data in items:
-        attributes = data.get("attributes") or {}
-        asked = rules.Prediction(agent.name, data["claim_id"], data["decision"], data.get("confidence"), data["input"], attributes)
-        rows.append(_to_row(event, data, agent, router.route(asked), now))
+        get = data.get
+        asked = rules.Prediction(agent.name, data["claim_id"], data["decision"], get("confidence"), data["input"], get("attributes") or {})
+        rows.append(_to_row(event, data, asked, agent.policy_version, router.route(asked), now))
     return rows
 
 
-def _to_row(event: events.Stored, data: Any, agent: rules.Agent, decision: routing.Decision, now: datetime) -> predictions.New:
-    claim, get = data["claim_id"], data.get
+def _to_row(
+    event: events.Stored, data: Any, asked: rules.Prediction, policy_version: int, decision: routing.Decision, now: datetime
+) -> predictions.New:
+    claim, get = asked.claim_id, data.get
     return predictions.New(
         event.ulid,
-        agent.name,
+        asked.agent,
         data["prediction_id"],
         claim,
         get("group") or claim,
         "served",
-        work.digest(data["input"]),
-        get("attributes") or {},
+        work.digest(asked.input),
+        asked.attributes,
         work.read_time(data["occurred_at"]),
         now,
-        data["decision"],
-        get("confidence"),
+        asked.decision,
+        asked.confidence,
         get("probabilities"),
         get("model_version"),
-        agent.policy_version,
-        *decision,
+        policy_version,
+        decision.reasons,
+        decision.priority,
+        decision.effective_threshold,
+        decision.inclusion_probability,
     )
 
 

@@ -6,7 +6,9 @@ import bisect
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
+
+from msgspec import Struct
 
 from consumers import budget, rules
 from storage.sampling import bucket, slice_key
@@ -24,11 +26,14 @@ PRIORITIES: Mapping[str, float] = MappingProxyType(
 )
 """How urgent each reason is; a claim below the threshold has 1 - confidence."""
 
+DOUBTS = 20
+"""A claim's doubt counts in steps of 0.05: no model's confidence is finer, and of cases that are equally urgent the oldest comes first."""
+
 HALF_KNOWN = 10
 """A slice with so many labels is explored half as often as one that was never labelled."""
 
 
-class Decision(NamedTuple):
+class Decision(Struct, frozen=True, gc=False):
     """Why an expert sees the claim (no reasons: nobody does), how urgently, and the chance it had to be seen."""
 
     reasons: tuple[str, ...]
@@ -50,6 +55,7 @@ class Router:
 
     def __init__(self, policy: rules.RoutingPolicy, window: budget.Window, spent: budget.Spent, slice_labels: Mapping[str, int]) -> None:
         self._policy, self._window, self._spent, self._slice_labels = policy, window, spent, slice_labels
+        self._is_budgeted = policy.budget_share is not None or policy.budget_per_day is not None
         self._divide()
 
     def _divide(self) -> None:
@@ -59,6 +65,11 @@ class Router:
     def route(self, prediction: rules.Prediction) -> Decision:
         """`route`, and take the prediction in."""
         decision = route(prediction, self._policy, self._state, self._plan)
+        if self._is_budgeted:
+            self._take_in(prediction, decision)
+        return decision
+
+    def _take_in(self, prediction: rules.Prediction, decision: Decision) -> None:
         is_changed = self._policy.budget_share is not None and add_routed(
             self._window, prediction, decision, self._policy, self._slice_labels
         )
@@ -67,7 +78,6 @@ class Router:
             is_changed = True
         if is_changed:
             self._divide()
-        return decision
 
 
 def route(prediction: rules.Prediction, policy: rules.RoutingPolicy, state: budget.State, plan: budget.Lanes | None = None) -> Decision:
@@ -77,22 +87,21 @@ def route(prediction: rules.Prediction, policy: rules.RoutingPolicy, state: budg
     `plan` is the budget divided, where the caller knows it.
     """
     plan = plan or budget.divide(policy, state)
-    agent, claim = prediction.agent, prediction.claim_id
-    chance, threshold = _uncertain_chance(prediction.confidence, policy, state, plan)
+    agent, claim, confidence, audit = prediction.agent, prediction.claim_id, prediction.confidence, policy.audit_share
+    chance, threshold = _uncertain_chance(confidence, policy, state, plan)
     explore = policy.explore_share * plan.explore_scale
     if explore:
         explore *= rarity(prediction.attributes, policy, state.slice_labels)
-    reasons = []
-    if is_forced := policy.must_see(prediction):
-        reasons.append(MUST_REVIEW)
-    if chance > 0 and (chance >= 1 or bucket("tie", agent, claim) < chance):
-        reasons.append(CONFIDENCE_MISSING if prediction.confidence is None else BELOW_THRESHOLD)
-    if bucket("audit", agent, claim) < policy.audit_share:
+    is_forced = policy.must_see(prediction)
+    reasons = [MUST_REVIEW] if is_forced else []
+    if chance and (chance >= 1 or bucket("tie", agent, claim) < chance):
+        reasons.append(CONFIDENCE_MISSING if confidence is None else BELOW_THRESHOLD)
+    if bucket("audit", agent, claim) < audit:
         reasons.append(AUDIT)
-    if explore > 0 and bucket("explore", agent, claim) < explore:
+    if explore and bucket("explore", agent, claim) < explore:
         reasons.append(EXPLORE)
-    inclusion = 1.0 if is_forced else 1 - (1 - policy.audit_share) * (1 - explore) * (1 - chance)
-    return Decision(tuple(reasons), _priority(reasons, prediction.confidence), threshold, inclusion)
+    inclusion = 1.0 if is_forced else 1 - (1 - audit) * (1 - explore) * (1 - chance)
+    return Decision(tuple(reasons), _priority(reasons, confidence) if reasons else 0.0, threshold, inclusion)
 
 
 def add_routed(
@@ -131,9 +140,7 @@ def _uncertain_chance(
 
 def _priority(reasons: list[str], confidence: float | None) -> float:
     """The most urgent reason counts."""
-    if not reasons:
-        return 0.0
-    doubt = 0.0 if confidence is None else 1 - confidence
+    doubt = 0.0 if confidence is None else round((1 - confidence) * DOUBTS) / DOUBTS
     return max(PRIORITIES.get(reason, doubt) for reason in reasons)
 
 

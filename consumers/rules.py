@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
+
+from msgspec import Struct
 
 
-class Prediction(NamedTuple):
+class Prediction(Struct, frozen=True, gc=False):
     """What routing needs to know of a prediction."""
 
     agent: str

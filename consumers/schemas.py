@@ -24,6 +24,9 @@ MAX_TEXT = 200_000
 MAX_SHOWN = 100
 MOST_PROBABILITY = 1.01
 """What the probabilities of all labels may sum to: senders round each."""
+AS_SENT = orjson.OPT_UTC_Z
+CANONICAL = AS_SENT | orjson.OPT_SORT_KEYS
+"""How JSON is written down: with the fields in the sender's order, and in one order for all."""
 PREDICTION, LABEL, HISTORY = "ratchet.prediction.made.v1", "ratchet.label.submitted.v1", "ratchet.history.imported.v1"
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]+$")]
@@ -400,10 +403,10 @@ def to_incoming(event: AnyEvent, principal: str | None) -> events.Incoming:
     data: Any = event["data"]
     subject = subject_of(data)
     try:
-        text = orjson.dumps(data, option=orjson.OPT_UTC_Z)
+        text = orjson.dumps(data, option=AS_SENT)
     except orjson.JSONEncodeError as error:
         raise UnstorableError(_find_unstorable(data, "data") or Refusal("data", "what can't be kept", str(error))) from error
-    ordered = orjson.dumps(data, option=orjson.OPT_SORT_KEYS | orjson.OPT_UTC_Z)
+    ordered = orjson.dumps(data, option=CANONICAL)
     digest = hashlib.sha256(f"{event['type']}\0{subject}\0".encode() + ordered).hexdigest()
     at = event.get("time") or data.get("occurred_at") or data["answered_at"]
     return events.Incoming(event["source"], event["id"], event["type"], subject, at, text.decode(), digest, principal)

@@ -110,14 +110,12 @@ def prepare(machinery: Machinery, run: RowMapping, agent: Agent, made: Makeup, n
 def follow_all(machinery: Machinery, now: datetime) -> None:
     """Look after every run that is on a device: take over, keep alive, bring in, or put back into the queue."""
     with db.reading(machinery.engine) as connection:
-        leased, running, cancelled = (runs.read_in_state(connection, state) for state in ("leased", "running", "cancelled"))
-    for run in leased:
-        _guard(machinery, run, functools.partial(take_over, machinery), now)
-    for run in running:
-        _guard(machinery, run, functools.partial(follow, machinery), now)
-    for run in cancelled:
-        if run["device"] is not None:
+        found = runs.read_on_device(connection)
+    for run in found:
+        if run["state"] == "cancelled":
             _let_go(machinery, run)
+        else:
+            _guard(machinery, run, functools.partial(take_over if run["state"] == "leased" else follow, machinery), now)
 
 
 def _guard(machinery: Machinery, run: RowMapping, work: Callable[[RowMapping, datetime], None], now: datetime) -> None:

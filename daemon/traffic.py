@@ -39,8 +39,8 @@ def look(machinery: Machinery, agent: Agent, now: datetime) -> None:
         if not newest or len(newest) < WINDOW + is_known:
             return
         window = windows.read_window(connection, agent.name, agent.routing_policy, {})
-        claims = predictions.read_recent(connection, agent.name, 2 * WINDOW, unlabelled_only=False)
         reference = _read_reference(machinery, connection, agent.name)
+        claims = [] if reference is None else predictions.read_recent(connection, agent.name, 2 * WINDOW, unlabelled_only=False)
     _check_confidences(machinery, agent, window.health(), now)
     if reference is not None and len(claims) == 2 * WINDOW:
         _check_inputs(machinery, agent, reference, claims, now)

@@ -16,16 +16,17 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Dialect,
+    Float,
     Integer,
     Select,
     String,
     any_,
-    bindparam,
     func,
     literal,
     select,
 )
 
+from storage.columns import UtcTime, to_microseconds
 from storage.tables import Table
 
 ROWS_AT_ONCE = (500, 50)
@@ -53,16 +54,16 @@ def insert_columns(connection: Connection, table: type[Table], values: Mapping[s
     to run a statement costs it as much as a few columns, and a value that stands in every row is bound once.
     """
     names, dialect = tuple(values), connection.dialect
-    converted = {name: _convert(values[name], convert) for name, convert in _find_converters(dialect, table, names)}
+    same = tuple(name for name in names if _is_same(values[name]))
+    converted = {name: _convert(values[name], convert, name in same) for name, convert in _find_converters(dialect, table, names)}
     stored = done = 0
     if dialect.name == "sqlite":
-        same = tuple(name for name in names if _is_same(converted[name]))
         own = tuple(name for name in names if name not in same)
         shared = [converted[name][0] for name in same]
-        rows = list(zip(*(converted[name] for name in own), strict=True))
+        count, rows = len(values[names[0]]), zip(*(converted[name] for name in own), strict=True)
         for size in ROWS_AT_ONCE:
-            while own and len(rows) - done >= size:
-                parameters = (*shared, *itertools.chain.from_iterable(rows[done : done + size]))
+            while own and count - done >= size:
+                parameters = (*shared, *itertools.chain.from_iterable(itertools.islice(rows, size)))
                 stored += connection.exec_driver_sql(_write_insert_of_many(table, same, own, size), parameters).rowcount
                 done += size
     rest = list(zip(*(converted[name][done:] for name in names), strict=True))
@@ -81,13 +82,6 @@ def is_one_of(connection: Connection, column: Any, values: Iterable[str] | Itera
     return cast("ColumnElement[bool]", column.in_(_list(connection, column, values)))
 
 
-def is_one_of_named(dialect: str, column: Any, name: str) -> ColumnElement[bool]:
-    """`is_one_of` for a statement that is put together once: the parameter `name` gets what `write_list` makes of the values."""
-    if dialect != "sqlite":
-        return cast("ColumnElement[bool]", column == any_(bindparam(name, type_=_array_of(column))))
-    return cast("ColumnElement[bool]", column.in_(_each_of(bindparam(name))))
-
-
 def write_list(dialect: str, values: Iterable[str] | Iterable[int]) -> str | list[Any]:
     """Many values as one parameter: an array, or a JSON text on SQLite."""
     return orjson.dumps(list(values)).decode() if dialect == "sqlite" else list(values)
@@ -101,29 +95,18 @@ def is_none_of(connection: Connection, column: Any, values: Iterable[str] | Iter
 def _list(connection: Connection, column: Any, values: Iterable[str] | Iterable[int]) -> Select[Any]:
     if connection.dialect.name != "sqlite":
         return select(func.unnest(_to_array(column, values)))
-    return _each_of(write_list("sqlite", values))
-
-
-def _each_of(text: Any) -> Select[Any]:
-    """The values of a JSON text, on SQLite."""
-    return select(func.json_each(text).table_valued("value").c.value)
+    return select(func.json_each(write_list("sqlite", values)).table_valued("value").c.value)
 
 
 def _to_array(column: Any, values: Iterable[str] | Iterable[int]) -> ColumnElement[Any]:
-    return literal(list(values), _array_of(column))
+    return literal(list(values), ARRAY(BigInteger if isinstance(column.type, Integer) else String))
 
 
-def _array_of(column: Any) -> ARRAY[Any]:
-    return ARRAY(BigInteger if isinstance(column.type, Integer) else String)
-
-
-def _convert(values: Sequence[Any], convert: Callable[[Any], Any] | None) -> Sequence[Any]:
+def _convert(values: Sequence[Any], convert: Callable[[Any], Any] | None, is_same: bool) -> Sequence[Any]:
     """One column as the driver takes it; a value that stands in every row, such as the time of the batch, is converted once."""
     if convert is None:
         return values
-    if _is_same(values):
-        return [convert(values[0])] * len(values)
-    return [convert(value) for value in values]
+    return [convert(values[0])] * len(values) if is_same else [convert(value) for value in values]
 
 
 def _is_same(values: Sequence[Any]) -> bool:
@@ -150,9 +133,17 @@ def _find_converters(dialect: Dialect, table: type[Table], names: tuple[str, ...
     types = [(name, table.__table__.columns[name].type) for name in names]
     is_sqlite = dialect.name == "sqlite"
     return [
-        (name, _to_json if is_sqlite and isinstance(type_, JSON) else type_.dialect_impl(dialect).bind_processor(dialect))
-        for name, type_ in types
+        (name, _find_quick(type_, dialect) if is_sqlite else type_.dialect_impl(dialect).bind_processor(dialect)) for name, type_ in types
     ]
+
+
+def _find_quick(type_: Any, dialect: Dialect) -> Callable[[Any], Any] | None:
+    """What SQLAlchemy would do for SQLite, in at most one call for each value."""
+    if isinstance(type_, Float):  # SQLite makes a float of what is no float, by the column's type
+        return None
+    if isinstance(type_, JSON):
+        return _to_json
+    return to_microseconds if isinstance(type_, UtcTime) else type_.dialect_impl(dialect).bind_processor(dialect)
 
 
 def _to_json(value: Any) -> str | None:

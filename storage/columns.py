@@ -27,11 +27,8 @@ class UtcTime(TypeDecorator[datetime]):
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:
         """Refuse a time without a zone: what it means would depend on the machine."""
-        if value is None:
-            return None
-        if value.tzinfo is None:
-            raise ValueError(f"{value!r} has no time zone: pass an aware time")
-        return value.astimezone(UTC) if dialect.name == "postgresql" else (value - EPOCH) // MICROSECOND
+        microseconds = to_microseconds(value)
+        return value.astimezone(UTC) if value is not None and dialect.name == "postgresql" else microseconds
 
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
         """The time as it was stored, in UTC."""
@@ -39,6 +36,15 @@ class UtcTime(TypeDecorator[datetime]):
             return None
         at: datetime = value.astimezone(UTC) if dialect.name == "postgresql" else EPOCH + value * MICROSECOND
         return at
+
+
+def to_microseconds(value: datetime | None) -> int | None:
+    """The microseconds since 1970 of an aware time. Raises `ValueError` for one without a zone."""
+    if value is None:
+        return None
+    if value.tzinfo is None:
+        raise ValueError(f"{value!r} has no time zone: pass an aware time")
+    return (value - EPOCH) // MICROSECOND
 
 
 class InputOf(FunctionElement[dict[str, Any]]):

@@ -7,7 +7,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +28,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 BUSY_SECONDS = 30
 LOOK_SECONDS = 0.001
 ANALYZE_SECONDS = 3600
+PAGE_BYTES = 8192
 CONNECTIONS, KEPT_CONNECTIONS = 15, 5
 MAX_PORT = 65535
 _PASSWORD = re.compile(r"""(://[^:/@\s]*:)\S+(?=@)|([?&][^=&\s]*passw[^=&\s]*=)[^&\s"']*""", re.IGNORECASE)
@@ -190,12 +191,13 @@ class _Place:
 def _prepare_sqlite(connection: Any, _record: object) -> None:
     connection.isolation_level = None  # transactions begin where we say so, see _begin_sqlite
     for pragma in (
+        f"page_size={PAGE_BYTES}",  # of a new file
         "journal_mode=WAL",
         "synchronous=FULL",
         "foreign_keys=ON",
         f"busy_timeout={BUSY_SECONDS * 1000}",
         "cache_size=-8192",
-        "wal_autocheckpoint=4000",
+        "wal_autocheckpoint=2000",
         "temp_store=MEMORY",
     ):
         connection.execute(f"PRAGMA {pragma}")
@@ -239,6 +241,23 @@ def writing(engine: Engine, *, alone: bool = True) -> Iterator[Connection]:
         if alone:
             take_turn(connection, alone=True)
         yield connection
+
+
+@contextmanager
+def savepoint(connection: Connection) -> Iterator[None]:
+    """A part of a transaction: what it wrote is undone when it raises, and the transaction can go on.
+
+    As `Connection.begin_nested`, which costs each batch of events a fortieth of its time.
+    """
+    connection.exec_driver_sql("SAVEPOINT part")
+    try:
+        yield
+    except BaseException:
+        with suppress(DBAPIError, PendingRollbackError):  # a database that is gone, or full, has undone all of it
+            connection.exec_driver_sql("ROLLBACK TO SAVEPOINT part")
+            connection.exec_driver_sql("RELEASE SAVEPOINT part")  # else it would be the one that an outer part goes back to
+        raise
+    connection.exec_driver_sql("RELEASE SAVEPOINT part")
 
 
 def take_turn(connection: Connection, *, alone: bool) -> None:

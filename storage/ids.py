@@ -23,12 +23,17 @@ def make_ulids(at: datetime, abouts: Iterable[str]) -> list[str]:
     """`make_ulid` for many things at once."""
     time = _encode_time(int(at.timestamp() * 1000))
     # Hexadecimal digits are Crockford digits too, and what writes them is quick: this runs for every event.
-    return [time + hashlib.sha256(about.encode()).digest()[:8].hex().upper() for about in abouts]
+    return [time + hashlib.sha256(about.encode()).hexdigest()[:16].upper() for about in abouts]
 
 
 def after(at: datetime) -> str:
     """The smallest identifier of anything that came after the millisecond of `at`."""
     return _encode_time(int(at.timestamp() * 1000) + 1) + CROCKFORD[0] * 16
+
+
+def before(at: datetime) -> str:
+    """The smallest identifier of anything that came in the millisecond of `at`."""
+    return _encode_time(int(at.timestamp() * 1000)) + CROCKFORD[0] * 16
 
 
 @functools.lru_cache(maxsize=1024)

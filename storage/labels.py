@@ -113,11 +113,13 @@ def _supersede_imported(connection: Connection, agent: str, claims: Iterable[str
 
 def of_predictions(connection: Connection, predictions: Iterable[str]) -> dict[str, list[Answer]]:
     """The standing answers on the case of each prediction, whichever prediction of the same input they were given on."""
+    if not (wanted := set(predictions)):
+        return {}
     labelled = aliased(Prediction)
     query = select(Prediction.id, Label.id, Label.kind, Label.expert, Label.answer, Label.answered_at)
     is_same_case = and_(*(getattr(labelled, name) == getattr(Prediction, name) for name in CASE))
     query = query.join(labelled, is_same_case).join(Label, Label.prediction == labelled.id)
-    query = query.where(bulk.is_one_of(connection, Prediction.id, predictions), Label.superseded_by.is_(None))
+    query = query.where(bulk.is_one_of(connection, Prediction.id, wanted), Label.superseded_by.is_(None))
     found: dict[str, list[Answer]] = {}
     for row in connection.execute(query):
         found.setdefault(row[0], []).append(Answer(*row[1:]))

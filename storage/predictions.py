@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple
+from datetime import UTC, datetime
+from typing import Any
 
+from msgspec import Struct
+from msgspec.structs import astuple
 from sqlalchemy import Connection, RowMapping, Text, bindparam, cast, exists, func, select
 
 from storage import bulk, ids
 from storage.tables import Label, Prediction
 
 
-class New(NamedTuple):
+class New(Struct, frozen=True, gc=False):
     """A prediction before it is stored; imported history has no decision and was not routed."""
 
     id: str
@@ -40,7 +42,7 @@ def insert_new(connection: Connection, rows: Sequence[New]) -> int:
     """Store predictions; one that is there already stays as it is. Returns how many are new."""
     if not rows:
         return 0
-    return bulk.insert_columns(connection, Prediction, dict(zip(New._fields, zip(*rows, strict=True), strict=True)))
+    return bulk.insert_columns(connection, Prediction, dict(zip(New.__struct_fields__, zip(*map(astuple, rows), strict=True), strict=True)))
 
 
 def read(connection: Connection, prediction: str) -> RowMapping | None:
@@ -108,7 +110,7 @@ def read_recent(
 def count_since(connection: Connection, agent: str, since: datetime) -> int:
     """How many predictions came in since then, and were served."""
     query = select(func.count()).select_from(Prediction).where(Prediction.agent == agent, Prediction.origin == "served")
-    return connection.execute(query.where(Prediction.id >= ids.after(since - timedelta(milliseconds=1)))).scalar_one()
+    return connection.execute(query.where(Prediction.id > ids.before(since))).scalar_one()
 
 
 def has_served(connection: Connection, agent: str, names: Sequence[str]) -> bool:

@@ -5,30 +5,34 @@ open → leased → answered | expired ;  leased → open (the lease ran out, or
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, RowMapping, Select, Text, bindparam, case, cast, exists, func, insert, literal, select, text, update
+from sqlalchemy import Connection, RowMapping, Text, case, cast, func, insert, select, text, update
 
 from storage import bulk, ids
 from storage.tables import Prediction, Review, ReviewStep
 
 LIVE = ("open", "leased")
-IS_LIVE = Review.state.in_(bindparam("live", LIVE, expanding=True, literal_execute=True))
-"""Written out in the SQL: an index over the live ones alone serves a query only when its text says that it means those."""
-IS_OPEN, IS_LEASED = (Review.state == literal(state, literal_execute=True) for state in LIVE)
-IS_SKIP = ReviewStep.action == literal("skipped", literal_execute=True)
+IS_LIVE, IS_OPEN, IS_LEASED, IS_SKIP, IS_UNSENT = map(
+    text,
+    (
+        "reviews.state IN ('open', 'leased')",
+        "reviews.state = 'open'",
+        "reviews.state = 'leased'",
+        "review_steps.action = 'skipped'",
+        "review_steps.is_unsent",  # SQLite takes `is_unsent = 1` for another condition
+    ),
+)
+"""Written out as their indexes say it: an index over few rows serves a query only when its text says that it means those."""
 EXAM_PRIORITY = 2.0
 GIVEN = ("prediction", "agent", "claim_id", "reasons", "priority")
 USUAL: Mapping[str, Any] = {"is_blind": False, "exam": None, "expires_at": None, "case_key": None}
 """What a new review must say of itself, and what it may."""
 TOLD = frozenset({"opened", "answered", "expired"})
 """The steps that others are told of."""
-IS_UNSENT = text("review_steps.is_unsent")
-"""As the index says it: SQLite takes `is_unsent = 1` for another condition."""
 
 
 class Told(NamedTuple):
@@ -70,8 +74,10 @@ def open_new(connection: Connection, rows: Sequence[Mapping[str, Any]], now: dat
         query = select(Review.id).where(bulk.is_one_of(connection, Review.id, keys))
         present = set(connection.execute(query).scalars())
         opened = [one for one in opened if one[0] in present]
-    same = {"at": now, "actor": actor, "action": "opened", "is_unsent": True}
-    bulk.insert_many(connection, ReviewStep, [{"review": key, **same, "note": ", ".join(reasons)} for key, reasons in opened])
+    if opened:
+        same = {"at": now, "actor": actor, "action": "opened", "is_unsent": True}
+        own = {"review": [key for key, _ in opened], "note": [", ".join(reasons) for _, reasons in opened]}
+        bulk.insert_columns(connection, ReviewStep, own | {name: [value] * len(opened) for name, value in same.items()})
 
 
 def make_case_key(agent: str, claim_id: str, input_digest: str) -> int:
@@ -83,17 +89,17 @@ def make_case_key(agent: str, claim_id: str, input_digest: str) -> int:
 def find_live_cases(connection: Connection, claims: Iterable[str], but: Collection[str]) -> set[tuple[str, str, str]]:
     """The cases of these claims that wait for an expert, by other predictions than those in `but`: agent, claim, digest of the input."""
     dialect = connection.dialect.name
-    found = connection.execute(_select_live_cases(dialect), {"claims": bulk.write_list(dialect, claims)})
+    found = connection.exec_driver_sql(_LIVE_CASES[dialect], (bulk.write_list(dialect, claims),))
     return {(agent, claim, digest) for prediction, agent, claim, digest in found if prediction not in but}
 
 
-@functools.cache
-def _select_live_cases(dialect: str) -> Select[str, str, str, str]:
-    """Put together once: it is asked for every batch and every single event."""
-    query = select(Prediction.id, Prediction.agent, Prediction.claim_id, Prediction.input_digest)
+_LIVE_CASES = {
     # Not as a join: SQLite might look through all live reviews, of which there may be tens of thousands, for these few claims.
-    is_asked = exists().where(Review.prediction == Prediction.id, IS_LIVE)
-    return query.where(bulk.is_one_of_named(dialect, Prediction.claim_id, "claims"), is_asked)
+    dialect: f"""SELECT id, agent, claim_id, input_digest FROM predictions WHERE claim_id {is_one_of}
+    AND EXISTS (SELECT 1 FROM reviews WHERE reviews.prediction = predictions.id AND {IS_LIVE})"""  # noqa: S608  no value is in it
+    for dialect, is_one_of in (("sqlite", "IN (SELECT value FROM json_each(?))"), ("postgresql", "= ANY(%s)"))
+}
+"""As text: it is asked for every batch and every single event, and to put it together takes longer than to search."""
 
 
 def _about(prediction: str, exam: str | None) -> str:
@@ -261,7 +267,9 @@ def count_live(connection: Connection, agent: str) -> dict[str, int]:
 
 def count_opened(connection: Connection, agent: str, since: datetime) -> tuple[int, int]:
     """How many reviews were opened since then, and how many of them for an exam or a watch."""
-    query = select(func.count(), func.count(Review.exam)).where(Review.agent == agent, Review.opened_at >= since)
+    query = select(func.count(), func.count(Review.exam)).where(
+        Review.agent == agent, Review.id > ids.before(since), Review.opened_at >= since
+    )
     row = connection.execute(query).one()
     return row[0], row[1]
 

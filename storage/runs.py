@@ -80,6 +80,12 @@ def read_in_state(connection: Connection, *states: str) -> list[RowMapping]:
     return list(connection.execute(query).mappings())
 
 
+def read_on_device(connection: Connection) -> list[RowMapping]:
+    """Every run that has a device, those that were cancelled there included, oldest first."""
+    query = select(Run.__table__).where(Run.state.in_(("leased", "running", "cancelled")), Run.device.is_not(None))
+    return list(connection.execute(query.order_by(Run.created_at, Run.id)).mappings())
+
+
 def list_all(connection: Connection, agent: str | None = None, limit: int = 100) -> list[RowMapping]:
     """The newest runs, newest first."""
     query = select(Run.__table__).order_by(Run.created_at.desc(), Run.id.desc()).limit(limit)

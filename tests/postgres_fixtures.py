@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).parents[1] / "deploy" / "postgres.sh"
 NOT_INSTALLED = 3
 SETTINGS = ("fsync=off", "full_page_writes=off", "shared_buffers=32MB", "max_connections=60")
 """A crash of the server loses nothing that the operating system has: only a power cut would."""
-TEMPLATE = "migrated"
+TEMPLATE, REVISION = "migrated", "SELECT version_num FROM alembic_version"
 EMPTY = "; ".join(f"DELETE FROM {table.name}" for table in reversed(Table.metadata.sorted_tables) if table.name != "installation")
 
 
@@ -30,6 +30,7 @@ class Server:
         self.folder = folder
         self._numbers = itertools.count(1)
         self._free: list[str] = []
+        self._revision: list[tuple[object, ...]] = []
 
     def call(self, action: str, *settings: str) -> None:
         """Do what `deploy/postgres.sh` does: start, stop, kill, wipe."""
@@ -58,6 +59,7 @@ class Server:
         engine = db.open_engine(self.url(TEMPLATE))
         schema.upgrade(engine)
         engine.dispose()
+        self._revision = self.execute(REVISION, TEMPLATE)
 
     def make_database(self) -> str:
         """A database with the current schema and nothing in it; returns its name."""
@@ -72,10 +74,13 @@ class Server:
         self.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}' AND pid <> pg_backend_pid()")
         try:
             self.execute(EMPTY, name)
-        except psycopg.errors.UndefinedTable:  # the test changed its schema
-            self.execute(f"DROP DATABASE {name} WITH (FORCE)")
-        else:
+            is_as_before = self.execute(REVISION, name) == self._revision
+        except psycopg.errors.UndefinedTable:
+            is_as_before = False
+        if is_as_before:
             self._free.append(name)
+        else:  # the test changed its schema
+            self.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @contextlib.contextmanager

@@ -47,6 +47,30 @@ def test_who_writes_waits_for_another_process_and_says_when_that_takes_too_long(
         assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == db.BUSY_SECONDS * 1000
 
 
+def test_what_a_savepoint_wrote_is_undone_when_it_raises_and_the_transaction_goes_on(engine: Engine) -> None:
+    now = datetime.now(UTC)
+    with db.writing(engine) as connection:
+        alarms.raise_alarm(connection, "adjudication", "before", "kept", {}, now)
+        with pytest.raises(ZeroDivisionError):
+            fail_after(connection, lambda: alarms.raise_alarm(connection, "adjudication", "within", "undone", {}, now))
+        with db.savepoint(connection):
+            alarms.raise_alarm(connection, "adjudication", "after", "kept", {}, now)
+    with db.reading(engine) as connection:
+        assert {alarm["kind"] for alarm in alarms.list_open(connection)} == {"before", "after"}
+
+
+def test_a_savepoint_says_what_went_wrong_when_the_whole_transaction_is_undone(engine: Engine) -> None:
+    with pytest.raises(ZeroDivisionError), db.writing(engine) as connection:
+        fail_after(connection, lambda: connection.exec_driver_sql("ROLLBACK"))
+
+
+def fail_after(connection: Connection, work: Callable[[], object]) -> None:
+    with db.savepoint(connection):
+        work()
+        with db.savepoint(connection):
+            raise ZeroDivisionError
+
+
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(db.UrlRefusedError, match=r"nowhere/ratchet.db does not exist: create it, or correct database.url"):
         db.open_engine(f"sqlite:///{tmp_path}/nowhere/ratchet.db")

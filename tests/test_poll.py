@@ -157,7 +157,7 @@ def test_the_next_batch_comes_while_one_is_committed_and_none_is_acknowledged_be
     monkeypatch.setattr(poll.Fetcher, "receive", receive)
     monkeypatch.setattr(records.Inlet, "store", store)
     raised = start_reading(kafka, inlet)
-    broker_fixtures.wait_until(lambda: [len(one.parts[0].records) for one in received if one is not None][:2] == [10, 10])
+    broker_fixtures.wait_until(lambda: len([one for one in received if one is not None]) == 2)
     assert broker_fixtures.read_lag(kafka, kafka.topics.predictions) == 30
     gate.set()
     broker_fixtures.wait_until(lambda: broker_fixtures.read_lag(kafka, kafka.topics.predictions) == 0)

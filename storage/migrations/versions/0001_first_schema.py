@@ -424,7 +424,7 @@ def upgrade() -> None:
     op.create_index(
         "one_live_review_of_a_case",
         "reviews",
-        ["case_key"],
+        ["claim_id", "case_key"],
         unique=True,
         sqlite_where=sa.text("state IN ('open', 'leased') AND exam IS NULL"),
         postgresql_where=sa.text("state IN ('open', 'leased') AND exam IS NULL"),
@@ -462,7 +462,6 @@ def upgrade() -> None:
         postgresql_where=sa.text("state = 'open' AND expires_at IS NOT NULL"),
     )
     op.create_index(op.f("ix_reviews_prediction"), "reviews", ["prediction"], unique=False)
-    op.create_index("reviews_opened", "reviews", ["agent", "opened_at"], unique=False)
     op.create_table(
         "labels",
         sa.Column("id", sa.String(length=26), nullable=False),

@@ -58,7 +58,7 @@ FILL = (
     CAST(CASE WHEN i % 20 = 0 THEN '["below_threshold"]' ELSE '[]' END AS {json}), 0.5, 0.7, 1.0 FROM {numbers}""",
     """INSERT INTO reviews
     (id, agent, prediction, claim_id, reasons, priority, state, is_blind, opened_at, closed_at)
-    SELECT {key}, 'adjudication', {key}, 'oldc' || i, '["below_threshold"]', 0.5 + i % 97 * 0.001,
+    SELECT {key}, 'adjudication', {key}, 'oldc' || i, '["below_threshold"]', 0.3 + i % 21 * 0.01,
     CASE WHEN i % 1000 = 0 THEN 'open' ELSE 'answered' END, {false}, {at}, CASE WHEN i % 1000 = 0 THEN NULL ELSE {at} END
     FROM {numbers} WHERE i % 20 = 0""",
     """INSERT INTO labels

@@ -32,7 +32,7 @@ def handle_batch(connection: Connection, batch: Sequence[events.Stored], agents:
     except Exception as error:
         # Whatever one event does wrong must not hold up the others: find it, park it, go on. A database that is
         # gone is no event's fault: the whole transaction fails.
-        if db.is_passing(error) or (len(batch) == 1 and isinstance(error, db.UNAVAILABLE)):
+        if db.is_passing(error) or db.is_over(connection) or (len(batch) == 1 and isinstance(error, db.UNAVAILABLE)):
             raise
     outcome: Counter[str] = Counter()
     for event in batch:
@@ -52,7 +52,7 @@ def handle_new(connection: Connection, items: Sequence[work.Item], agents: Mappi
     try:
         return _handle_in_savepoint(connection, sorted(items, key=_by_ulid), agents, now)
     except Exception as error:
-        if db.is_passing(error):
+        if db.is_passing(error) or db.is_over(connection):
             raise
         events.unhandle(connection, [event.ulid for event, _ in items])
         log.warning("left_to_the_consumer", events=len(items), error=type(error).__name__)
@@ -63,7 +63,7 @@ def _handle_alone(connection: Connection, event: events.Stored, agents: Mapping[
     try:
         return _handle_in_savepoint(connection, [_read(event)], agents, now)
     except Exception as error:
-        if db.is_passing(error):
+        if db.is_passing(error) or db.is_over(connection):
             raise
         return work.park(connection, event, work.describe_error(error, "the handler"), now)
 

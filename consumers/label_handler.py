@@ -11,7 +11,7 @@ import orjson
 from sqlalchemy import Connection
 
 from consumers import rules, schemas, work
-from storage import events, labels, ledger, predictions, reviews
+from storage import db, events, labels, ledger, predictions, reviews
 
 
 class RefusedError(ValueError):
@@ -23,7 +23,7 @@ def handle(connection: Connection, items: Sequence[work.Item], agents: Mapping[s
     outcome: Counter[str] = Counter()
     for event, data in items:
         try:
-            with connection.begin_nested():
+            with db.savepoint(connection):
                 outcome[_apply_label(connection, event, data, agents[data["agent"]], now)] += 1
         except RefusedError as refusal:
             outcome += work.park(connection, event, str(refusal), now)

@@ -24,10 +24,7 @@ EXAM, WATCH = "exam", "watch"
 PRIORITIES: Mapping[str, float] = MappingProxyType(
     {MUST_REVIEW: 3.0, WATCH: 2.5, EXAM: 2.0, EXPLORE: 0.6, AUDIT: 0.5, CONFIDENCE_MISSING: 0.5}
 )
-"""How urgent each reason is; a claim below the threshold has 1 - confidence."""
-
-DOUBTS = 20
-"""A claim's doubt counts in steps of 0.05: no model's confidence is finer, and of cases that are equally urgent the oldest comes first."""
+"""How urgent each reason is; a claim below the threshold has 1 - confidence, to two digits: of like cases the oldest comes first."""
 
 HALF_KNOWN = 10
 """A slice with so many labels is explored half as often as one that was never labelled."""
@@ -140,7 +137,7 @@ def _uncertain_chance(
 
 def _priority(reasons: list[str], confidence: float | None) -> float:
     """The most urgent reason counts."""
-    doubt = 0.0 if confidence is None else round((1 - confidence) * DOUBTS) / DOUBTS
+    doubt = 0.0 if confidence is None else float(f"{1 - confidence:.2g}")
     return max(PRIORITIES.get(reason, doubt) for reason in reasons)
 
 

@@ -112,10 +112,11 @@ def follow_all(machinery: Machinery, now: datetime) -> None:
     with db.reading(machinery.engine) as connection:
         found = runs.read_on_device(connection)
     for run in found:
+        if run["state"] != "cancelled":
+            _guard(machinery, run, functools.partial(take_over if run["state"] == "leased" else follow, machinery), now)
+    for run in found:  # last: what fails here is nobody's but this stage's
         if run["state"] == "cancelled":
             _let_go(machinery, run)
-        else:
-            _guard(machinery, run, functools.partial(take_over if run["state"] == "leased" else follow, machinery), now)
 
 
 def _guard(machinery: Machinery, run: RowMapping, work: Callable[[RowMapping, datetime], None], now: datetime) -> None:

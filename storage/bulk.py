@@ -106,7 +106,7 @@ def _convert(values: Sequence[Any], convert: Callable[[Any], Any] | None, is_sam
     """One column as the driver takes it; a value that stands in every row, such as the time of the batch, is converted once."""
     if convert is None:
         return values
-    return [convert(values[0])] * len(values) if is_same else [convert(value) for value in values]
+    return [convert(values[0])] * len(values) if is_same else list(map(convert, values))
 
 
 def _is_same(values: Sequence[Any]) -> bool:

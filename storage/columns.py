@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, CheckConstraint, Dialect, Index, text
+from sqlalchemy import JSON, BigInteger, CheckConstraint, Dialect, Index, TextClause, text
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -13,6 +13,13 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 EPOCH, MICROSECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(microseconds=1)
+
+
+class NoZoneError(ValueError):
+    """What a time means that says no zone would depend on the machine."""
+
+    def __init__(self, value: datetime) -> None:
+        super().__init__(f"{value!r} has no time zone: pass an aware time")
 
 
 class UtcTime(TypeDecorator[datetime]):
@@ -26,9 +33,12 @@ class UtcTime(TypeDecorator[datetime]):
         return dialect.type_descriptor(TIMESTAMP(timezone=True) if dialect.name == "postgresql" else BigInteger())
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:
-        """Refuse a time without a zone: what it means would depend on the machine."""
-        microseconds = to_microseconds(value)
-        return value.astimezone(UTC) if value is not None and dialect.name == "postgresql" else microseconds
+        """The time as the database keeps it. Raises `NoZoneError`."""
+        if value is None or dialect.name != "postgresql":
+            return to_microseconds(value)
+        if value.tzinfo is None:
+            raise NoZoneError(value)
+        return value.astimezone(UTC)
 
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
         """The time as it was stored, in UTC."""
@@ -39,11 +49,11 @@ class UtcTime(TypeDecorator[datetime]):
 
 
 def to_microseconds(value: datetime | None) -> int | None:
-    """The microseconds since 1970 of an aware time. Raises `ValueError` for one without a zone."""
+    """The microseconds since 1970 of an aware time. Raises `NoZoneError`."""
     if value is None:
         return None
     if value.tzinfo is None:
-        raise ValueError(f"{value!r} has no time zone: pass an aware time")
+        raise NoZoneError(value)
     return (value - EPOCH) // MICROSECOND
 
 
@@ -70,6 +80,6 @@ def states(column: str, *allowed: str) -> CheckConstraint:
     return CheckConstraint(" OR ".join(f"{column} = {state!r}" for state in allowed), name=f"{column}_is_known")
 
 
-def partial(name: str, *columns: str, where: str, unique: bool = False) -> Index:
+def partial(name: str, *columns: str | TextClause, where: str, unique: bool = False) -> Index:
     """An index over the few rows that `where` holds for, so that finding work stays fast in a big table."""
     return Index(name, *columns, unique=unique, sqlite_where=text(where), postgresql_where=text(where))

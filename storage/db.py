@@ -28,7 +28,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 BUSY_SECONDS = 30
 LOOK_SECONDS = 0.001
 ANALYZE_SECONDS = 3600
-PAGE_BYTES = 8192
+PAGE_BYTES, LOG_BYTES = 8192, 2**24
 CONNECTIONS, KEPT_CONNECTIONS = 15, 5
 MAX_PORT = 65535
 _PASSWORD = re.compile(r"""(://[^:/@\s]*:)\S+(?=@)|([?&][^=&\s]*passw[^=&\s]*=)[^&\s"']*""", re.IGNORECASE)
@@ -190,14 +190,15 @@ class _Place:
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
     connection.isolation_level = None  # transactions begin where we say so, see _begin_sqlite
+    connection.execute(f"PRAGMA page_size={PAGE_BYTES}")  # of a new file; others keep theirs
+    (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
     for pragma in (
-        f"page_size={PAGE_BYTES}",  # of a new file
         "journal_mode=WAL",
         "synchronous=FULL",
         "foreign_keys=ON",
         f"busy_timeout={BUSY_SECONDS * 1000}",
         "cache_size=-8192",
-        "wal_autocheckpoint=2000",
+        f"wal_autocheckpoint={LOG_BYTES // page_bytes}",
         "temp_store=MEMORY",
     ):
         connection.execute(f"PRAGMA {pragma}")
@@ -258,6 +259,13 @@ def savepoint(connection: Connection) -> Iterator[None]:
             connection.exec_driver_sql("RELEASE SAVEPOINT part")  # else it would be the one that an outer part goes back to
         raise
     connection.exec_driver_sql("RELEASE SAVEPOINT part")
+
+
+def is_over(connection: Connection) -> bool:
+    """Whether a transaction has ended by itself, so that nothing may be committed: SQLite undoes all of it when the disk fails it."""
+    return connection.invalidated or (
+        connection.dialect.name == "sqlite" and not cast("sqlite3.Connection", connection.connection.dbapi_connection).in_transaction
+    )
 
 
 def take_turn(connection: Connection, *, alone: bool) -> None:

@@ -22,7 +22,7 @@ Outcome = Literal["stored", "duplicate", "conflict"]
 State = Literal["received", "handled"]
 
 
-class Incoming(Struct, frozen=True, gc=False):
+class Incoming(Struct, frozen=True, gc=False, array_like=True):
     """An event before it is stored; `data` is JSON text and `digest` the SHA-256 over its canonical form."""
 
     source: str

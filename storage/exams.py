@@ -57,15 +57,14 @@ def is_asking(connection: Connection, agent: str) -> bool:
 
 def count_asked(connection: Connection, agent: str, since: datetime) -> Counter[Kind]:
     """How many reviews exam and watch opened since then; those that were withdrawn cost no expert anything."""
-    rows = connection.execute(_ASKED, {"agent": agent, "since": since, "before": ids.before(since)}).all()
+    rows = connection.execute(_ASKED, {"agent": agent, "since": since}).all()
     return Counter({cast("Kind", row[0]): row[1] for row in rows})
 
 
 _ASKED = (
     select(Exam.kind, func.count())
     .join(Review, Review.exam == Exam.id)
-    .where(Review.id > bindparam("before"), Review.opened_at >= bindparam("since"))
-    .where(Review.agent == bindparam("agent"), Review.state != "expired")
+    .where(Review.agent == bindparam("agent"), Review.opened_at >= bindparam("since"), Review.state != "expired")
     .group_by(Exam.kind)
 )
 """Asked for every batch and every single event where there is a budget: put together once."""

@@ -31,11 +31,6 @@ def after(at: datetime) -> str:
     return _encode_time(int(at.timestamp() * 1000) + 1) + CROCKFORD[0] * 16
 
 
-def before(at: datetime) -> str:
-    """The smallest identifier of anything that came in the millisecond of `at`."""
-    return _encode_time(int(at.timestamp() * 1000)) + CROCKFORD[0] * 16
-
-
 @functools.lru_cache(maxsize=1024)
 def _encode_time(milliseconds: int) -> str:
     return "".join([CROCKFORD[milliseconds >> shift & 31] for shift in range(45, -1, -5)])

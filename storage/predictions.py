@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from msgspec import Struct
@@ -110,7 +110,7 @@ def read_recent(
 def count_since(connection: Connection, agent: str, since: datetime) -> int:
     """How many predictions came in since then, and were served."""
     query = select(func.count()).select_from(Prediction).where(Prediction.agent == agent, Prediction.origin == "served")
-    return connection.execute(query.where(Prediction.id > ids.before(since))).scalar_one()
+    return connection.execute(query.where(Prediction.id >= ids.after(since - timedelta(milliseconds=1)))).scalar_one()
 
 
 def has_served(connection: Connection, agent: str, names: Sequence[str]) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, RowMapping, Text, case, cast, func, insert, select, text, update
+from sqlalchemy import Connection, Row, RowMapping, Text, case, cast, func, insert, select, text, update
 
 from storage import bulk, ids
 from storage.tables import Prediction, Review, ReviewStep
@@ -140,17 +140,24 @@ def lease_next(connection: Connection, agents: Sequence[str], expert: str, now: 
     mine = connection.execute(select(Review.id, Review.agent).where(IS_LEASED, Review.leased_by == expert))
     held = next((row.id for row in mine if row.agent in agents), None)
     if held is None:
-        skipped = select(ReviewStep.review).where(IS_SKIP, ReviewStep.actor == expert)
-        free = select(Review.id).where(IS_OPEN, IS_LIVE, Review.agent.in_(agents), Review.id.not_in(skipped))  # live: as its index says
-        free = free.order_by(Review.priority.desc(), Review.opened_at, Review.id).limit(1)
-        if connection.dialect.name == "postgresql":
-            free = free.with_for_update(skip_locked=True)
-        held = connection.execute(free).scalar()
-        if held is None:
+        firsts = [first for agent in agents if (first := _find_first(connection, agent, expert)) is not None]
+        if not firsts:
             return None
-        return lease(connection, held, expert, now, term)
+        most_urgent = min(firsts, key=lambda first: (-first.priority, first.opened_at, first.id))
+        return lease(connection, most_urgent.id, expert, now, term)
     connection.execute(update(Review).where(Review.id == held).values(lease_until=now + term))
     return read(connection, held)
+
+
+def _find_first(connection: Connection, agent: str, expert: str) -> Row[str, float, datetime] | None:
+    """The most urgent open case of one agent that the expert did not skip: of several at once, no index has the order."""
+    skipped = select(ReviewStep.review).where(IS_SKIP, ReviewStep.actor == expert)
+    free = select(Review.id, Review.priority, Review.opened_at)
+    free = free.where(IS_OPEN, IS_LIVE, Review.agent == agent, Review.id.not_in(skipped))  # live: as its index says
+    free = free.order_by(Review.priority.desc(), Review.opened_at, Review.id).limit(1)
+    if connection.dialect.name == "postgresql":
+        free = free.with_for_update(skip_locked=True)
+    return connection.execute(free).first()
 
 
 def lease(connection: Connection, review: str, expert: str, now: datetime, term: timedelta) -> RowMapping | None:
@@ -267,16 +274,14 @@ def count_live(connection: Connection, agent: str) -> dict[str, int]:
 
 def count_opened(connection: Connection, agent: str, since: datetime) -> tuple[int, int]:
     """How many reviews were opened since then, and how many of them for an exam or a watch."""
-    query = select(func.count(), func.count(Review.exam)).where(
-        Review.agent == agent, Review.id > ids.before(since), Review.opened_at >= since
-    )
+    query = select(func.count(), func.count(Review.exam)).where(Review.agent == agent, Review.opened_at >= since)
     row = connection.execute(query).one()
     return row[0], row[1]
 
 
 def list_live(connection: Connection, agent: str | None = None, limit: int = 100) -> list[RowMapping]:
     """The queue, most urgent first, without claim contents."""
-    query = select(Review.__table__).where(IS_LIVE).order_by(Review.priority.desc(), Review.opened_at).limit(limit)
+    query = select(Review.__table__).where(IS_LIVE).order_by(Review.priority.desc(), Review.opened_at, Review.id).limit(limit)
     if agent:
         query = query.where(Review.agent == agent)
     return list(connection.execute(query).mappings())

@@ -21,6 +21,7 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     select,
+    text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, mapped_column
 
@@ -158,11 +159,12 @@ class Review(Table):
     __table_args__ = (
         states("state", "open", "leased", "answered", "expired"),
         CheckConstraint("(state = 'leased') = (leased_by IS NOT NULL)", name="a_lease_has_a_holder"),
-        partial("reviews_live", "agent", "priority", "opened_at", where="state IN ('open', 'leased')"),
+        partial("reviews_live", "agent", text("priority DESC"), "opened_at", where="state IN ('open', 'leased')"),
         partial("one_live_review", "prediction", where="state IN ('open', 'leased')", unique=True),
         partial("one_live_review_of_a_case", "claim_id", "case_key", where="state IN ('open', 'leased') AND exam IS NULL", unique=True),
         partial("reviews_leased", "lease_until", where="state = 'leased'"),
         partial("reviews_expiring", "expires_at", where="state = 'open' AND expires_at IS NOT NULL"),
+        Index("reviews_opened", "agent", "opened_at"),
         partial("reviews_of_exam", "exam", where="exam IS NOT NULL"),
     )
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import sqlite3
 from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
 import orjson
-from sqlalchemy import Engine, select
+from sqlalchemy import Connection, Engine, select
+from sqlalchemy.exc import OperationalError
 
 from consumers import delivery, handlers, rules, schemas
 from storage import db, events, tokens
@@ -78,6 +80,13 @@ def handle(engine: Engine, agent: rules.Agent, now: datetime) -> Counter[str]:
     """Handle everything that lies unhandled."""
     with db.writing(engine) as connection:
         return handlers.handle_batch(connection, events.read_received(connection, 1000), {agent.name: agent}, now)
+
+
+def undo_all(connection: Connection, _rows: object) -> None:
+    """What SQLite does when the disk fails it: undo the whole transaction, whatever savepoints there are."""
+    driver: Any = connection.connection.dbapi_connection
+    driver.rollback()
+    raise OperationalError("INSERT", {}, sqlite3.OperationalError("disk I/O error"))
 
 
 def rows(engine: Engine, table: Any, *columns: str) -> list[Any]:

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine
+from sqlalchemy.exc import OperationalError
 
 from consumers import embedded, handlers, prediction_handler
-from storage import db, dead_letters, events
+from storage import db, dead_letters, events, labels, predictions
 from storage.tables import Label, Prediction, Review
-from tests.event_fixtures import ANN, PRODUCER, handle, make_agent, make_label, make_prediction, rows, send
+from tests.event_fixtures import ANN, PRODUCER, handle, make_agent, make_label, make_prediction, rows, send, undo_all
 
 pytestmark = pytest.mark.databases("sqlite", "postgresql")
 
@@ -53,6 +54,25 @@ def test_a_poisonous_event_that_is_alone_is_parked(engine: Engine, now: datetime
     send(engine, [make_prediction(1, now)], now)
     monkeypatch.setattr(prediction_handler, "_to_row", lambda *_: 1 / 0)
     assert handle(engine, make_agent(), now) == {"dead": 1}
+
+
+@pytest.mark.databases("sqlite")
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_a_failing_disk_has_undone_is_nobodys_fault_and_nothing_is_committed_after_it(
+    engine: Engine, now: datetime, monkeypatch: Any, count: int
+) -> None:
+    send(engine, [make_prediction(number, now) for number in range(count)], now)
+    with monkeypatch.context() as disk:
+        disk.setattr(predictions, "insert_new", undo_all)
+        with pytest.raises(OperationalError, match="disk I/O"):
+            handle(engine, make_agent(), now)
+    assert handle(engine, make_agent(), now) == {"handled": count}
+    send(engine, [make_label(0, now)], now, ANN)
+    with monkeypatch.context() as disk:
+        disk.setattr(labels, "insert_new", undo_all)
+        with pytest.raises(OperationalError, match="disk I/O"):
+            handle(engine, make_agent(), now)
+    assert handle(engine, make_agent(), now) == {"handled": 1}
 
 
 def test_any_order_and_any_redelivery_ends_in_the_same_state(engine: Engine, new_engine: Callable[[], Engine], now: datetime) -> None:

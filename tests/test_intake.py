@@ -9,9 +9,9 @@ import pytest
 from sqlalchemy import select
 
 from consumers import embedded, prediction_handler
-from storage import db, dead_letters
+from storage import db, dead_letters, predictions
 from storage.tables import Event, Label, Prediction, Review, ReviewStep
-from tests.event_fixtures import make_agent, make_label, make_prediction
+from tests.event_fixtures import make_agent, make_label, make_prediction, undo_all
 from tests.web_fixtures import Clock, Site
 
 pytestmark = pytest.mark.databases("sqlite", "postgresql")
@@ -114,6 +114,17 @@ def test_a_batch_whose_handling_fails_is_stored_and_left_to_the_consumer(site, m
     with db.reading(site.engine) as connection:
         [parked] = dead_letters.list_parked(connection)
     assert "ZeroDivisionError" in parked["reason"]
+
+
+@pytest.mark.databases("sqlite")
+def test_what_a_failing_disk_has_undone_is_not_acknowledged_and_may_be_sent_again(site, monkeypatch):
+    sent = [make_prediction(number, site.clock(), confidence=0.5) for number in range(3)]
+    with monkeypatch.context() as disk:
+        disk.setattr(predictions, "insert_new", undo_all)
+        assert post(site, "/v1/predictions", content=orjson.dumps(sent), headers=BATCH).status_code == 503
+    assert rows(site.engine, Event, "ulid") == []
+    assert post_all(site, sent) == ["stored"] * 3
+    assert rows(site.engine, Event, "state") == [("handled",)] * 3
 
 
 def test_a_process_that_is_killed_between_storing_and_committing_has_stored_nothing(engine, now, tmp_path):

@@ -158,6 +158,7 @@ def test_the_next_batch_comes_while_one_is_committed_and_none_is_acknowledged_be
     monkeypatch.setattr(records.Inlet, "store", store)
     raised = start_reading(kafka, inlet)
     broker_fixtures.wait_until(lambda: len([one for one in received if one is not None]) == 2)
+    assert all(len(one.parts[0].records) <= 10 for one in received if one is not None)
     assert broker_fixtures.read_lag(kafka, kafka.topics.predictions) == 30
     gate.set()
     broker_fixtures.wait_until(lambda: broker_fixtures.read_lag(kafka, kafka.topics.predictions) == 0)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
+import orjson
 import pytest
 from sqlalchemy import Engine, update
 
+from consumers import delivery, embedded, rules, schemas
 from storage import db, dead_letters, reviews
 from storage.tables import Event, Prediction, Review
-from tests.event_fixtures import handle, make_agent, make_prediction, rows, send
+from tests.event_fixtures import LABELS, PRODUCER, handle, make_agent, make_prediction, rows, send
 
 pytestmark = pytest.mark.databases("sqlite", "postgresql")
 
@@ -27,6 +29,21 @@ def test_the_same_prediction_under_a_new_event_id_changes_nothing(engine: Engine
     send(engine, [first, again], now)
     assert handle(engine, make_agent(), now) == {"handled": 2}
     assert len(rows(engine, Prediction, "id")) == len(rows(engine, Review, "id")) == 1
+
+
+def test_a_repetition_among_one_agents_predictions_costs_those_of_another_nothing(engine: Engine, now: datetime) -> None:
+    scribe = rules.Agent("scribe", LABELS, rules.RoutingPolicy(audit_share=1e-9), policy_version=1)
+    known = {"adjudication": make_agent(audit_share=1e-9), "scribe": scribe}
+    unsure = {"confidence": 0.5}
+    sent = [make_prediction(1, now, **unsure, **changes) for changes in ({}, {"agent": "scribe", "claim_id": "s"}, {})]
+    for event, one in zip(sent, ("first", "scribe's", "again"), strict=True):
+        event["id"] = one
+    items = schemas.parse(orjson.dumps(sent), schemas.PREDICTION)
+    with db.writing(engine) as connection:
+        delivery.deliver(connection, items, dict.fromkeys(known, LABELS), PRODUCER, now)
+    assert embedded.handle_next(engine, known, now) == {"handled": 3}
+    assert sorted(rows(engine, Prediction, "agent", "claim_id")) == [("adjudication", "c1"), ("scribe", "s")]
+    assert sorted(rows(engine, Review, "claim_id")) == [("c1",), ("s",)]
 
 
 def test_a_prediction_id_used_for_another_prediction_is_parked(engine: Engine, now: datetime) -> None:

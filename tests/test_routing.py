@@ -148,10 +148,10 @@ def test_uncertain_claims_go_first():
     assert [value for _, value in by_doubt] == sorted(value for _, value in by_doubt)
 
 
-@pytest.mark.parametrize(("confidence", "priority"), [(0.53, 0.45), (0.57, 0.45), (0.58, 0.4), (0.02, 1.0)])
-def test_doubt_counts_in_steps_so_that_the_oldest_of_like_claims_comes_first(confidence, priority):
+@pytest.mark.parametrize(("confidence", "priority"), [(0.534, 0.47), (0.526, 0.47), (0.99876, 0.0012), (0.02, 0.98), (1.0, 0.0)])
+def test_doubt_counts_to_two_digits_so_that_the_oldest_of_like_claims_comes_first(confidence, priority):
     prediction = rules.Prediction("adjudication", "c1", "DENIED", confidence)
-    assert routing.route(prediction, RoutingPolicy(audit_share=1e-9), budget.State()).priority == priority
+    assert routing.route(prediction, RoutingPolicy(threshold=1.0, audit_share=1e-9), budget.State()).priority == priority
 
 
 def test_must_review_and_audit_are_never_cut_and_take_their_share_first():

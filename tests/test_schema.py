@@ -29,8 +29,10 @@ def test_what_indexes_hold_is_looked_at_and_connections_opened_later_know(engine
 
 
 def test_the_migrations_make_exactly_the_tables_of_the_schema(engine: Engine) -> None:
+    hidden = "reviews_live" if engine.dialect.name == "sqlite" else ""  # SQLAlchemy can't read an index's order from SQLite
     with engine.connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), Table.metadata) == []
+        context = MigrationContext.configure(connection, opts={"include_object": lambda _, name, *__: name != hidden})
+        assert compare_metadata(context, Table.metadata) == []
 
 
 def test_upgrading_twice_keeps_the_installation(engine: Engine) -> None:

@@ -432,7 +432,7 @@ def upgrade() -> None:
     op.create_index(
         "reviews_live",
         "reviews",
-        ["agent", "priority", "opened_at"],
+        ["agent", sa.text("priority DESC"), "opened_at"],
         unique=False,
         sqlite_where=sa.text("state IN ('open', 'leased')"),
         postgresql_where=sa.text("state IN ('open', 'leased')"),
@@ -462,6 +462,7 @@ def upgrade() -> None:
         postgresql_where=sa.text("state = 'open' AND expires_at IS NOT NULL"),
     )
     op.create_index(op.f("ix_reviews_prediction"), "reviews", ["prediction"], unique=False)
+    op.create_index("reviews_opened", "reviews", ["agent", "opened_at"], unique=False)
     op.create_table(
         "labels",
         sa.Column("id", sa.String(length=26), nullable=False),

@@ -108,15 +108,26 @@ def prepare(machinery: Machinery, run: RowMapping, agent: Agent, made: Makeup, n
 
 
 def follow_all(machinery: Machinery, now: datetime) -> None:
-    """Look after every run that is on a device: take over, keep alive, bring in, or put back into the queue."""
+    """Look after every run that is on a device: take over, keep alive, bring in, put back into the queue, or let go.
+
+    What fails for one that was cancelled is raised when the others had their turn.
+    """
     with db.reading(machinery.engine) as connection:
         found = runs.read_on_device(connection)
     for run in found:
         if run["state"] != "cancelled":
             _guard(machinery, run, functools.partial(take_over if run["state"] == "leased" else follow, machinery), now)
-    for run in found:  # last: what fails here is nobody's but this stage's
+    failed: list[Exception] = []
+    for run in found:
         if run["state"] == "cancelled":
-            _let_go(machinery, run)
+            try:
+                _let_go(machinery, run)
+            except db.UNAVAILABLE:
+                raise
+            except Exception as error:  # noqa: BLE001  raised below
+                failed.append(error)
+    if failed:
+        raise failed[0]
 
 
 def _guard(machinery: Machinery, run: RowMapping, work: Callable[[RowMapping, datetime], None], now: datetime) -> None:

@@ -7,7 +7,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -233,7 +233,7 @@ def _takes_lock(driver: sqlite3.Connection) -> bool:
 
 @contextmanager
 def writing(engine: Engine, *, alone: bool = True) -> Iterator[Connection]:
-    """One transaction that may write: all of it is committed, or none.
+    """One transaction that may write: all of it is committed, or none, and then it raises.
 
     What it reads stays so until it ends, for nobody else writes meanwhile. That costs too much where there are many events: a transaction
     that is not `alone` runs beside others on PostgreSQL, and says itself by `take_turn` from where on it minds them.
@@ -242,19 +242,23 @@ def writing(engine: Engine, *, alone: bool = True) -> Iterator[Connection]:
         if alone:
             take_turn(connection, alone=True)
         yield connection
+        if is_over(connection):  # nothing is left to commit, and the driver would not say so
+            raise OperationalError("COMMIT", {}, sqlite3.OperationalError("the transaction was undone: is the disk well?"))
 
 
 @contextmanager
 def savepoint(connection: Connection) -> Iterator[None]:
     """A part of a transaction: what it wrote is undone when it raises, and the transaction can go on.
 
-    As `Connection.begin_nested`, which costs each batch of events a fortieth of its time.
+    Raises what the database says when it can't undo the part: then nothing of the transaction is left. It is as `Connection.begin_nested`,
+    which costs each batch of events a fortieth of its time.
     """
     connection.exec_driver_sql("SAVEPOINT part")
     try:
         yield
-    except BaseException:
-        with suppress(DBAPIError, PendingRollbackError):  # a database that is gone, or full, has undone all of it
+    except BaseException as error:
+        is_told = isinstance(error, (DBAPIError, PendingRollbackError))
+        with suppress(DBAPIError, PendingRollbackError) if is_told else nullcontext():
             connection.exec_driver_sql("ROLLBACK TO SAVEPOINT part")
             connection.exec_driver_sql("RELEASE SAVEPOINT part")  # else it would be the one that an outer part goes back to
         raise

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection, Engine, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from storage import alarms, db, policies, tokens
 
@@ -59,9 +59,24 @@ def test_what_a_savepoint_wrote_is_undone_when_it_raises_and_the_transaction_goe
         assert {alarm["kind"] for alarm in alarms.list_open(connection)} == {"before", "after"}
 
 
-def test_a_savepoint_says_what_went_wrong_when_the_whole_transaction_is_undone(engine: Engine) -> None:
-    with pytest.raises(ZeroDivisionError), db.writing(engine) as connection:
+def test_a_savepoint_that_cant_be_gone_back_to_is_the_databases_failure(engine: Engine) -> None:
+    with pytest.raises(DBAPIError, match=r"(?i)savepoint"), db.writing(engine) as connection:
         fail_after(connection, lambda: connection.exec_driver_sql("ROLLBACK"))
+
+
+def test_a_savepoint_says_first_what_the_database_said_first(engine: Engine) -> None:
+    def fail() -> None:
+        connection.exec_driver_sql("ROLLBACK")
+        connection.exec_driver_sql("SELECT nothing")
+
+    with pytest.raises(DBAPIError, match="nothing"), db.writing(engine) as connection:
+        fail_after(connection, fail)
+
+
+@pytest.mark.databases("sqlite")
+def test_a_transaction_that_was_undone_is_not_taken_for_committed(engine: Engine) -> None:
+    with pytest.raises(OperationalError, match="was undone"), db.writing(engine) as connection:
+        connection.exec_driver_sql("ROLLBACK")
 
 
 def fail_after(connection: Connection, work: Callable[[], object]) -> None:

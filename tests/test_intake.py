@@ -127,6 +127,19 @@ def test_what_a_failing_disk_has_undone_is_not_acknowledged_and_may_be_sent_agai
     assert rows(site.engine, Event, "state") == [("handled",)] * 3
 
 
+@pytest.mark.databases("sqlite")
+def test_what_was_undone_while_a_repetition_was_found_is_not_acknowledged(site, monkeypatch):
+    def undo(connection, rows):
+        connection.connection.dbapi_connection.rollback()
+        return len(rows) - 1
+
+    with monkeypatch.context() as disk:
+        disk.setattr(predictions, "insert_new", undo)
+        sent = [make_prediction(number, site.clock()) for number in range(2)]
+        assert post(site, "/v1/predictions", content=orjson.dumps(sent), headers=BATCH).status_code == 503
+    assert rows(site.engine, Event, "ulid") == rows(site.engine, Prediction, "id") == []
+
+
 def test_a_process_that_is_killed_between_storing_and_committing_has_stored_nothing(engine, now, tmp_path):
     body = orjson.dumps([make_prediction(number, now, confidence=0.5) for number in range(3)])
     asked = [sys.executable, "-c", DIE_WHILE_HANDLING, str(engine.url), now.isoformat(), str(tmp_path)]

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from sqlalchemy import Connection, Engine, select, update
 
 from consumers import announcements
-from daemon import deployments, examination, launch, run_folders, training
+from daemon import deployments, dispatch, examination, launch, run_folders, training
 from daemon.agents import Exam, Triggers
 from daemon.launchers import workers
 from daemon.prompts import PromptFile
@@ -503,6 +503,23 @@ def test_a_cancelled_run_is_stopped_and_frees_its_device(served: World) -> None:
     other = served.ask_for_run()
     served.settle()
     assert read_run(served, other)["state"] == "done"
+
+
+def test_a_cancelled_run_that_can_not_be_stopped_holds_up_no_other(served: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    handled = []
+
+    def stop(_machinery: object, run: dict[str, str]) -> None:
+        if run["id"] == "stuck":
+            raise PermissionError
+        handled.append(run["id"])
+
+    found = [{"id": name, "state": state} for name, state in (("stuck", "cancelled"), ("other", "cancelled"), ("live", "running"))]
+    monkeypatch.setattr(runs, "read_on_device", lambda _: found)
+    monkeypatch.setattr(dispatch, "_let_go", stop)
+    monkeypatch.setattr(dispatch, "follow", lambda _machinery, run, _now: handled.append(run["id"]))
+    with pytest.raises(PermissionError):
+        dispatch.follow_all(served.pipeline.machinery, served.now)
+    assert handled == ["live", "other"]
 
 
 def test_a_cancelled_run_is_not_started_again_by_what_had_started_it(served: World) -> None:

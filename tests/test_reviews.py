@@ -34,6 +34,22 @@ def test_the_most_urgent_case_comes_first_and_each_expert_has_their_own(queued: 
     assert [lease(queued, expert, now) for expert in ("ann", "ben", "ann", "eve", "joe")] == ["c0", "c1", "c0", "c2", None]
 
 
+def test_of_several_agents_the_most_urgent_case_comes_first_and_then_the_oldest(engine: Engine, now: datetime) -> None:
+    cases = [("medical", 0.6, 0), ("adjudication", 0.7, 2), ("medical", 0.7, 1), ("adjudication", 0.5, 0)]
+    send(engine, [make_prediction(number, now) for number in range(len(cases))], now)
+    handle(engine, make_agent(audit_share=1e-9), now)
+    with db.writing(engine) as connection:
+        known = sorted(
+            predictions.read_recent(connection, "adjudication", len(cases), unlabelled_only=False), key=lambda row: row["claim_id"]
+        )
+        for row, (agent, priority, seconds) in zip(known, cases, strict=True):
+            asked = {"prediction": row["id"], "agent": agent, "claim_id": row["claim_id"], "reasons": ["audit"], "priority": priority}
+            reviews.open_new(connection, [asked], now + timedelta(seconds=seconds), "ratchet")
+        leased = [reviews.lease_next(connection, ["adjudication", "medical"], expert, now, TERM) for expert in "abcde"]
+        assert [row["claim_id"] for row in leased if row] == ["c2", "c1", "c0", "c3"]
+        assert reviews.lease_next(connection, [], "f", now, TERM) is None
+
+
 def test_a_lease_that_runs_out_returns_the_case(queued: Engine, now: datetime) -> None:
     assert lease(queued, "ann", now) == "c0"
     assert lease(queued, "ben", now + TERM) == "c0"

@@ -33,6 +33,9 @@ def test_the_migrations_make_exactly_the_tables_of_the_schema(engine: Engine) ->
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"include_object": lambda _, name, *__: name != hidden})
         assert compare_metadata(context, Table.metadata) == []
+        if hidden:
+            found = connection.exec_driver_sql("SELECT sql FROM sqlite_master WHERE name = ?", (hidden,)).scalar_one()
+            assert "(agent, priority DESC, opened_at) WHERE state IN ('open', 'leased')" in found
 
 
 def test_upgrading_twice_keeps_the_installation(engine: Engine) -> None:

@@ -90,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--events", type=int, default=15_000, help="in a run")
     parser.add_argument("--batch", type=int, default=500)
-    parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--singles", type=int, default=1000)
     asked = parser.parse_args()
     numbers = itertools.count()

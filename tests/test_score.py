@@ -1,4 +1,5 @@
 import json
+import types
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+from peft.tuners import tuners_utils
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from storage import artifacts
 from tests.model_fixtures import LABELS, PROMPT, claim, random_adapter, tiny_base
-from trainers import adapters, bases, encoding, lean_layers, score, trees
+from trainers import adapters, attention, bases, encoding, last_layer, lean_layers, score, trees
 from trainers.spec import Base, Prompt, SpecRefusedError
 
 
@@ -398,3 +401,30 @@ def test_scoring_leaves_each_module_in_the_mode_that_it_was_in(tmp_path, prompts
     before = [module.training for module in worn.modules()]
     score.score_prompts(worn, tokenizer, prompts[:2], LABELS, max_tokens=4096)
     assert [module.training for module in worn.modules()] == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_card_a_pass_mixes_no_devices(dtype, monkeypatch):
+    """Tensors that say that they lie on a card, and hold nothing: to mix them with others raises, as it would there."""
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_, **__: module)  # one of such tensors can't be moved, and is there
+    monkeypatch.setattr(tuners_utils.BaseTunerLayer, "_move_adapter_to_device_of_base_layer", lambda *_: None)
+    monkeypatch.setattr(score, "np", types.SimpleNamespace(asarray=lambda sums: sums))
+    branches, trunk = trees.build_branches([[5, 6, 7], [8, 9]]), trees.Trunk()
+    prompts = [[1, 2, 3, *range(10, 10 + length)] for length in (1, 5, 20, 25, 31)]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("cuda"):
+            shape = {
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+            }
+            base = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(vocab_size=300, **shape), dtype=torch.bfloat16)
+            lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+            model = peft.get_peft_model(base, lora, autocast_adapter_dtype=dtype == torch.float32).eval()
+        assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+        with attention.implemented(model, trees.NAME), last_layer.narrowed(model), lean_layers.used(model):
+            passes = list(trees.grow(prompts, branches, 60, 8, "cuda"))
+            answers = [score.score_tree(model, tree, branches, trunk) for tree in passes]
+    assert [answer.shape for answer in answers] == [(len(tree.rows), 2) for tree in passes]

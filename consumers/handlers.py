@@ -32,7 +32,7 @@ def handle_batch(connection: Connection, batch: Sequence[events.Stored], agents:
     except Exception as error:
         # Whatever one event does wrong must not hold up the others: find it, park it, go on. A database that is
         # gone is no event's fault: the whole transaction fails.
-        if db.is_passing(error) or db.is_over(connection) or (len(batch) == 1 and isinstance(error, db.UNAVAILABLE)):
+        if _is_databases(connection, error) or (len(batch) == 1 and isinstance(error, db.UNAVAILABLE)):
             raise
     outcome: Counter[str] = Counter()
     for event in batch:
@@ -52,7 +52,7 @@ def handle_new(connection: Connection, items: Sequence[work.Item], agents: Mappi
     try:
         return _handle_in_savepoint(connection, sorted(items, key=_by_ulid), agents, now)
     except Exception as error:
-        if db.is_passing(error) or db.is_over(connection):
+        if _is_databases(connection, error):
             raise
         events.unhandle(connection, [event.ulid for event, _ in items])
         log.warning("left_to_the_consumer", events=len(items), error=type(error).__name__)
@@ -63,9 +63,14 @@ def _handle_alone(connection: Connection, event: events.Stored, agents: Mapping[
     try:
         return _handle_in_savepoint(connection, [_read(event)], agents, now)
     except Exception as error:
-        if db.is_passing(error) or db.is_over(connection):
+        if _is_databases(connection, error):
             raise
         return work.park(connection, event, work.describe_error(error, "the handler"), now)
+
+
+def _is_databases(connection: Connection, error: Exception) -> bool:
+    """Whether it is the database that failed, so that the whole transaction does: it may be back soon, or has undone everything."""
+    return db.is_passing(error) or db.is_over(connection)
 
 
 def _take_turn(connection: Connection, batch: Sequence[events.Stored]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -28,22 +28,28 @@ log = structlog.get_logger()
 
 def start_queued(machinery: Machinery, now: datetime) -> None:
     """Start queued runs, oldest first, while there is a free device. What fails for one is raised when the others had their turn."""
-    failed: list[Exception] = []
     makeups = machinery.memory.makeups
     with db.reading(machinery.engine) as connection:
         queued = runs.read_in_state(connection, "queued")
-    for run in queued:
-        is_due = run["not_before"] is None or run["not_before"] <= now
-        if run["agent"] in makeups and is_due:
-            try:
-                leased = _lease(machinery, makeups[run["agent"]], run, now)
-            except db.UNAVAILABLE:
-                raise
-            except Exception as error:  # noqa: BLE001  raised below
-                failed.append(error)
-                continue
-            if leased is not None:
-                _guard(machinery, leased, functools.partial(_start, machinery, makeups[run["agent"]]), now)
+
+    def start(run: RowMapping) -> None:
+        leased = _lease(machinery, makeups[run["agent"]], run, now)
+        if leased is not None:
+            _guard(machinery, leased, functools.partial(_start, machinery, makeups[run["agent"]]), now)
+
+    _try_each([run for run in queued if run["agent"] in makeups and (run["not_before"] is None or run["not_before"] <= now)], start)
+
+
+def _try_each(found: Sequence[RowMapping], work: Callable[[RowMapping], None]) -> None:
+    """Do something with each run; what fails for one is raised when the others had their turn."""
+    failed: list[Exception] = []
+    for run in found:
+        try:
+            work(run)
+        except db.UNAVAILABLE:
+            raise
+        except Exception as error:  # noqa: BLE001  raised below
+            failed.append(error)
     if failed:
         raise failed[0]
 
@@ -117,17 +123,7 @@ def follow_all(machinery: Machinery, now: datetime) -> None:
     for run in found:
         if run["state"] != "cancelled":
             _guard(machinery, run, functools.partial(take_over if run["state"] == "leased" else follow, machinery), now)
-    failed: list[Exception] = []
-    for run in found:
-        if run["state"] == "cancelled":
-            try:
-                _let_go(machinery, run)
-            except db.UNAVAILABLE:
-                raise
-            except Exception as error:  # noqa: BLE001  raised below
-                failed.append(error)
-    if failed:
-        raise failed[0]
+    _try_each([run for run in found if run["state"] == "cancelled"], lambda run: _let_go(machinery, run))
 
 
 def _guard(machinery: Machinery, run: RowMapping, work: Callable[[RowMapping, datetime], None], now: datetime) -> None:

@@ -28,11 +28,11 @@ class Card:
         return max(0, self.memory - self.taken)
 
 
-def matches(asked: Card, name: str, memory: int) -> bool:
+def matches(asked: Card, recorded: Card) -> bool:
     """Whether a recorded card is the one that is asked for; one that is only a size is every card sold as such, of 24 GB or 24 GiB."""
-    if asked.name == name:
-        return True
-    return asked.kind == "cuda" and asked.name == name_size(asked.memory) and 1 <= memory / asked.memory < SOLD_AS
+    if (asked.kind, asked.count) != (recorded.kind, recorded.count):
+        return False
+    return asked.name == recorded.name or (asked.name == name_size(asked.memory) and 1 <= recorded.memory / asked.memory < SOLD_AS)
 
 
 def name_size(memory: int) -> str:

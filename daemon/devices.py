@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, RowMapping
 
-from daemon import cards, nvml, plan
+from daemon import cards, plan
 from daemon.settings import Devices
 from storage import leases
 
@@ -40,7 +40,7 @@ class Claim(NamedTuple):
     fence: int
 
 
-def find(settings: Devices, read: Read = nvml.read_cards) -> tuple[Device, ...]:
+def find(settings: Devices, read: Read) -> tuple[Device, ...]:
     """The devices that the settings name; `auto` is every CUDA card that the driver knows, else the CPU. Memory is as it is now."""
     there = read()
     names = list(dict.fromkeys(_expand(settings.slots, there)))

@@ -57,7 +57,7 @@ def _try_each(found: Sequence[RowMapping], work: Callable[[RowMapping], None]) -
 def _lease(machinery: Machinery, made: Makeup, run: RowMapping, now: datetime) -> RowMapping | None:
     """Claim a run and the smallest device that it fits; None when none is free or somebody else was first."""
     folder = machinery.settings.storage.runs / run["id"]
-    places = placement.find_places(machinery, made, run, _read_options(machinery, run))
+    places = placement.find_places(machinery, made, run, _read_options(machinery, run, folder))
     with db.writing(machinery.engine) as connection:
         claim = devices.claim(connection, places, run["id"], run["attempt"] + 1, now, find_term(machinery))
         if claim is None or not runs.lease(connection, run, claim.device, claim.fence, str(folder)):
@@ -65,12 +65,14 @@ def _lease(machinery: Machinery, made: Makeup, run: RowMapping, now: datetime) -
         return runs.read(connection, run["id"])
 
 
-def _read_options(machinery: Machinery, run: RowMapping) -> spec.Options:
-    """The options of a run; of one whose options are refused when it starts, the agent's own."""
+def _read_options(machinery: Machinery, run: RowMapping, folder: Path) -> spec.Options:
+    """The options of a run: those that an earlier attempt was given; of a run that is refused when it starts, the agent's own."""
     agent = machinery.settings.agents[run["agent"]]
     try:
+        if (folder / "spec.json").exists():
+            return spec.read_spec(folder).options
         return training.read_options(agent, run["options"].get("overrides", {}))[0]
-    except training.OptionsRefusedError:
+    except (training.OptionsRefusedError, spec.SpecRefusedError):
         return agent.training
 
 

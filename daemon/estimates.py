@@ -83,11 +83,12 @@ def choose_options(options: spec.Options, settings: plan.Settings) -> dict[str, 
         "max_tokens": settings.max_tokens,
         "recompute_layers": settings.checkpoint_every,
         "optimizer": settings.optimizer,
+        "optimizer_in_backward": settings.optimizer_in_backward,
     }
     if settings.adapter_dtype is not None:
         chosen["lora"] = options.lora.model_copy(update={"dtype": settings.adapter_dtype})
     if settings.optimizer_in_backward:
-        chosen |= {"optimizer_in_backward": True, "accumulation": 1, "clip": 0.0}
+        chosen |= {"accumulation": 1, "clip": 0.0}
     return chosen
 
 
@@ -116,16 +117,16 @@ def _read_trainings(connection: Connection, agent: str) -> list[Mapping[str, Any
 def expect_time(connection: Connection, agent: str, method: str, planned: plan.MemoryPlan) -> Duration:
     """How long a training takes on a card, told by its method's runs there; one of another base counts by its weights."""
     paces: list[Pace] = []
-    cards: dict[str, bool] = {}
+    names: dict[str, bool] = {}
     for result in _read_results_on(connection, planned.card):
         told = result["memory"]["plan"]
         if result["training"].get("method") != method:
             continue
         paces.append(Pace(result["training"]["tokens_per_second"], told["parameters"]))
-        cards[told["card"]["name"]] = True
+        names[told["card"]["name"]] = True
     rate = expect_rate(planned.parameters, paces)
     tokens = next((told["tokens"] for told in reversed(_read_trainings(connection, agent)) if told.get("tokens")), None)
-    return Duration(len(paces), rate, tokens / rate if rate and tokens else None, tuple(cards))
+    return Duration(len(paces), rate, tokens / rate if rate and tokens else None, tuple(names))
 
 
 def expect_rate(parameters: int, paces: Sequence[Pace]) -> float | None:
@@ -147,5 +148,5 @@ def _read_results_on(connection: Connection, card: cards.Card) -> Iterator[Mappi
     """What the trainings that were planned for such a card told when they were done, oldest first."""
     for run in runs.read_in_state(connection, "done"):
         told = (((run["result"] or {}).get("memory") or {}).get("plan") or {}).get("card")
-        if run["kind"] == "train" and told and cards.matches(card, told["name"], told.get("memory", 0)):
+        if run["kind"] == "train" and told and cards.matches(card, cards.Card(**told)):
             yield run["result"]

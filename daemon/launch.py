@@ -45,6 +45,9 @@ class Launcher(Protocol):
     def logs(self, run_dir: Path, attempt: int) -> str:
         """What it printed so far."""
 
+    def end_idle(self) -> None:
+        """End what waits for work with a base in memory."""
+
 
 def find_attempt(run_dir: Path, attempt: int) -> Path:
     """The folder of an attempt."""
@@ -67,6 +70,8 @@ def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
     }
     # Threads that spin while they wait make a busy machine slower by an order of magnitude: let them sleep.
     ours = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    if not any("ALLOC_CONF" in name for name in kept):  # Segments that grow: memory that was freed in one size serves another.
+        ours["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     # Otherwise torch numbers the fastest card first, and the driver the one in the first slot.
     return {**kept, **ours, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 

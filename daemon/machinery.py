@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import Engine
 
-from daemon import devices, gate, nvml
+from daemon import devices, gate
 from daemon.launch import Launcher
 from daemon.settings import Settings
 from trainers import spec
@@ -54,6 +54,6 @@ class Machinery:
     engine: Engine
     settings: Settings
     launcher: Launcher
-    decide: Decide = gate.decide
-    read_cards: devices.Read = nvml.read_cards
+    decide: Decide
+    read_cards: devices.Read
     memory: Memory = field(default_factory=Memory)

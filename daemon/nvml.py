@@ -11,18 +11,20 @@ import pynvml
 
 from daemon.cards import Card
 
-OURS = (b"trainers.train", b"trainers.worker")
-"""Programs whose memory the leases govern: a resident worker's base is there for the next run."""
+TRAINERS = ("trainers.train", "trainers.worker")
 
 
-def read_cards(environ: Mapping[str, str] = os.environ, library: Any = pynvml) -> dict[str, Card]:
-    """Each card under the name that torch gives it, `cuda:N`, in the order of the bus; none where there is no driver."""
+def read_cards(runs: Path, environ: Mapping[str, str] = os.environ, library: Any = pynvml) -> dict[str, Card]:
+    """Each card under the name that torch gives it, `cuda:N`, in the order of the bus; none where there is no driver.
+
+    What trainers of the run folders in `runs` hold is not taken: leases govern it, and a resident one's base is there for the next run.
+    """
     try:
         library.nvmlInit()
     except library.NVMLError:
         return {}
     try:
-        return {f"cuda:{place}": _read_card(handle, library) for place, handle in enumerate(_find_visible(environ, library))}
+        return {f"cuda:{place}": _read_card(handle, library, runs) for place, handle in enumerate(_find_visible(environ, library))}
     finally:
         library.nvmlShutdown()
 
@@ -38,16 +40,17 @@ def _find_visible(environ: Mapping[str, str], library: Any) -> Iterator[Any]:
             return
 
 
-def _read_card(handle: Any, library: Any) -> Card:
+def _read_card(handle: Any, library: Any, runs: Path) -> Card:
     memory = library.nvmlDeviceGetMemoryInfo(handle)
-    ours = sum(one.usedGpuMemory or 0 for one in library.nvmlDeviceGetComputeRunningProcesses(handle) if is_ours(one.pid))
+    ours = sum(one.usedGpuMemory or 0 for one in library.nvmlDeviceGetComputeRunningProcesses(handle) if is_ours(one.pid, runs))
     name = library.nvmlDeviceGetName(handle)
     return Card(name.decode() if isinstance(name, bytes) else name, "cuda", memory.total, max(0, memory.used - ours))
 
 
-def is_ours(pid: int) -> bool:
-    """Whether a process is one of our trainers."""
+def is_ours(pid: int, runs: Path) -> bool:
+    """Whether a process is a trainer of these run folders."""
     try:
-        return any(word in OURS for word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
+        words = os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")
     except OSError:
         return False
+    return any(word in TRAINERS for word in words) and any(Path(word).is_relative_to(runs.resolve()) for word in words)

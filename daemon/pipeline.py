@@ -39,9 +39,10 @@ class Pipeline:
         settings: Settings,
         launcher: Launcher,
         decide: Decide = gate.decide,
-        read_cards: devices.Read = nvml.read_cards,
+        read_cards: devices.Read | None = None,
     ) -> None:
-        self.machinery = Machinery(engine, settings, launcher, decide, read_cards)
+        read = read_cards or functools.partial(nvml.read_cards, settings.storage.runs)
+        self.machinery = Machinery(engine, settings, launcher, decide, read)
 
     def tick(self, now: datetime) -> bool:
         """`advance`, and say whether that changed anything."""

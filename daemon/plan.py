@@ -8,6 +8,7 @@ values and what attention made of them, and in the MLP gate, up and their produc
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,8 +22,8 @@ NF4_BYTES = 0.516
 """Of a weight in NF4 with double quantisation (Dettmers et al. 2023, QLoRA): 4 bits and its share of the blocks' scales."""
 LOGIT_BYTES = 10
 """Of one logit in forward and backward pass: bf16, its fp32 copy, and the log-softmax or the gradient."""
-CONTEXT_BYTES = 6 * cards.GB // 10
-"""What CUDA and its libraries take before there is a tensor; on a CPU, the interpreter with torch."""
+CONTEXT_BYTES = {"cuda": 6 * cards.GB // 10, "cpu": cards.GB}
+"""What CUDA and its libraries take before there is a tensor; on a CPU, the interpreter with all that training imports."""
 FRAGMENTED = 0.05
 """Of what is not weights, lost between blocks."""
 SUPERVISED = 0.05
@@ -157,13 +158,14 @@ def _list_optimizers(method: Method, card: cards.Card) -> Iterator[tuple[Optimiz
     """The optimizer that is asked for; then, on a card, one with less in memory.
 
     That is 8-bit moments for an adapter; for all weights moments on the host, and then updates within the backward pass, where one card
-    does the run: several add up their gradients after it.
+    does the run: several add up their gradients after it, even if it is asked for.
     """
-    yield method.optimizer, method.in_backward
+    in_backward = method.in_backward and card.count == 1
+    yield method.optimizer, in_backward
     if method.trains == "adapter" and card.kind == "cuda" and method.optimizer == "adamw":
         yield "adamw_8bit", False
     if method.trains == "all" and card.kind == "cuda":
-        yield "paged_adamw_8bit", method.in_backward
+        yield "paged_adamw_8bit", in_backward
         if card.count == 1:
             yield "paged_adamw_8bit", True
 
@@ -212,7 +214,7 @@ def estimate(shape: shapes.Shape, method: Method, settings: Settings, kind: str)
     logits = round(tokens * graded) * shape.vocabulary * LOGIT_BYTES
     unpacked = value * max(inputs * outputs for inputs, outputs in shape.linears) if settings.is_4bit else 0
     fragments = round(FRAGMENTED * (adapters + optimizer + activations + logits))
-    return Parts(weights, adapters, optimizer, activations, logits, CONTEXT_BYTES + unpacked + fragments)
+    return Parts(weights, adapters, optimizer, activations, logits, CONTEXT_BYTES[kind] + unpacked + fragments)
 
 
 def _count_optimizer(shape: shapes.Shape, method: Method, settings: Settings, value: int, adapters: int) -> int:
@@ -253,24 +255,39 @@ def count_layer(shape: shapes.Shape, method: Method, value: int) -> int:
 
 
 def _find_remedies(shape: shapes.Shape, method: Method, card: cards.Card) -> Iterator[str]:
-    """What would make a run fit that does not, each tried: options, the memory that others hold, a larger card."""
-    found = [changes for changes in _list_changes(method) if _choose(shape, _change(method, changes), card).fits]
+    """What would make a run fit that does not, each tried: options, the memory that others hold, a larger card, or that and options."""
+    every = list(_list_changes(method))
     told: set[str] = set()
-    for changes in found:  # Of several values of one option the first that fits is the smallest change.
-        if not told & changes.keys():
+    for changes in every:  # Of several values of one option the first that fits is the smallest change.
+        if not told & changes.keys() and _choose(shape, _change(method, changes), card).fits:
             told |= changes.keys()
-            where = " in the agent's configuration" if changes.keys() & OF_AGENT else ""
-            yield "set " + " and ".join(f"{name} = {value}" for name, value in changes.items()) + where
+            yield _tell(changes)
     if card.taken and _choose(shape, method, dataclasses.replace(card, taken=0)).fits:
         yield f"free the {card.taken / cards.GB:.1f} GB that others hold on this card"
-    size = next((size for size in cards.SIZES if _choose(shape, method, cards.Card("", "cuda", size * cards.GB)).fits), None)
-    yield f"use a card of {size} GB" if size else "FSDP would spread the weights over several cards: it is not in this version"
+    one = "one card" if card.count > 1 else "a card"
+    if size := _find_size(shape, method):
+        yield f"use {one} of {size} GB"
+        return
+    if not told:
+        sizes = ((_find_size(shape, _change(method, changes)), changes) for changes in every)
+        yield from itertools.islice((f"use {one} of {size} GB and {_tell(changes)}" for size, changes in sizes if size), 1)
+    yield "FSDP would spread the weights over several cards: it is not in this version"
+
+
+def _find_size(shape: shapes.Shape, method: Method) -> int | None:
+    """The smallest card that a run fits, in GB; None where it fits none."""
+    return next((size for size in cards.SIZES if _choose(shape, method, cards.Card("", "cuda", size * cards.GB)).fits), None)
+
+
+def _tell(changes: Mapping[str, Any]) -> str:
+    where = " in the agent's configuration" if changes.keys() & OF_AGENT else ""
+    return "set " + " and ".join(f"{name} = {value}" for name, value in changes.items()) + where
 
 
 def _list_changes(method: Method) -> Iterator[dict[str, Any]]:
     """Changes of options that take less memory, each alone and then 4 bits together with shorter rows."""
     quantised = {"method": "qlora"} if method.name in {"lora", "full"} else {}
-    if method.is_4bit and not method.serves_4bit:
+    if not method.serves_4bit and (method.is_4bit or method.name == "score"):
         yield {"serve_in_4bit": "true"}
     if method.name == "pretrain" and method.trains == "all":
         yield {"pretrain.weights": "adapter"}
@@ -291,14 +308,12 @@ def _change(method: Method, changes: Mapping[str, Any]) -> Method:
     if "pretrain.weights" in changes:
         changed = _to_adapter(changed)
     if "serve_in_4bit" in changes:
-        changed = dataclasses.replace(changed, serves_4bit=True)
+        changed = dataclasses.replace(changed, is_4bit=True, serves_4bit=True)
     return dataclasses.replace(changed, row_tokens=changes.get("max_row_tokens", method.row_tokens))
 
 
 def _to_adapter(method: Method) -> Method:
     """The same run with an adapter of the preset's rank at the least."""
-    if method.trains == "adapter":
-        return method
     return dataclasses.replace(method, trains="adapter", rank=max(method.rank, ADAPTER_RANK), optimizer="adamw", in_backward=False)
 
 

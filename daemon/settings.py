@@ -116,6 +116,9 @@ class Devices(Section):
         twice = next((part for part in parts if parts.count(part) > 1), None)
         if twice is not None:
             raise ValueError(f"{twice} stands in two slots: two runs would share it; a second place on the CPU is `cpu:1`")
+        mixed = next((slot for slot in self.slots if "cpu" in slot and "cuda" in slot), None)
+        if mixed is not None:
+            raise ValueError(f"slot {mixed} has cards and the CPU in one run, which can't add up gradients: use {mixed.split('+')}")
         return self
 
 

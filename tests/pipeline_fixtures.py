@@ -80,6 +80,7 @@ class ScriptedLauncher:
     working: set[tuple[Path, int]] = field(default_factory=set)
     stopped: list[tuple[Path, int, bool]] = field(default_factory=list)
     started: list[spec.Spec] = field(default_factory=list)
+    idle_ended: int = 0
 
     def submit(self, run_dir: Path, attempt: int) -> None:
         asked = spec.read_spec(run_dir)
@@ -119,6 +120,9 @@ class ScriptedLauncher:
 
     def logs(self, run_dir: Path, attempt: int) -> str:
         return ""
+
+    def end_idle(self) -> None:
+        self.idle_ended += 1
 
 
 def write_trained(asked: spec.Spec, folder: Path) -> dict[str, Any]:

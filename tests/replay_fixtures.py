@@ -43,6 +43,9 @@ class InProcess:
     def logs(self, run_dir: Path, attempt: int) -> str:
         return ""
 
+    def end_idle(self) -> None:
+        return
+
 
 def make_cases(count: int, start: int) -> list[cases.Case]:
     generator = random.Random(start)

@@ -31,6 +31,7 @@ from tests.test_plan import LLAMA_8B
 from trainers import spec
 
 GIB = 1024**3
+RUNS = Path("runs")
 
 
 @dataclass
@@ -91,34 +92,35 @@ def test_the_played_driver_has_the_shape_of_the_real_one() -> None:
 
 
 def test_cards_are_named_as_torch_names_them() -> None:
-    found = nvml.read_cards({}, DRIVER)
+    found = nvml.read_cards(RUNS, {}, DRIVER)
     assert {name: card.name for name, card in found.items()} == {"cuda:0": "RTX 3090", "cuda:1": "RTX 3060"}
-    assert list(nvml.read_cards({"CUDA_VISIBLE_DEVICES": "1"}, DRIVER).values()) == [found["cuda:1"]]
-    assert [card.name for card in nvml.read_cards({"CUDA_VISIBLE_DEVICES": "GPU-RTX 3060,0,7,1"}, DRIVER).values()] == [
+    assert list(nvml.read_cards(RUNS, {"CUDA_VISIBLE_DEVICES": "1"}, DRIVER).values()) == [found["cuda:1"]]
+    assert [card.name for card in nvml.read_cards(RUNS, {"CUDA_VISIBLE_DEVICES": "GPU-RTX 3060,0,7,1"}, DRIVER).values()] == [
         "RTX 3060",
         "RTX 3090",
     ]
-    assert nvml.read_cards({"CUDA_VISIBLE_DEVICES": ""}, DRIVER) == {}
+    assert nvml.read_cards(RUNS, {"CUDA_VISIBLE_DEVICES": ""}, DRIVER) == {}
     assert DRIVER.opened == 0
 
 
 def test_without_a_driver_there_are_no_cards() -> None:
-    assert nvml.read_cards() == {}, "this machine has one"
+    assert nvml.read_cards(RUNS) == {}, "this machine has one"
 
 
-def test_what_the_inference_server_holds_is_taken_and_what_our_worker_holds_is_not() -> None:
+def test_what_the_inference_server_holds_is_taken_and_what_our_worker_holds_is_not(tmp_path: Path) -> None:
     sleep = "import sys; print(flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", sleep, "trainers.worker"]
+    command = [sys.executable, "-c", sleep, "trainers.worker", "--runs", str(tmp_path / "runs")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
         assert worker.stdout is not None
         worker.stdout.readline()
         driver = Driver([make_card("card", 24, 20, by={worker.pid: 15 * GIB, 1: 4 * GIB, 999_999_999: None})])
-        assert nvml.read_cards({}, driver)["cuda:0"].taken == 5 * GIB
+        assert nvml.read_cards(tmp_path / "runs", {}, driver)["cuda:0"].taken == 5 * GIB
+        assert nvml.read_cards(tmp_path / "another", {}, driver)["cuda:0"].taken == 20 * GIB, "whose leases are not ours"
         worker.communicate()
 
 
 def test_auto_is_every_card_and_without_one_the_cpu() -> None:
-    there = nvml.read_cards({}, DRIVER)
+    there = nvml.read_cards(RUNS, {}, DRIVER)
     assert [one.name for one in devices.find(Devices(), lambda: there)] == ["cuda:0", "cuda:1"]
     assert [one.name for one in devices.find(Devices(slots=("auto", "cuda:3")), dict)] == ["cpu", "cuda:3"]
 
@@ -139,7 +141,7 @@ def test_places_on_the_cpu_share_its_memory_and_settings_may_give_less() -> None
 
 
 def test_several_cards_have_the_room_of_the_smallest_and_an_unknown_one_has_none_that_is_known() -> None:
-    there = nvml.read_cards({}, DRIVER)
+    there = nvml.read_cards(RUNS, {}, DRIVER)
     [pair] = devices.find(Devices(slots=("cuda:0+cuda:1",)), lambda: there)
     assert (pair.parts, pair.card) == (("cuda:0", "cuda:1"), replace(there["cuda:1"], count=2))
     [unknown] = devices.find(Devices(slots=("cuda:0",)), dict)
@@ -165,10 +167,15 @@ def test_the_memory_of_what_is_no_device_is_refused(name: str) -> None:
         Devices(memory={name: 4})
 
 
-@pytest.mark.parametrize("slots", [("cpu", "cuda:0+cpu"), ("cuda:1", "cuda:1"), ("cpu+cpu",)])
+@pytest.mark.parametrize("slots", [("cpu", "cpu:1+cpu"), ("cuda:1", "cuda:1"), ("cpu+cpu",)])
 def test_nothing_stands_in_two_slots(slots: tuple[str, ...]) -> None:
     with pytest.raises(ValidationError, match="stands in two slots"):
         Devices(slots=slots)
+
+
+def test_a_run_has_cards_or_places_on_the_cpu() -> None:
+    with pytest.raises(ValidationError, match="slot cuda:0\\+cpu has cards and the CPU"):
+        Devices(slots=("cuda:0+cpu",))
 
 
 def test_the_smallest_card_that_a_run_fits_is_the_first() -> None:
@@ -200,7 +207,7 @@ def world(engine: Engine, now: Any, tmp_path: Path) -> World:
 
 
 def plug_in(world: World, driver: Driver) -> None:
-    world.pipeline.machinery = replace(world.pipeline.machinery, read_cards=lambda: nvml.read_cards({}, driver))
+    world.pipeline.machinery = replace(world.pipeline.machinery, read_cards=lambda: nvml.read_cards(RUNS, {}, driver))
 
 
 def read_run(world: World, run: str) -> Any:
@@ -244,6 +251,7 @@ def test_a_run_waits_while_others_hold_the_memory_and_says_so(world: World) -> N
     row = read_run(world, run)
     assert row["state"] == "queued"
     assert row["error"].startswith("waits for memory: it needs 18.2 GB, others leave 12.9 GB of cuda:0")
+    assert world.launcher.idle_ended > 0, "what a resident trainer holds may be what is missing"
     plug_in(world, DRIVER)
     world.tick()
     assert (read_run(world, run)["state"], read_run(world, run)["error"]) == ("running", None)
@@ -267,6 +275,40 @@ def test_memory_that_is_taken_between_claim_and_start_costs_a_retry(world: World
     plug_in(world, Driver([make_card("RTX 3090", 24, used=12)]))
     with pytest.raises(placement.MemoryTakenError, match=r"others leave 12\.9 GB of cuda:0"):
         placement.suit(world.pipeline.machinery, asked, "cuda:0")
+
+
+def test_a_later_attempt_on_several_cards_updates_after_the_backward_pass(world: World) -> None:
+    world.launcher.script = ["failed"]
+    plug_in(world, Driver([make_card("RTX 3090", 24)]))
+    run = world.ask_for_run(method="full")
+    world.tick()
+    pair = Devices(slots=("cuda:0+cuda:1",))
+    world.settings = world.settings.model_copy(update={"devices": pair})
+    world.restart()
+    plug_in(world, Driver([make_card("A6000", 48)] * 2))
+    for _ in range(3):
+        world.tick(minutes=10)
+    assert read_run(world, run)["attempt"] == 2
+    assert [(one.device, one.options.optimizer_in_backward) for one in world.launcher.started[:2]] == [
+        ("cuda:0", True),
+        ("cuda:0+cuda:1", False),
+    ]
+
+
+def test_a_later_attempt_is_placed_by_the_options_that_the_first_was_given(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    genuine, placed = placement.find_places, []
+
+    def find_places(machinery: Any, made: Any, run: Any, options: spec.Options) -> Any:
+        placed.append(options)
+        return genuine(machinery, made, run, options)
+
+    monkeypatch.setattr(placement, "find_places", find_places)
+    world.launcher.script = ["failed"]
+    world.ask_for_run()
+    for _ in range(3):
+        world.tick(minutes=10)
+    assert placed[:2] == [world.agent.training, world.launcher.started[0].options]
+    assert placed[0] != placed[1]
 
 
 def test_what_the_plan_changed_of_the_options_is_logged(world: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -69,13 +70,15 @@ def test_a_size_or_a_base_that_is_none_is_refused(run: Any, base: Path, tmp_path
 
 
 def test_the_time_is_that_of_runs_on_the_same_card(opened: Any, base: Path, now: Any) -> None:
-    [planned] = estimates.plan_run(spec.Options(), "lora", base, [cards.Card("RTX", "cuda", 24 * cards.GB)])
+    rtx = cards.Card("RTX", "cuda", 24 * cards.GB)
+    pair, other = dataclasses.replace(rtx, count=2), dataclasses.replace(rtx, name="other")
+    [planned] = estimates.plan_run(spec.Options(), "lora", base, [rtx])
     with opened.writing() as connection:
-        for card, method, speed in (("RTX", "lora", 500.0), ("RTX", "full", 80.0), ("other", "lora", 9000.0)):
+        for card, method, speed in ((rtx, "lora", 500.0), (rtx, "full", 80.0), (pair, "lora", 900.0), (other, "lora", 9000.0)):
             asked = runs.queue(connection, "adjudication", "train", "manual", f"{card}, {method}", "ops", {}, now)
             runs.lease(connection, runs.read(connection, asked), "cuda:0", 1, "/nowhere")
             runs.begin(connection, runs.read(connection, asked), now)
-            told = {"plan": {"card": {"name": card}, "parameters": planned.parameters}}
+            told = {"plan": {"card": dataclasses.asdict(card), "parameters": planned.parameters}}
             result = {"training": {"tokens": 60_000, "tokens_per_second": speed, "method": method}, "memory": told}
             runs.finish(connection, runs.read(connection, asked), result, now)
         assert estimates.expect_time(connection, "adjudication", "lora", planned) == (1, 500.0, 120.0, ("RTX",))
@@ -103,6 +106,7 @@ def test_the_estimate_stands_beside_what_the_last_run_with_these_settings_took(
 
 def test_a_card_that_is_only_a_size_is_every_card_that_is_sold_as_such(opened: Any, base: Path, now: Any) -> None:
     there = [cards.Card(name, "cuda", memory) for name, memory in (("RTX 3090", 24 * 2**30), ("RTX 3060", 12 * 2**30))]
+    there.append(cards.Card("a server's processor", "cpu", 24 * 2**30))
     planned = estimates.plan_run(spec.Options(), "lora", base, there)
     with opened.writing() as connection:
         for one in planned:

@@ -111,8 +111,12 @@ def test_a_trainer_gets_no_secret_and_no_setting_of_ours() -> None:
         "TOKENIZERS_PARALLELISM",
         "PYTHONUNBUFFERED",
         "OMP_WAIT_POLICY",
+        "PYTORCH_ALLOC_CONF",
         "CUDA_DEVICE_ORDER",
     }
+    own = {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}
+    assert own.items() <= (kept := launch.clean_environment(own)).items()
+    assert "PYTORCH_ALLOC_CONF" not in kept
 
 
 BODY = """
@@ -184,6 +188,20 @@ def test_a_worker_that_ended_while_it_waited_is_replaced(tmp_path: Path) -> None
             assert trainers.status(run_dir, 1) == 2
             trainers._workers[0].process.kill()
             trainers._workers[0].process.wait()
+
+
+def test_workers_that_wait_may_be_ended_and_one_that_works_goes_on(tmp_path: Path) -> None:
+    with contextlib.closing(workers.Workers(make_python(tmp_path, BODY))) as trainers:
+        busy, done = make_run(tmp_path / "hangs"), make_run(tmp_path / "done")
+        for run_dir in (busy, done):
+            trainers.submit(run_dir, 1)
+        wait_for(lambda: trainers.status(done, 1) is not None)
+        [waiting] = [one.process for one in trainers._workers if one.busy is None]
+        trainers.end_idle()
+        assert waiting.returncode == 0
+        assert [one.busy for one in trainers._workers] == [launch.find_attempt(busy, 1)]
+        assert (trainers.status(busy, 1), trainers.status(done, 1)) == (None, 2)
+        trainers.cancel(busy, 1, at_once=True)
 
 
 def test_only_settings_that_keep_trainers_warm_make_workers() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,9 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from daemon import cards, plan, shapes
+from daemon import cards, estimates, plan, shapes
 from tests import model_fixtures
-from trainers import attention, data, packing, trees
+from trainers import attention, data, packing, spec, trees
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -27,6 +29,7 @@ LLAMA_8B = {
     "vocab_size": 128256,
     "max_position_embeddings": 131072,
 }
+LLAMA_70B = {**LLAMA_8B, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
 RANK, ROW = 8, 96
 GOALS = (("qlora", 10 * cards.GB), ("lora", 20 * cards.GB))
 
@@ -131,14 +134,13 @@ def test_the_moments_of_an_adapter_are_in_8_bits_only_where_nothing_else_makes_i
 
 @settings(max_examples=40, deadline=None)
 @given(METHODS, CONFIGS, CARDS)
-def test_what_does_not_fit_is_never_chosen_and_what_helps_helps(method: plan.Method, config: dict[str, Any], card: cards.Card) -> None:
+def test_what_does_not_fit_is_never_chosen(method: plan.Method, config: dict[str, Any], card: cards.Card) -> None:
     found = plan.plan_memory(config, method, card)
     assert found.parts.total == sum(dataclasses.astuple(found.parts))
     assert min(dataclasses.astuple(found.parts)) >= 0
     every = [plan.estimate(shapes.read_shape(config), method, one, card.kind).total for one in plan.list_settings(method, card)]
     assert found.fits == (min(every) <= card.free)
     assert found.fits or found.parts.total == min(every)
-    assert bool(found.remedies) == (not found.fits)
     bigger = dataclasses.replace(card, memory=card.memory + cards.GB)
     assert not found.fits or plan.plan_memory(config, method, bigger).fits
 
@@ -167,17 +169,66 @@ def test_computing_more_layers_twice_never_takes_more(method: plan.Method, confi
     assert totals == sorted(totals)
 
 
+RUNS = some.fixed_dictionaries(
+    {"method": some.sampled_from(("lora", "qlora", "full"))},
+    optional={
+        "max_row_tokens": some.integers(16, 8192),
+        "max_tokens": some.integers(16, 32768),
+        "serve_in_4bit": some.booleans(),
+        "recompute_layers": some.integers(0, 5),
+        "optimizer": some.sampled_from(("adamw", "adamw_8bit", "paged_adamw_8bit")),
+        "lora": some.fixed_dictionaries({"rank": some.integers(1, 256)}),
+    },
+)
+REMEDY = re.compile(r"(?:use (?:a|one) card of (?P<size>\d+) GB)?(?: and )?(?:set (?P<options>.+?)(?: in the agent's configuration)?)?")
+
+
+@settings(max_examples=100, deadline=None)
+@given(RUNS, some.sampled_from(("lora", "score")), CONFIGS, CARDS, some.integers(1, 2))
+def test_every_remedy_makes_the_run_fit(given: dict[str, Any], kind: Any, config: dict[str, Any], card: cards.Card, count: int) -> None:
+    def make(options: dict[str, Any], card: cards.Card) -> plan.MemoryPlan:
+        return plan.plan_memory(config, estimates.make_method(spec.Options.model_validate(options), kind, config), card)
+
+    card = dataclasses.replace(card, count=count)
+    found = make(given, card)
+    assert bool(found.remedies) == (not found.fits)
+    for remedy in found.remedies:
+        if remedy.startswith("free"):
+            assert make(given, dataclasses.replace(card, taken=0)).fits
+        elif remedy.startswith("FSDP"):
+            assert not any(make(given, cards.Card("", "cuda", size * cards.GB)).fits for size in cards.SIZES)
+        else:
+            told = REMEDY.fullmatch(remedy)
+            assert told is not None, remedy
+            larger = cards.Card("", "cuda", int(told["size"]) * cards.GB) if told["size"] else card
+            changes = [one.split(" = ") for one in told["options"].split(" and ")] if told["options"] else []
+            changed = spec.Options.model_validate(given).choices()
+            for name, value in changes:
+                changed = spec.merge(changed, functools.reduce(lambda inner, key: {key: inner}, reversed(name.split(".")), value))
+            assert make(changed, larger).fits, remedy
+
+
+def test_what_fits_no_card_is_told_with_a_change_that_fits_one() -> None:
+    card, in_4bit = cards.Card("", "cuda", 12 * cards.GB), "set serve_in_4bit = true in the agent's configuration"
+    assert plan.plan_memory(LLAMA_70B, make_method("lora"), card).remedies[0] == (
+        "use a card of 80 GB and set method = qlora in the agent's configuration"
+    )
+    assert plan.plan_memory(LLAMA_8B, make_method("score"), card).remedies == (in_4bit, "use a card of 24 GB")
+    assert in_4bit in plan.plan_memory(LLAMA_70B, make_method("score"), cards.Card("", "cuda", 48 * cards.GB)).remedies
+    pair = plan.plan_memory(LLAMA_8B, make_method("full"), cards.Card("", "cuda", 24 * cards.GB, count=2))
+    assert pair.remedies[-1] == "use one card of 24 GB"
+
+
 def test_what_does_not_fit_is_told_with_what_would() -> None:
     found = plan.plan_memory(LLAMA_8B, make_method("lora"), cards.Card("", "cuda", 12 * cards.GB))
     assert not found.fits
     assert found.remedies == ("set method = qlora in the agent's configuration", "use a card of 24 GB")
     shared = plan.plan_memory(LLAMA_8B, make_method("lora"), cards.Card("", "cuda", 24 * cards.GB, 8 * cards.GB))
     assert "free the 8.0 GB that others hold on this card" in shared.remedies
-    large = {**LLAMA_8B, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
     apart = plan.plan_memory(LLAMA_8B, make_method("qlora", 64, serves_4bit=False), cards.Card("", "cuda", 12 * cards.GB))
     assert not apart.fits, "its exam reads the whole base, as its servers do"
     assert apart.remedies[0] == "set serve_in_4bit = true in the agent's configuration"
-    huge = plan.plan_memory(large, make_method("full"), cards.Card("", "cuda", 141 * cards.GB))
+    huge = plan.plan_memory(LLAMA_70B, make_method("full"), cards.Card("", "cuda", 141 * cards.GB))
     assert huge.remedies[-1].startswith("FSDP")
 
 
@@ -196,3 +247,5 @@ def test_several_cards_do_not_update_within_the_backward_pass() -> None:
     pair = plan.plan_memory(LLAMA_8B, make_method("full"), dataclasses.replace(card, count=2))
     assert not pair.settings.optimizer_in_backward
     assert not pair.fits
+    asked = make_method("full", in_backward=True)
+    assert not any(one.optimizer_in_backward for one in plan.list_settings(asked, dataclasses.replace(card, count=2)))

@@ -44,6 +44,7 @@ class IdleStop(Stop):
 def main() -> int:
     """Work until the input ends, a signal comes, or nothing has come for too long."""
     parser = argparse.ArgumentParser(prog="python -m trainers.worker", description=__doc__)
+    parser.add_argument("--runs", help="where its run folders lie: what tells it from the trainers of another installation")
     parser.add_argument("--lock", type=int, help="the first attempt's lock, held already, as a file descriptor")
     parser.add_argument("--idle-seconds", type=float, default=0, help="end after waiting so long; 0 waits for ever")
     arguments = parser.parse_args()

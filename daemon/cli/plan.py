@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -65,9 +66,10 @@ def plan(
 
 def list_cards(settings: Settings) -> list[cards.Card]:
     """The cards of this machine, and the usual sizes."""
-    from daemon import cards, devices  # noqa: PLC0415 — `ratchet --help` needs none of it
+    from daemon import cards, devices, nvml  # noqa: PLC0415 — `ratchet --help` needs none of it
 
-    there = {one.card.name: one.card for one in devices.find(settings.devices) if one.card}
+    read = functools.partial(nvml.read_cards, settings.storage.runs)
+    there = {one.card.name: one.card for one in devices.find(settings.devices, read) if one.card}
     return [*there.values(), *(make_card(size * cards.GB) for size in cards.SIZES)]
 
 

@@ -41,3 +41,6 @@ class Processes:
     def logs(self, run_dir: Path, attempt: int) -> str:
         """What is in the attempt's `log.txt`."""
         return launch.read_log(run_dir, attempt)
+
+    def end_idle(self) -> None:
+        """Nothing: each process ends with its run."""

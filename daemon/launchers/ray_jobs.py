@@ -79,6 +79,9 @@ class RayJobs:
         """What the cluster kept of the job's output."""
         return str(self._client().get_job_logs(name_job(run_dir, attempt))) if self._find(run_dir, attempt) else ""
 
+    def end_idle(self) -> None:
+        """Nothing: each job ends with its run."""
+
     def _find(self, run_dir: Path, attempt: int) -> Any:
         """What the cluster knows of the job; None when it knows none."""
         try:

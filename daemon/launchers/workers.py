@@ -79,14 +79,18 @@ class Workers:
         """What is in the attempt's `log.txt`."""
         return launch.read_log(run_dir, attempt)
 
+    def end_idle(self) -> None:
+        """See `Launcher.end_idle`."""
+        for worker in [one for one in self._workers if one.busy is None]:
+            self._end(worker)
+
     def close(self) -> None:
         """End the workers; one that works writes a checkpoint first."""
-        for worker in self._workers:
+        for worker in list(self._workers):
             if worker.busy is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(worker.process.pid, signal.SIGTERM)
-            worker.process.communicate()
-        self._workers.clear()
+            self._end(worker)
 
     def _listen(self, worker: Worker, folder: Path) -> None:
         """Take the worker's answer if it is there."""
@@ -102,20 +106,23 @@ class Workers:
 
     def _bury(self, worker: Worker, folder: Path) -> None:
         """Note how a worker ended in the middle of an attempt."""
-        worker.process.communicate()
+        self._end(worker)
         self._ended[folder] = worker.process.returncode or launch.FAILED
-        self._workers.remove(worker)
         log.warning("worker_died", device=worker.device, exit_status=worker.process.returncode)
+
+    def _end(self, worker: Worker) -> None:
+        """Close its input, which ends one that waits, and wait for its end."""
+        worker.process.communicate()
+        self._workers.remove(worker)
 
     def _find_idle(self, device: str) -> Worker | None:
         for worker in [one for one in self._workers if one.busy is None and one.process.poll() is not None]:
-            worker.process.communicate()
-            self._workers.remove(worker)
+            self._end(worker)
         return next((one for one in self._workers if one.busy is None and one.device == device), None)
 
     def _start(self, device: str, folder: Path) -> Worker:
         """A new worker, which holds its first attempt's lock while it imports, and speaks into that one's log until its run begins."""
-        command = [self._python, "-m", "trainers.worker"]
+        command = [self._python, "-m", "trainers.worker", "--runs", str(folder.parents[2].resolve())]
         with launch.locked(folder) as lock:
             command += ["--lock", str(lock), "--idle-seconds", str(self._keep_seconds)]
             process = launch.start(command, folder, lock, stdin=subprocess.PIPE, stdout=subprocess.PIPE)

@@ -22,7 +22,7 @@ NF4_BYTES = 0.516
 """Of a weight in NF4 with double quantisation (Dettmers et al. 2023, QLoRA): 4 bits and its share of the blocks' scales."""
 LOGIT_BYTES = 10
 """Of one logit in forward and backward pass: bf16, its fp32 copy, and the log-softmax or the gradient."""
-CONTEXT_BYTES = {"cuda": 6 * cards.GB // 10, "cpu": cards.GB}
+CONTEXT_BYTES = {"cuda": 6 * cards.GB // 10, "cpu": 11 * cards.GB // 10}
 """What CUDA and its libraries take before there is a tensor; on a CPU, the interpreter with all that training imports."""
 FRAGMENTED = 0.05
 """Of what is not weights, lost between blocks."""

@@ -70,10 +70,10 @@ def write_recent(run_dir: Path, rows: Sequence[RowMapping]) -> list[spec.ScoreSe
     return [write_score_set(run_dir, RECENT, ((row["id"], orjson.dumps(row["input"]).decode()) for row in rows))] if rows else []
 
 
-def write_gold(run_dir: Path, snapshot: Path, labels: Sequence[str], slices: Sequence[str]) -> list[spec.ScoreSet]:
-    """Write the snapshot's gold rows as a score set, and what is true of them into a file that no trainer reads."""
+def write_gold(run_dir: Path, snapshot: Path | None, labels: Sequence[str], slices: Sequence[str]) -> list[spec.ScoreSet]:
+    """Write the snapshot's gold rows as a score set, if there are any, and what is true of them into a file that no trainer reads."""
     columns = ("row_id", "split", "input", "attributes", "answer")
-    rows = [row for row in snapshots.read(snapshot, columns) if row["split"] == GOLD and row["answer"] in labels]
+    rows = [row for row in (snapshots.read(snapshot, columns) if snapshot else ()) if row["split"] == GOLD and row["answer"] in labels]
     truth = {row["row_id"]: {"answer": row["answer"], "slices": pick_slices(json.loads(row["attributes"]), slices)} for row in rows}
     artifacts.write_atomically(run_dir / TRUTH, orjson.dumps(truth))
     return [write_score_set(run_dir, GOLD, ((row["row_id"], row["input"]) for row in rows))] if rows else []

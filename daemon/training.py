@@ -69,6 +69,8 @@ def apply_overrides(agent: Agent, overrides: Mapping[str, Any]) -> tuple[spec.Op
     With another method only what the agent's configuration chose against its own method's defaults is kept.
     """
     known, options = agent.training.model_dump(), agent.training.choices()
+    if overrides.get("method", agent.training.method) != agent.training.method:
+        del options["optimizer_in_backward"]  # where it is needed the plan chooses it
     for key, value in overrides.items():
         if key not in (SEED, WARM_START):
             _check_option(agent, known, key, value)
@@ -163,13 +165,10 @@ def _last_due(cron: str | None, since: datetime | None, now: datetime) -> dateti
 def plan_training(machinery: Machinery, run: RowMapping, agent: Agent, made: Makeup, now: datetime) -> spec.Spec:
     """Build the dataset version, write the score sets, and say where training begins."""
     options, warm_start = read_options(agent, run["options"]["overrides"])
-    number = run["dataset"]
-    if number is None:
-        about = {"template": made.prompt.digest, "labels": list(made.labels)}
-        number = datasets.build(machinery.engine, agent.name, machinery.settings.storage.snapshots, about, now)
+    number = run["dataset"] or _build_dataset(machinery, agent, made, options, now)
     with db.writing(machinery.engine) as connection:
         runs.set_dataset(connection, run["id"], number)
-        dataset = datasets.read(connection, agent.name, number)
+        dataset = datasets.read(connection, agent.name, number) if number else None
         recent = predictions.read_recent(connection, agent.name, agent.exam.claims, unlabelled_only=True)
         begin = _find_beginning(connection, agent, made, options, warm_start)
         known = datasets.read(connection, agent.name, begin["dataset"]) if begin and begin["dataset"] else None
@@ -179,8 +178,9 @@ def plan_training(machinery: Machinery, run: RowMapping, agent: Agent, made: Mak
     if begin is not None and options.makes_base:
         base = spec.Base(path=Path(begin["base_path"]).resolve(), digest=begin["base_digest"])
     adapter = begin if not options.makes_base else None
+    snapshot = Path(dataset["folder"]).resolve() if dataset else None
     score_sets = [
-        *run_folders.write_gold(folder, Path(dataset["folder"]), made.labels, agent.slices),
+        *run_folders.write_gold(folder, snapshot, made.labels, agent.slices),
         *run_folders.write_recent(folder, recent),
     ]
     return spec.Spec(
@@ -188,8 +188,8 @@ def plan_training(machinery: Machinery, run: RowMapping, agent: Agent, made: Mak
         kind="train",
         agent=agent.name,
         base=base,
-        dataset=Path(dataset["folder"]).resolve(),
-        dataset_digest=dataset["root"],
+        dataset=snapshot,
+        dataset_digest=dataset["root"] if dataset else None,
         texts=agent.texts and agent.texts.resolve(),
         general_texts=agent.general_texts and agent.general_texts.resolve(),
         init_adapter=Path(adapter["adapter_path"]).resolve() if adapter else None,
@@ -202,6 +202,17 @@ def plan_training(machinery: Machinery, run: RowMapping, agent: Agent, made: Mak
         seed=run["options"]["overrides"].get(SEED, _draw_seed(run["id"], machinery.settings.training.seed)),
         threads=machinery.settings.training.threads,
     )
+
+
+def _build_dataset(machinery: Machinery, agent: Agent, made: Makeup, options: spec.Options, now: datetime) -> int | None:
+    """A dataset version of the labels of now; None without any, which only `pretrain` can do without."""
+    about = {"template": made.prompt.digest, "labels": list(made.labels)}
+    try:
+        return datasets.build(machinery.engine, agent.name, machinery.settings.storage.snapshots, about, now)
+    except datasets.EmptyDatasetError:
+        if options.method == "pretrain":
+            return None
+        raise
 
 
 def _draw_seed(run: str, seed: int) -> int:

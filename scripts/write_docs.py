@@ -99,7 +99,7 @@ of width k together; V words; T tokens in a pass, T_s of them graded (5 % unless
 | activations in all | L of these; a layer that is computed twice keeps 2 d, and one whole layer's are there beside them |
 | gradients on their way, a token | 6 f + 4 d |
 | logits | 10 V T_s |
-| overhead | 0.6 GB for CUDA's context, on a CPU 1 GB for the interpreter; 5 % of all but weights; in 4 bits the largest matrix unpacked |
+| overhead | 0.6 GB for CUDA's context, on a CPU 1.1 GB for the interpreter; 5 % of all but weights; in 4 bits the largest matrix unpacked |
 
 The activations were derived from what a Llama layer saves, and hold against what was measured on layers of Llama 3 8B's shape with saved
 tensor hooks, rank 16:

@@ -109,8 +109,8 @@ def begin(connection: Connection, run: RowMapping, now: datetime) -> bool:
     return _move(connection, run, ("leased",), values)
 
 
-def set_dataset(connection: Connection, run: str, dataset: int) -> None:
-    """Note what a run learns from; all its attempts learn from the same."""
+def set_dataset(connection: Connection, run: str, dataset: int | None) -> None:
+    """Note what a run learns from, None for texts alone; all its attempts learn from the same."""
     connection.execute(update(Run).where(Run.id == run).values(dataset=dataset))
 
 

@@ -4,12 +4,16 @@ import json
 import os
 import signal
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from daemon import training
+from daemon.agents import Agent
+from daemon.prompts import PromptFile
 from storage import artifacts
 from tests import training_fixtures as runs
 from tests.model_fixtures import PROMPT, claim, tiny_base
@@ -262,6 +266,23 @@ def test_what_is_not_given_comes_from_the_methods_preset(given, chosen):
     assert spec.Options.model_validate(options.model_dump()) == options, "written and read again it is the same"
     assert spec.Options.model_validate(options.choices()) == options
     assert set(options.choices()) <= {*given, *spec.DECIDING}
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"lora": {"rank": 8}},
+        {"method": "qlora", "lora": {"rank": 32}, "epochs": 7},
+        {"method": "full", "batch_rows": 4},
+        {"method": "full", "optimizer_in_backward": True},
+    ],
+)
+def test_of_another_method_only_what_was_chosen_is_kept(given, method):
+    agent = Agent(name="a", labels=("A", "B"), prompt=PromptFile(text="x"), base_model=Path("base"), training=given)
+    options, _ = training.read_options(agent, {"method": method})
+    own = given if method == given.get("method", "lora") else {name: value for name, value in given.items() if "backward" not in name}
+    assert options == spec.Options.model_validate(own | {"method": method, "serve_in_4bit": agent.training.serve_in_4bit})
 
 
 def test_a_score_run_answers_with_models_on_different_bases(finish, place, tmp_path):

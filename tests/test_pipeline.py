@@ -358,6 +358,19 @@ def test_what_all_weights_were_trained_for_is_a_new_base_and_the_next_run_goes_o
     assert names == [("v0", None), ("v1.0", None), ("v2.0", None), ("v3.0", "v2.0"), ("v4.0", None)]
 
 
+@pytest.mark.parametrize(("warm_start", "begins_at"), [("candidate", "v1.1"), ("champion", "v1.0"), ("never", None)])
+def test_a_warm_start_goes_on_from_the_newest_candidate_or_from_the_champion(served: World, warm_start: str, begins_at: str | None) -> None:
+    served.launcher.models["candidate"] = knows
+    served.ask_for_run()
+    served.settle()
+    assert champion(served) == "v1.0", "the candidate waits for answers"
+    served.ask_for_run(warm_start=warm_start)
+    served.settle()
+    with db.reading(served.engine) as connection:
+        digest = registry.read(connection, AGENT, begins_at)["adapter_digest"] if begins_at else None
+    assert served.launcher.started[-1].init_adapter_digest == digest
+
+
 @pytest.mark.parametrize("policy", ["cumulative", "replay", "delta"])
 def test_a_policy_says_whether_a_run_begins_warm_and_names_what_was_learned(served: World, policy: str) -> None:
     served.ask_for_run(policy=policy)
@@ -890,6 +903,31 @@ def test_a_daemon_killed_during_a_verdict_promotes_once(
         watched = open_exam(served, "watch")
         assert (watched["candidate"], watched["champion"]) == ("v1.1", "v1.0")
         restore_home(served, kept)
+
+
+def test_before_there_is_a_label_texts_make_a_base_that_training_goes_on_from(engine: Engine, now: Any, tmp_path: Path) -> None:
+    base = model_fixtures.tiny_base(tmp_path / "base")
+    (tmp_path / "texts.txt").write_text("The treatment was necessary. " * 40)
+    settings = make_settings(tmp_path, base)
+    agent = settings.agents[AGENT].model_copy(update={"texts": tmp_path / "texts.txt"})
+    settings = settings.model_copy(update={"agents": {AGENT: agent}})
+    with closing(workers.Workers(settings.training.python, waits=True)) as trainer:
+        world = World(engine, settings, trainer, now, truth=knows)
+        run = world.ask_for_run(method="pretrain")
+        world.settle()
+        row = read_run(world, run)
+        assert (row["state"], row["error"], row["dataset"], row["version"]) == ("done", None, None, "v1.0")
+        with db.reading(engine) as connection:
+            made = registry.read(connection, AGENT, "v1.0")
+            bare = registry.read(connection, AGENT, "v0")
+        assert (made["adapter_path"], Path(made["base_path"]).parent) == (None, settings.storage.bases.resolve())
+        assert made["base_digest"] != bare["base_digest"]
+        world.import_history(30)
+        world.ask_for_run(method="full", epochs=1)
+        world.settle()
+    with db.reading(engine) as connection:
+        second = registry.read(connection, AGENT, "v2.0")
+    assert (second["parent"], second["dataset"]) == ("v1.0", 1)
 
 
 def test_the_real_trainer_takes_the_loop_from_history_to_a_verdict(engine: Engine, now: Any, tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ class Options(Frozen):
         """What was chosen against the method's defaults: with another method only this is kept."""
         chosen = self.model_dump()
         usual = Options.model_validate({name: chosen[name] for name in DECIDING}).model_dump()
-        return {name: value for name, value in chosen.items() if name in DECIDING or value != usual[name]}
+        return {name: chosen[name] for name in DECIDING} | difference(chosen, usual)
 
 
 def choose_preset(given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -239,6 +239,12 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(below[name], Mapping) and isinstance(above[name], Mapping):
             merged[name] = merge(below[name], above[name])
     return merged
+
+
+def difference(values: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    """What is not as usual, section by section."""
+    found = {name: difference(value, usual[name]) if isinstance(value, Mapping) else value for name, value in values.items()}
+    return {name: value for name, value in found.items() if value != ({} if isinstance(value, Mapping) else usual[name])}
 
 
 class ScoreSet(Frozen):

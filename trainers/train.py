@@ -164,6 +164,7 @@ def read_lessons(work: Work) -> Lessons:
     spec, candidate = work.spec, work.spec.candidate
     if spec.dataset is None or candidate is None:  # `pretrain` needs neither
         return Lessons([], [], 0, 0)
+    learns_rows = spec.options.method != "pretrain"
     lessons = data.read_lessons(
         spec.dataset,
         work.tokenizer,
@@ -171,12 +172,12 @@ def read_lessons(work: Work) -> Lessons:
         candidate.labels,
         spec.options,
         limit=work.row_limit,
-        warm=spec.init_adapter is not None or spec.learned is not None,
+        warm=learns_rows and (spec.init_adapter is not None or spec.learned is not None),
         seed=spec.seed,
         learned=spec.learned,
     )
     work.note_left_out(lessons.left_out)
-    if not lessons.train:
+    if learns_rows and not lessons.train:
         nothing = "no new rows since its beginning" if spec.options.policy == "delta" else "no rows to train on"
         raise SpecRefusedError(f"dataset {spec.dataset} has {nothing}: import history or collect labels first")
     return lessons

@@ -31,7 +31,7 @@ LLAMA_8B = {
 }
 LLAMA_70B = {**LLAMA_8B, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
 RANK, ROW = 8, 96
-GOALS = (("qlora", 10 * cards.GB), ("lora", 20 * cards.GB))
+GOALS = (("qlora", 64, 10 * cards.GB), ("qlora", 16, 10 * cards.GB), ("lora", 16, 20 * cards.GB))
 
 
 def make_method(name: Any, rank: int = 16, row_tokens: int = 2048, max_tokens: int = 4096, **more: Any) -> plan.Method:
@@ -118,7 +118,7 @@ def test_what_was_measured_for_llama_3_8b_is_what_is_counted() -> None:
 
 
 def test_qlora_and_lora_of_8b_take_what_was_set_as_goal_for_4096_tokens() -> None:
-    plans = [plan.plan_memory(LLAMA_8B, make_method(name, row_tokens=4096), cards.Card("", "cuda", size)) for name, size in GOALS]
+    plans = [plan.plan_memory(LLAMA_8B, make_method(name, rank, 4096), cards.Card("", "cuda", size)) for name, rank, size in GOALS]
     assert all(one.fits for one in plans)
     assert {one.settings.max_tokens for one in plans} == {4096}
 

@@ -47,6 +47,7 @@ def bring_in(machinery: Machinery, run: RowMapping, result: run_folders.Result, 
     for name in ("attempts/*/checkpoints", "attempts/*/model", "tokens"):  # a base lies among the bases now
         for spent in folder.glob(name):
             shutil.rmtree(spent, ignore_errors=True)
+    machinery.launcher.clean_up(folder)
 
 
 def _bring_in_candidate(

@@ -48,6 +48,9 @@ class Launcher(Protocol):
     def end_idle(self) -> None:
         """End what waits for work with a base in memory."""
 
+    def clean_up(self, run_dir: Path) -> None:
+        """Delete what it keeps of a run that is done, outside of the run's folder. What fails is logged."""
+
 
 def find_attempt(run_dir: Path, attempt: int) -> Path:
     """The folder of an attempt."""

@@ -5,6 +5,7 @@ Files and bytes only: what they mean is known to those who write and read them.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -32,6 +33,7 @@ class Mirror:
 
     def pull(self, name: str, folder: Path, *, without: Collection[str] = ()) -> None:
         """Copy the file or the folder `name` of the store to `folder`; nothing when it is not there."""
+        self._system.invalidate_cache()
         place = self._place(name)
         for path in self._system.find(place):
             relative = PurePosixPath(path).relative_to(PurePosixPath(place))
@@ -41,6 +43,12 @@ class Mirror:
                 partial = target.with_name(f".{target.name}.partial")
                 self._system.get_file(path, str(partial))
                 partial.replace(target)
+
+    def remove(self, name: str) -> None:
+        """Delete the file or the folder `name` of the store; nothing when it is not there."""
+        self._system.invalidate_cache()
+        with contextlib.suppress(FileNotFoundError):
+            self._system.rm(self._place(name), recursive=True)
 
     def names(self, name: str) -> set[str]:
         """What lies in the folder `name` of the store."""
@@ -54,7 +62,7 @@ class Mirror:
         return bool(self._system.exists(self._place(name)))
 
     def _place(self, name: str) -> str:
-        return f"{self._root}/{name}"
+        return f"{self._root}/{name}".rstrip("/")
 
     def _put(self, path: Path, name: str) -> None:
         place = self._place(name)

@@ -81,6 +81,7 @@ class ScriptedLauncher:
     stopped: list[tuple[Path, int, bool]] = field(default_factory=list)
     started: list[spec.Spec] = field(default_factory=list)
     idle_ended: int = 0
+    cleaned: list[Path] = field(default_factory=list)
 
     def submit(self, run_dir: Path, attempt: int) -> None:
         asked = spec.read_spec(run_dir)
@@ -123,6 +124,9 @@ class ScriptedLauncher:
 
     def end_idle(self) -> None:
         self.idle_ended += 1
+
+    def clean_up(self, run_dir: Path) -> None:
+        self.cleaned.append(run_dir)
 
 
 def write_trained(asked: spec.Spec, folder: Path) -> dict[str, Any]:

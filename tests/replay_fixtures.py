@@ -46,6 +46,9 @@ class InProcess:
     def end_idle(self) -> None:
         return
 
+    def clean_up(self, run_dir: Path) -> None:
+        return
+
 
 def make_cases(count: int, start: int) -> list[cases.Case]:
     generator = random.Random(start)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import fsspec
 import pytest
 
 from storage.mirror import Mirror
@@ -13,9 +12,7 @@ from storage.mirror import Mirror
 @pytest.fixture(params=["file", "memory"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Mirror:
     """A folder on a disk, or in fsspec's own memory, as an object store has them."""
-    if request.param == "memory":
-        fsspec.filesystem("memory").store.clear()
-    return Mirror(f"file://{tmp_path}/store/run/" if request.param == "file" else "memory://store/run/")
+    return Mirror(f"{request.param}://{tmp_path}/store/run/")
 
 
 def make_folder(folder: Path) -> Path:
@@ -38,6 +35,18 @@ def test_what_is_pushed_is_pulled(store: Mirror, tmp_path: Path) -> None:
     assert (tmp_path / "one.json").read_text() == "spec.json"
     assert store.names("kept/attempts/1") == {"result.json", "checkpoints"}
     assert store.has("kept/spec.json")
+
+
+def test_what_is_removed_is_gone_and_may_be_removed_again(store: Mirror, tmp_path: Path) -> None:
+    store.push(make_folder(tmp_path / "here"), "kept")
+    for _ in range(2):
+        store.remove("kept/attempts/1/checkpoints/step-3")
+        store.remove("kept/spec.json")
+    store.pull("", tmp_path / "there")
+    assert list_files(tmp_path / "there") == {"kept/attempts/1/result.json"}
+    for _ in range(2):
+        store.remove("")
+    assert store.names("") == set()
 
 
 def test_parts_are_left_out_and_what_is_not_there_is_nothing(store: Mirror, tmp_path: Path) -> None:

@@ -560,9 +560,11 @@ def test_a_run_whose_result_can_not_be_taken_over_is_tried_again_and_holds_up_no
     row = read_run(served, run)
     assert (row["state"], row["failures"]) == ("queued", 1)
     assert "FileNotFoundError" in row["error"]
+    assert folder not in served.launcher.cleaned
     served.tick(hours=1)
     served.settle()
     assert read_run(served, run)["state"] == "done"
+    assert served.launcher.cleaned[-1] == folder
     assert open_alarms(served) == {}
 
 

@@ -6,18 +6,17 @@ import contextlib
 import importlib.util
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from structlog.testing import capture_logs
 
 from daemon import launch
 from daemon.launchers import choice, ray_jobs
@@ -25,7 +24,7 @@ from daemon.settings import Settings, Training
 from storage import mirror
 from tests import training_fixtures as fixtures
 from tests.model_fixtures import tiny_base
-from trainers import remote, spec, stopping
+from trainers import spec
 
 PATIENCE_SECONDS = 200
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is absent: install the extra `ray`")
@@ -99,6 +98,10 @@ def test_a_job_on_a_cluster_brings_back_what_a_process_here_makes(tmp_path: Path
     assert jobs.status(run_dir, 2) == launch.UNSEEN
     jobs.cancel(run_dir, 2)
     assert jobs.logs(run_dir, 2) == ""
+    assert (tmp_path / "store/r1/spec.json").exists()
+    for _ in range(2):
+        jobs.clean_up(run_dir)
+        assert not (tmp_path / "store/r1").exists()
 
 
 def test_what_a_run_reads_travels_and_its_cards_are_numbered_anew(tmp_path: Path) -> None:
@@ -128,47 +131,14 @@ def test_what_a_run_reads_travels_and_its_cards_are_numbered_anew(tmp_path: Path
     assert spec.read_spec(tmp_path / "r") == asked
 
 
-class FailingStore(mirror.Mirror):
-    """A store that is full from the first copy on."""
+def test_a_store_that_does_not_answer_is_told_of_and_fails_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def remove(_store: mirror.Mirror, _name: str) -> None:
+        raise ConnectionError("no answer")
 
-    def push(self, folder: Path, name: str, *, without: Collection[str] = ()) -> None:
-        raise OSError(f"no room for {folder.name} as {name} without {without}")
-
-
-def test_a_trainer_is_not_left_behind_by_a_store_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base/config.json").write_text("{}")
-    prepare(tmp_path / "run", fixtures.make_spec(tmp_path / "base", tmp_path / "set"))
-    (tmp_path / "run/attempts/1/progress.jsonl").write_text("{}\n")
-    started: list[subprocess.Popen[bytes]] = []
-
-    def begin(_command: list[str], **_options: Any) -> subprocess.Popen[bytes]:
-        started.append(popen(["sleep", "60"]))
-        return started[0]
-
-    popen = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", begin)
-    with pytest.raises(OSError, match="no room"):
-        remote.perform(FailingStore(f"file://{tmp_path}/run"), tmp_path / "here", 1, stopping.Stop())
-    assert started[0].returncode == -signal.SIGKILL
-
-
-def test_a_checkpoint_that_the_trainer_removes_meanwhile_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place, store = tmp_path / "attempts/1", mirror.Mirror(f"file://{tmp_path}/store")
-    for step in (1, 2):
-        (place / f"checkpoints/step-{step}").mkdir(parents=True)
-        (place / f"checkpoints/step-{step}/state.json").write_text("{}")
-    whole = shutil.copytree
-
-    def copy(source: Path, target: Path, **options: Any) -> Path:
-        if source.name == "step-1":
-            shutil.rmtree(source)
-        return whole(source, target, **options)
-
-    monkeypatch.setattr(shutil, "copytree", copy)
-    remote.bring_back(store, place, 1)
-    assert store.names("attempts/1/checkpoints") == {"step-2"}
-    assert [path.name for path in (place / "checkpoints").iterdir()] == ["step-2"]
+    monkeypatch.setattr(mirror.Mirror, "remove", remove)
+    with capture_logs() as said:
+        ray_jobs.RayJobs("http://127.0.0.1:1", f"file://{tmp_path}/store", sys.executable).clean_up(tmp_path / "r1")
+    assert [(line["event"], line["run"], line["error"]) for line in said] == [("store_not_cleaned", "r1", "ConnectionError")]
 
 
 @needs_ray

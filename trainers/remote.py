@@ -1,18 +1,21 @@
 """A run on a machine that shares no disk with the daemon: `python -m trainers.remote STORE_URL --attempt N`.
 
-The run folder is copied from the store, the trainer works in a folder of this machine, and what it leaves is copied back: signs of life
-and checkpoints as they come, the result last. The base must lie on this machine, at the path that the spec names.
+What the attempt needs is copied from the store, the trainer works in a folder of this machine, and what it leaves is copied back: signs of
+life and checkpoints as they come, the result last. The base must lie on this machine, at the path that the spec names.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from storage import mirror
@@ -22,6 +25,8 @@ from trainers.stopping import Stop
 
 SYNC_SECONDS, POLL_SECONDS = 5.0, 0.2
 CHECKPOINTS = "checkpoints"
+STATE = "state.json"
+"""The last file of a checkpoint that comes into the store: one that has it is whole."""
 
 
 def main() -> int:
@@ -38,7 +43,7 @@ def main() -> int:
 
 def perform(store: mirror.Mirror, folder: Path, attempt: int, stop: Stop) -> int:
     """Fetch, train, bring back; returns the trainer's exit status."""
-    store.pull("", folder)
+    fetch(store, folder, attempt)
     asked = spec.read_spec(folder)
     spec.write_spec(folder, move_inputs(asked, folder))
     module = "trainers.torchrun" if "+" in asked.device else "trainers.train"
@@ -51,6 +56,28 @@ def perform(store: mirror.Mirror, folder: Path, attempt: int, stop: Stop) -> int
         trainer.wait()
 
 
+def fetch(store: mirror.Mirror, folder: Path, attempt: int) -> None:
+    """Copy what the attempt needs: the spec with what it names, the fence, and the checkpoints that it may go on from."""
+    store.pull("", folder, without=("attempts",))
+    about = f"attempts/{attempt}/attempt.json"
+    store.pull(about, folder / about)
+    fetched = set()
+    for name in list_checkpoints(store):
+        store.pull(f"{name}/{STATE}", folder / name / STATE)
+        with contextlib.suppress(FileNotFoundError, ValueError):  # no whole one
+            signature = json.loads((folder / name / STATE).read_bytes())["signature"]
+            if signature not in fetched:
+                store.pull(name, folder / name)
+                fetched.add(signature)
+
+
+def list_checkpoints(store: mirror.Mirror) -> Iterable[str]:
+    """The checkpoints of all attempts, the furthest first; of equal ones the latest attempt's."""
+    folders = [f"attempts/{number}/{CHECKPOINTS}" for number in sorted(list_attempts(store), reverse=True)]
+    names = [f"{folder}/{step}" for folder in folders for step in store.names(folder)]
+    return sorted(names, key=lambda name: int(name.rpartition("-")[2]), reverse=True)
+
+
 def accompany(trainer: subprocess.Popen[bytes], store: mirror.Mirror, place: Path, attempt: int, stop: Stop) -> int:
     """Bring back what the trainer leaves until it has ended; returns its exit status."""
     synced_at, is_told = 0.0, False
@@ -61,9 +88,9 @@ def accompany(trainer: subprocess.Popen[bytes], store: mirror.Mirror, place: Pat
             is_told = True
         if time.monotonic() - synced_at >= SYNC_SECONDS:
             synced_at = time.monotonic()
-            bring_back(store, place, attempt)
             if is_superseded(store, attempt):
                 return spec.EXIT_RESUMABLE
+            bring_back(store, place, attempt)
     if not is_superseded(store, attempt):
         bring_back(store, place, attempt)
         store.push(place, f"attempts/{attempt}", without=(RESULT, CHECKPOINTS))
@@ -73,27 +100,43 @@ def accompany(trainer: subprocess.Popen[bytes], store: mirror.Mirror, place: Pat
 
 
 def bring_back(store: mirror.Mirror, place: Path, attempt: int) -> None:
-    """Copy signs of life, and whole checkpoints that the store has not yet."""
+    """Copy signs of life, and checkpoints that the store has not yet; then remove those that the trainer has removed.
+
+    Whenever this is cut off, the newest checkpoint that was whole in the store is still there, or a newer one is.
+    """
     if (place / PROGRESS).exists():
         store.push(place / PROGRESS, f"attempts/{attempt}/{PROGRESS}")
-    there = store.names(f"attempts/{attempt}/{CHECKPOINTS}")
-    for checkpoint in (place / CHECKPOINTS).glob("step-*"):
-        if checkpoint.name in there:
-            continue
-        kept = place / CHECKPOINTS / f".{checkpoint.name}"
-        try:
-            shutil.copytree(checkpoint, kept, dirs_exist_ok=True)
-            store.push(kept, f"attempts/{attempt}/{CHECKPOINTS}/{checkpoint.name}")
-        except (shutil.Error, FileNotFoundError):
-            if checkpoint.is_dir():
-                raise  # Otherwise the trainer has removed it meanwhile, for there are two newer ones.
-        finally:
-            shutil.rmtree(kept, ignore_errors=True)
+    name = f"attempts/{attempt}/{CHECKPOINTS}"
+    there, here = store.names(name), {path.name for path in (place / CHECKPOINTS).glob("step-*")}
+    if [step for step in here if step in there or push_checkpoint(store, place / CHECKPOINTS / step, f"{name}/{step}")]:
+        for step in there - here:
+            store.remove(f"{name}/{step}")
+
+
+def push_checkpoint(store: mirror.Mirror, checkpoint: Path, name: str) -> bool:
+    """Copy a checkpoint to `name` in the store; False when the trainer has removed it meanwhile, for there are two newer ones."""
+    kept = checkpoint.with_name(f".{checkpoint.name}")
+    try:
+        shutil.copytree(checkpoint, kept, dirs_exist_ok=True)
+        store.push(kept, name, without=(STATE,))
+        store.push(kept / STATE, f"{name}/{STATE}")
+    except (shutil.Error, FileNotFoundError):
+        if checkpoint.is_dir():
+            raise
+        return False
+    finally:
+        shutil.rmtree(kept, ignore_errors=True)
+    return True
 
 
 def is_superseded(store: mirror.Mirror, attempt: int) -> bool:
-    """Whether the daemon has begun a newer attempt."""
-    return max((int(name) for name in store.names("attempts") if name.isdigit()), default=0) > attempt
+    """Whether the daemon has begun a newer attempt, or has deleted the run's folder."""
+    return max(list_attempts(store), default=0) != attempt
+
+
+def list_attempts(store: mirror.Mirror) -> list[int]:
+    """The numbers of the attempts that the store knows."""
+    return [int(name) for name in store.names("attempts") if name.isdigit()]
 
 
 def move_inputs(asked: spec.Spec, folder: Path) -> spec.Spec:

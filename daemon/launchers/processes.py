@@ -44,3 +44,6 @@ class Processes:
 
     def end_idle(self) -> None:
         """Nothing: each process ends with its run."""
+
+    def clean_up(self, run_dir: Path) -> None:
+        """Nothing: all that there is lies in the run's folder."""

@@ -82,6 +82,13 @@ class RayJobs:
     def end_idle(self) -> None:
         """Nothing: each job ends with its run."""
 
+    def clean_up(self, run_dir: Path) -> None:
+        """Delete the run's folder in the store."""
+        try:
+            self._open_store(run_dir).remove("")
+        except Exception as error:  # noqa: BLE001  each kind of store has its own; the run is done whatever becomes of the copy
+            log.warning("store_not_cleaned", run=run_dir.name, store=self._store, error=type(error).__name__)
+
     def _find(self, run_dir: Path, attempt: int) -> Any:
         """What the cluster knows of the job; None when it knows none."""
         try:

@@ -84,6 +84,9 @@ class Workers:
         for worker in [one for one in self._workers if one.busy is None]:
             self._end(worker)
 
+    def clean_up(self, run_dir: Path) -> None:
+        """Nothing: all that there is lies in the run's folder."""
+
     def close(self) -> None:
         """End the workers; one that works writes a checkpoint first."""
         for worker in list(self._workers):

@@ -18,7 +18,7 @@ import pytest
 from pydantic import ValidationError
 from structlog.testing import capture_logs
 
-from daemon import launch
+from daemon import launch, run_folders
 from daemon.launchers import choice, ray_jobs
 from daemon.settings import Settings, Training
 from storage import mirror
@@ -37,7 +37,12 @@ def find_port() -> int:
         return port
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """The address of a cluster of one CPU."""
     dashboard = find_port()
@@ -56,37 +61,47 @@ def cluster() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def submit(jobs: ray_jobs.RayJobs, run_dir: Path) -> None:
-    """Submit as soon as the cluster takes jobs."""
+def begin(jobs: ray_jobs.RayJobs, run_dir: Path, attempt: int) -> None:
+    """Submit an attempt as soon as the cluster takes jobs."""
+    run_folders.begin_attempt(run_dir, attempt, fence=7)
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         with contextlib.suppress(ConnectionError, RuntimeError):
-            return jobs.submit(run_dir, 1)
+            return jobs.submit(run_dir, attempt)
         assert time.monotonic() < deadline, "the cluster did not come up"
         time.sleep(0.2)
 
 
-def prepare(run_dir: Path, asked: spec.Spec) -> Path:
-    (run_dir / "attempts" / "1").mkdir(parents=True)
-    (run_dir / "attempts" / "1" / "attempt.json").write_text('{"fence": 7}')
-    spec.write_spec(run_dir, asked)
-    return run_dir
+def wait_for_end(jobs: ray_jobs.RayJobs, run_dir: Path, attempt: int) -> int:
+    """The exit status of an attempt."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while (status := jobs.status(run_dir, attempt)) is None:
+        assert time.monotonic() < deadline, jobs.logs(run_dir, attempt)
+        time.sleep(0.2)
+    return status
+
+
+def wait_for_training(jobs: ray_jobs.RayJobs, run_dir: Path, attempt: int) -> int:
+    """The first step that a running attempt tells of."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (steps := [line["step"] for line in fixtures.progress(run_dir, attempt) if line["phase"] == "training"]):
+        assert jobs.status(run_dir, attempt) is None, jobs.logs(run_dir, attempt)
+        assert time.monotonic() < deadline, jobs.logs(run_dir, attempt)
+        time.sleep(0.2)
+    return int(steps[0])
 
 
 @needs_ray
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore")
-def test_a_job_on_a_cluster_brings_back_what_a_process_here_makes(tmp_path: Path, cluster: str) -> None:
-    base = tiny_base(tmp_path / "base")
+def test_a_job_on_a_cluster_brings_back_what_a_process_here_makes(tmp_path: Path, cluster: str, base: Path) -> None:
+    run_dir = tmp_path / "runs" / "r1"
     scored = fixtures.score_set(tmp_path / "recent.parquet", range(5))
     asked = fixtures.make_spec(base, fixtures.dataset(tmp_path / "set"), {"epochs": 1}, score_sets=(scored,))
-    run_dir = prepare(tmp_path / "runs" / "r1", asked)
+    spec.write_spec(run_dir, asked)
     jobs = ray_jobs.RayJobs(cluster, f"file://{tmp_path}/store", sys.executable)
-    submit(jobs, run_dir)
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while (status := jobs.status(run_dir, 1)) is None and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert status == 0, jobs.logs(run_dir, 1)
+    begin(jobs, run_dir, 1)
+    assert wait_for_end(jobs, run_dir, 1) == 0, jobs.logs(run_dir, 1)
     assert "done:" in jobs.logs(run_dir, 1)
     found = fixtures.result(run_dir)
     assert (found["status"], found["fence"]) == ("done", 7)
@@ -102,6 +117,27 @@ def test_a_job_on_a_cluster_brings_back_what_a_process_here_makes(tmp_path: Path
     for _ in range(2):
         jobs.clean_up(run_dir)
         assert not (tmp_path / "store/r1").exists()
+
+
+@needs_ray
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore")
+def test_a_job_that_is_asked_to_end_leaves_a_checkpoint_and_the_next_attempt_goes_on(tmp_path: Path, cluster: str, base: Path) -> None:
+    run_dir = tmp_path / "runs" / "r2"
+    options = {"epochs": 1000, "batch_rows": 1, "checkpoint_steps": 1_000_000}
+    spec.write_spec(run_dir, fixtures.make_spec(base, fixtures.dataset(tmp_path / "set"), options))
+    jobs = ray_jobs.RayJobs(cluster, f"file://{tmp_path}/store", sys.executable)
+    begin(jobs, run_dir, 1)
+    assert wait_for_training(jobs, run_dir, 1) == 1
+    jobs.cancel(run_dir, 1)
+    assert wait_for_end(jobs, run_dir, 1) == spec.EXIT_RESUMABLE
+    stopped_at = run_folders.newest_checkpoint(run_dir)
+    assert stopped_at > 0, "there was none before it was asked to end"
+    begin(jobs, run_dir, 2)
+    assert wait_for_training(jobs, run_dir, 2) > stopped_at
+    jobs.cancel(run_dir, 2)
+    assert wait_for_end(jobs, run_dir, 2) == spec.EXIT_RESUMABLE
+    assert run_folders.newest_checkpoint(run_dir) > stopped_at
 
 
 def test_what_a_run_reads_travels_and_its_cards_are_numbered_anew(tmp_path: Path) -> None:

@@ -92,6 +92,12 @@ def result(run_dir: Path, attempt: int = 1) -> dict:
     return json.loads((run_dir / "attempts" / str(attempt) / "result.json").read_text())
 
 
+def progress(run_dir: Path, attempt: int = 1) -> list[dict]:
+    """The lines of progress that are there."""
+    path = run_dir / "attempts" / str(attempt) / "progress.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def wait_for(condition: Callable[[], bool], process: multiprocessing.process.BaseProcess) -> None:
     """Wait until something is there that a running process makes."""
     deadline = time.monotonic() + 90

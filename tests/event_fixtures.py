@@ -69,11 +69,13 @@ def envelope(kind: str, event_id: str, data: Mapping[str, Any], source: str) -> 
     return {"specversion": "1.0", "type": kind, "source": source, "id": event_id, "data": dict(data)}
 
 
-def send(engine: Engine, sent: list[dict[str, Any]], now: datetime, principal: tokens.Principal = PRODUCER) -> list[delivery.Delivered]:
-    """Deliver events of one type through the one door."""
+def send(
+    engine: Engine, sent: list[dict[str, Any]], now: datetime, principal: tokens.Principal = PRODUCER, agent: str = "adjudication"
+) -> list[delivery.Delivered]:
+    """Deliver events of one type and one agent through the one door."""
     items = schemas.parse(orjson.dumps(sent), sent[0]["type"])
     with db.writing(engine) as connection:
-        return delivery.deliver(connection, items, {"adjudication": LABELS}, principal, now)
+        return delivery.deliver(connection, items, {agent: LABELS}, principal, now)
 
 
 def handle(engine: Engine, agent: rules.Agent, now: datetime) -> Counter[str]:

@@ -16,7 +16,7 @@ from daemon.agents import Agent
 from daemon.prompts import PromptFile
 from storage import artifacts
 from tests import training_fixtures as runs
-from tests.model_fixtures import PROMPT, claim, tiny_base
+from tests.model_fixtures import PROMPT, chat_tokenizer, claim, tiny_base
 from trainers import adapters, bases, loop, score, spec
 
 TEMPLATE = spec.Prompt(text=PROMPT)
@@ -107,6 +107,25 @@ def test_the_scores_of_a_new_base_are_those_of_the_files_that_ship(method, finis
     )
     answered = [one for one in score.read_scores(run_dir / "attempts" / "1" / "scores.parquet") if one.model == "toy-v1.0"]
     np.testing.assert_allclose([one.logprobs for one in answered], logprobs, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["full", "pretrain"])
+def test_a_new_base_keeps_the_generation_settings_and_the_chat_template_of_its_base(method, place, tmp_path):
+    source = tiny_base(tmp_path / "whole", tokenizer=chat_tokenizer("llama"), tie_word_embeddings=True)
+    model, tokenizer = bases.load_base(source, "cpu")
+    model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    tokenizer.save_pretrained(tmp_path / "base")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
+    contradictory = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [1, 5]}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(contradictory))
+    asked = make(place, method, {"epochs": 1}, base=runs.base_of(tmp_path / "base"))
+    assert runs.perform(tmp_path / "run", asked) == spec.EXIT_DONE
+    folder = tmp_path / "run" / "attempts" / "1" / "model"
+    trained, loaded = bases.load_base(folder, "cpu")
+    assert contradictory.items() <= trained.generation_config.to_dict().items()
+    assert contradictory.items() <= json.loads((folder / "generation_config.json").read_text()).items()
+    assert loaded.chat_template == tokenizer.chat_template
+    assert trained.lm_head.weight is trained.model.embed_tokens.weight
 
 
 @every_method

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 from storage import artifacts
 
 
@@ -14,7 +16,10 @@ def begin(base: Any) -> Any:
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> str:
-    """Write an ordinary Hugging Face checkpoint (safetensors) and return its digest."""
+    """Write an ordinary Hugging Face checkpoint (safetensors) with the base's generation settings and return its digest."""
+    settings, model.generation_config = model.generation_config, transformers.GenerationConfig()
     model.save_pretrained(folder)
+    # Many checkpoints say `do_sample: false` beside a temperature: servers read that, and transformers refuses to write it.
+    settings.to_json_file(folder / transformers.utils.GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
     tokenizer.save_pretrained(folder)
     return artifacts.digest_folder(folder)

@@ -178,16 +178,17 @@ def test_a_base_whose_head_is_its_embedding_is_whole_without_a_head_of_its_own(t
         bases.load_base(folder, "cpu")
 
 
-@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
-def test_a_base_that_was_quantised_before_is_loaded_when_it_is_whole(tmp_path):
+@pytest.mark.parametrize("in_4bit", [False, True])
+def test_a_base_that_is_stored_in_4_bits_answers_as_it_did_before_it_was_stored(tmp_path, prompts, in_4bit):
     model, tokenizer = bases.load_base(tiny_base(tmp_path / "base"), "cpu", in_4bit=True)
+    before = score.score_prompts(model, tokenizer, prompts, LABELS, max_tokens=512)
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "small")
-    for in_4bit in (False, True):
-        bases.load_base(tmp_path / "small", "cpu", in_4bit=in_4bit)
+    model, _ = bases.load_base(tmp_path / "small", "cpu", in_4bit=in_4bit)
+    assert (score.score_prompts(model, tokenizer, prompts, LABELS, max_tokens=512) == before).all()
     rewrite(tmp_path / "small", "model.safetensors", keep=lambda tensor: ".layers.1." not in tensor)
     with pytest.raises(SpecRefusedError, match="small"):
-        bases.load_base(tmp_path / "small", "cpu")
+        bases.load_base(tmp_path / "small", "cpu", in_4bit=in_4bit)
 
 
 @pytest.mark.parametrize("in_4bit", [False, True])
@@ -260,7 +261,7 @@ def test_adapters_are_switched_without_touching_the_base(tmp_path, prompts):
 
 @pytest.mark.parametrize("first_with_a_window", [0, 2])
 def test_layers_see_as_far_back_as_the_base_says(tmp_path, prompts, first_with_a_window):
-    windowed = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": first_with_a_window}
+    windowed = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": first_with_a_window, "vocab_size": 400}
     model, tokenizer = bases.load_base(tiny_base(tmp_path / "base", "qwen2", **windowed), "cpu")
     actual = score.score_prompts(model, tokenizer, prompts[:6], LABELS, max_tokens=4096)
     np.testing.assert_allclose(actual, separate_forwards(model, tokenizer, prompts[:6], LABELS), atol=1e-4, rtol=0)

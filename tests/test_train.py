@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from storage import artifacts, snapshots
 from tests import training_fixtures as runs
 from tests.model_fixtures import tiny_base
+from tests.training_fixtures import NoWeights
 from trainers import bases, loop, memory, score, spec
 
 SLOW = {"epochs": 25, "checkpoint_steps": 4}
@@ -214,13 +215,6 @@ def test_a_score_run_trains_nothing(tmp_path, base, claims, done):
     for one, other in zip(score.read_scores(tmp_path / "attempts" / "1" / "scores.parquet"), before, strict=True):
         assert one.logprobs == pytest.approx(other.logprobs, rel=1e-4)
     assert "training" not in runs.result(tmp_path)
-
-
-class NoWeights(bases.Bases):
-    """Fails when weights are loaded."""
-
-    def load(self, base, device, *, in_4bit=False):
-        raise AssertionError((base, device, in_4bit))
 
 
 def unrenderable(folder, numbers):

@@ -87,6 +87,20 @@ def perform(run_dir: Path, asked: spec.Spec, held: bases.Bases | None = None) ->
     return train.run(run_dir, None, held or bases.Bases(), stopping.Stop())[0]
 
 
+class NoWeights(bases.Bases):
+    """Fails when weights are loaded."""
+
+    def load(self, base: spec.Base, device: str, *, in_4bit: bool = False) -> tuple[object, object]:
+        """There is nothing to load yet."""
+        raise AssertionError((base, device, in_4bit))
+
+
+def refuse(run_dir: Path, asked: spec.Spec) -> str:
+    """Perform a run that must be refused before weights are loaded; returns the reason."""
+    assert perform(run_dir, asked, NoWeights()) == spec.EXIT_REFUSED
+    return result(run_dir)["reason"]
+
+
 def result(run_dir: Path, attempt: int = 1) -> dict:
     """The published result of an attempt."""
     return json.loads((run_dir / "attempts" / str(attempt) / "result.json").read_text())

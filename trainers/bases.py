@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 
 from storage import artifacts
+from trainers import base_config
 from trainers.spec import Base, SpecRefusedError
 
 Fingerprint = tuple[tuple[str, int, int], ...]
 Misfit = tuple[str, tuple[int, ...], tuple[int, ...]]
 """A tensor, its shape in the file, and the one that `config.json` gives it."""
-UNREADABLE = (OSError, ValueError, KeyError, ImportError, SafetensorError)
-DEVICE_FAULTS = (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError)
-"""What the folder is not to blame for."""
 TENSORS_NAMED = 3
 
 
@@ -34,7 +30,10 @@ class Bases:
         self._checked: dict[str, Fingerprint] = {}
 
     def check(self, base: Base) -> None:
-        """Raise `SpecRefusedError` unless the folder's files are those that the digest names; read again only when a file changed."""
+        """Raise `SpecRefusedError` unless the folder's files are those that the digest names, of a base that can be used here.
+
+        They are read again only when one of them changed.
+        """
         fingerprint = take_fingerprint(base.path)
         if self._checked.get(base.digest) == fingerprint:
             return
@@ -42,19 +41,13 @@ class Bases:
             artifacts.check(base.path, base.digest)
         except (OSError, artifacts.DigestMismatchError) as error:
             raise SpecRefusedError(f"the base model: {error}") from error
+        base_config.check(base.path)
         self._checked[base.digest] = fingerprint
 
     def tokenizer(self, base: Base) -> Any:
         """The base's tokenizer, without its weights; read once."""
         if base.digest not in self._tokenizers:
-            try:
-                read = transformers.AutoTokenizer.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
-            except UNREADABLE as error:
-                raise SpecRefusedError(f"{base.path} has no tokenizer that can be loaded: {error}") from error
-            except Exception as error:  # A wrong file may break transformers and tokenizers in any way.
-                raise SpecRefusedError(f"{base.path} has no tokenizer that can be loaded: {tell_fault(error)}") from error
-            check_vocabulary(read, base)
-            self._tokenizers[base.digest] = read
+            self._tokenizers[base.digest] = read_tokenizer(base.path)
         return self._tokenizers[base.digest]
 
     def load(self, base: Base, device: str, *, in_4bit: bool = False) -> tuple[Any, Any]:
@@ -75,14 +68,14 @@ class Bases:
 def load_base(path: Path, device: str, *, in_4bit: bool = False) -> tuple[Any, Any]:
     """The model and tokenizer of a local checkpoint, ready to score: safetensors only, no code from the folder, nothing downloaded.
 
-    fp32 on CPU, bf16 elsewhere; `in_4bit` NF4 with double quantisation, computed in bf16 everywhere.
-    Raises `SpecRefusedError` when the folder is no such checkpoint, or not the whole of it.
+    fp32 on CPU, bf16 elsewhere; `in_4bit` NF4 with double quantisation, computed in bf16 everywhere. A base that is stored in 4 bits
+    is held as it is stored. Raises `SpecRefusedError` when the folder is no such checkpoint, or not the whole of it.
     """
-    if not (path / "config.json").is_file():
-        raise SpecRefusedError(f"{path} holds no config.json: name the folder of a Hugging Face checkpoint")
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **local)
+    base_config.check(path)
+    is_stored_so = base_config.is_in_4bit(path)
+    in_4bit = in_4bit or is_stored_so
+    tokenizer = read_tokenizer(path)
+    with base_config.refusing(f"{path} can't be loaded as a causal language model in safetensors"):
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             path,
             dtype=torch.float32 if device == "cpu" and not in_4bit else torch.bfloat16,
@@ -90,18 +83,11 @@ def load_base(path: Path, device: str, *, in_4bit: bool = False) -> tuple[Any, A
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # They are refused below, by name.
             output_loading_info=True,
-            **(quantize(device) if in_4bit else {}),
-            **local,
+            **({"device_map": {"": device}} if in_4bit else {}),
+            **({"quantization_config": quantize()} if in_4bit and not is_stored_so else {}),
+            **base_config.LOCAL,
         )
-    except DEVICE_FAULTS:
-        raise
-    except UNREADABLE as error:
-        raise SpecRefusedError(f"{path} can't be loaded as a causal language model in safetensors: {error}") from error
-    except Exception as error:  # A wrong config.json may break transformers in any way.
-        raise SpecRefusedError(f"{path} can't be loaded as a causal language model in safetensors: {tell_fault(error)}") from error
     check_tensors(path, model, found)
-    if len(set(getattr(model.config, "layer_types", None) or ["full_attention"])) > 1:
-        raise SpecRefusedError(f"{path} mixes kinds of attention ({model.config.model_type}): take a Llama- or Mistral-type base")
     if not in_4bit:
         return model.to(device).eval(), tokenizer
     for module in model.modules():
@@ -111,10 +97,12 @@ def load_base(path: Path, device: str, *, in_4bit: bool = False) -> tuple[Any, A
     return model.eval(), tokenizer
 
 
-def tell_fault(error: Exception) -> str:
-    """An error that names no file, in one line with the remedy."""
-    said = " ".join(str(error).split())
-    return f"its config.json or another file is wrong ({type(error).__name__}: {said}): copy the base completely again"
+def read_tokenizer(path: Path) -> Any:
+    """The tokenizer of a local checkpoint. Raises `SpecRefusedError` when there is none, or another checkpoint's."""
+    with base_config.refusing(f"{path} has no tokenizer that can be loaded"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **base_config.LOCAL)
+    check_vocabulary(tokenizer, path)
+    return tokenizer
 
 
 def check_tensors(path: Path, model: Any, found: Mapping[str, Any]) -> None:
@@ -142,12 +130,11 @@ def find_misfits(model: Any) -> Iterator[Misfit]:
             yield f"{name}.weight", shape, wanted
 
 
-def quantize(device: str) -> dict[str, Any]:
+def quantize() -> transformers.BitsAndBytesConfig:
     """How a base is loaded in 4 bits: Dettmers et al. 2023, "QLoRA: efficient finetuning of quantized LLMs"."""
-    config = transformers.BitsAndBytesConfig(
+    return transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
     )
-    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def take_fingerprint(folder: Path) -> Fingerprint:
@@ -158,25 +145,16 @@ def take_fingerprint(folder: Path) -> Fingerprint:
 
 def read_context(base: Base) -> int:
     """How many tokens the base can read at once, from its `config.json`."""
-    return read_number(base, "max_position_embeddings")
+    return base_config.read_number(base.path, "max_position_embeddings")
 
 
-def check_vocabulary(tokenizer: Any, base: Base) -> None:
+def check_vocabulary(tokenizer: Any, path: Path) -> None:
     """Raise `SpecRefusedError` when the tokenizer knows tokens that the weights have no row for: it is another checkpoint's."""
-    size = read_number(base, "vocab_size")
+    size = base_config.read_number(path, "vocab_size")
     if len(tokenizer) > size:
         raise SpecRefusedError(
-            f"the tokenizer in {base.path} has {len(tokenizer)} tokens, the weights know {size}: put the checkpoint's own tokenizer there"
+            f"the tokenizer in {path} has {len(tokenizer)} tokens, the weights know {size}: put the checkpoint's own tokenizer there"
         )
-
-
-def read_number(base: Base, name: str) -> int:
-    """A number of the base's `config.json`."""
-    try:
-        config = json.loads((base.path / "config.json").read_text())
-        return int(config.get(name) or config["text_config"][name])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise SpecRefusedError(f"{base.path / 'config.json'} names no {name}: is this a language model?") from error
 
 
 def check_device(device: str) -> None:

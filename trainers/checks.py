@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage import artifacts, snapshots
-from trainers import adapters, bases, encoding, forms, texts
+from trainers import adapters, base_config, bases, encoding, forms, texts
 from trainers.spec import LoraOptions, Model, ScoreSet, Spec, SpecRefusedError
 
 
@@ -62,6 +62,7 @@ def check_training(spec: Spec) -> None:
         check_candidate(spec.candidate)
     if spec.dataset:
         check_dataset(spec.dataset, spec.dataset_digest)
+    check_stored(spec)
     check_policy(spec)
     if spec.init_adapter and options.trains_all_weights:
         raise SpecRefusedError(
@@ -70,6 +71,16 @@ def check_training(spec: Spec) -> None:
     if spec.init_adapter:
         check_adapter(spec.init_adapter, spec.init_adapter_digest, spec.base.digest)
         check_shape(spec.init_adapter, options.lora)
+
+
+def check_stored(spec: Spec) -> None:
+    """Check that a base that is stored in 4 bits is trained by the method for such a base."""
+    method = spec.options.method
+    if base_config.is_in_4bit(spec.base.path) and method != "qlora":
+        remedy = "use method qlora" if method == "lora" else "name the same model in 16 bits as base, or use method qlora for the labels"
+        raise SpecRefusedError(
+            f"{spec.base.path} is stored in 4 bits (quantization_config), and method {method} trains on whole weights: {remedy}"
+        )
 
 
 def check_policy(spec: Spec) -> None:

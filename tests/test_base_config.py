@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import training_fixtures as runs
-from tests.model_fixtures import tiny_base
+from tests.model_fixtures import LLAMA_3, LLAMA_3_MARKS, tiny_base, tiny_tokenizer
 from trainers import bases, score, spec
 
 TEXTS = {"method": "pretrain", "epochs": 1}
@@ -100,6 +100,42 @@ def test_a_base_that_mixes_kinds_of_attention_is_refused_before_weights_are_load
     assert "mixes kinds of attention (qwen2: full_attention, sliding_attention): take a Llama- or Mistral-type base" in reason
     with pytest.raises(spec.SpecRefusedError, match="mixes kinds"):
         bases.load_base(base, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("named", "problem"),
+    [
+        ({"bos_token_id": 900, "eos_token_id": 901}, "the tokens [900, 901], which the tokenizer has no tokens [900, 901] for"),
+        ({"bos_token_id": 0, "eos_token_id": [1, 900]}, "the tokens [0, 1, 900], which the tokenizer has no tokens [900] for"),
+        ({"bos_token_id": 100, "eos_token_id": 101}, "the tokens [100, 101], which are ordinary words in the tokenizer"),
+        ({"bos_token_id": None, "eos_token_id": [101, 102]}, "the tokens [101, 102], which are ordinary words in the tokenizer"),
+    ],
+)
+def test_a_tokenizer_that_is_not_that_of_the_weights_is_refused_though_it_is_smaller(tmp_path, data, named, problem):
+    base = tiny_base(tmp_path / "base", vocab_size=1000)
+    set_keys(base / "config.json", **named)
+    reason = runs.refuse(tmp_path / "run", runs.make_spec(base, data))
+    assert f"{problem}: put the checkpoint's own tokenizer there" in reason
+
+
+@pytest.mark.parametrize(
+    ("named", "own"),
+    [
+        ({"bos_token_id": 0, "eos_token_id": [1, 4, 5]}, {"eos_token": "<|eot_id|>"}),  # Llama 3 Instruct
+        ({"bos_token_id": 0, "eos_token_id": 1}, {"eos_token": "<|eot_id|>"}),  # a fine-tuned model that ends otherwise than its base
+        ({"bos_token_id": 1, "eos_token_id": 5}, {"bos_token": None, "eos_token": "<|eot_id|>"}),  # Qwen2.5 Instruct
+        ({"bos_token_id": 100, "eos_token_id": 1}, {}),  # a first token that the architecture has by default
+        ({"bos_token_id": None, "eos_token_id": None}, {}),
+    ],
+)
+def test_a_tokenizer_may_begin_and_end_otherwise_than_the_config_says(tmp_path, named, own):
+    tokenizer = tiny_tokenizer(LLAMA_3, LLAMA_3_MARKS)
+    for name, token in own.items():
+        setattr(tokenizer, name, token)
+    base = tiny_base(tmp_path / "base", tokenizer=tokenizer)
+    set_keys(base / "config.json", **named)
+    loaded = bases.Bases().tokenizer(runs.base_of(base))
+    assert {name: getattr(loaded, name) for name in own} == own
 
 
 CODE = """

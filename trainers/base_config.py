@@ -83,6 +83,14 @@ def read_number(folder: Path, name: str) -> int:
         raise SpecRefusedError(f"{folder / CONFIG} names no {name}: is this a language model?") from error
 
 
+def read_ends(folder: Path) -> set[int]:
+    """The tokens that `config.json` begins and ends texts with (`bos_token_id`, `eos_token_id`): of each none, one or several."""
+    settings = read_settings(folder)
+    inner = settings.get("text_config") or {}
+    named = [settings.get(name, inner.get(name)) for name in ("bos_token_id", "eos_token_id")]
+    return {token for given in named for token in (given if isinstance(given, list) else [given]) if type(token) is int}
+
+
 def read_settings(folder: Path) -> Mapping[str, Any]:
     """What `config.json` holds. Raises `SpecRefusedError` when there is none, or it is no JSON."""
     try:

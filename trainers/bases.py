@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from storage import artifacts
-from trainers import base_config
+from trainers import base_config, forms
 from trainers.spec import Base, SpecRefusedError
 
 Fingerprint = tuple[tuple[str, int, int], ...]
@@ -102,6 +102,7 @@ def read_tokenizer(path: Path) -> Any:
     with base_config.refusing(f"{path} has no tokenizer that can be loaded"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **base_config.LOCAL)
     check_vocabulary(tokenizer, path)
+    check_ends(tokenizer, path)
     return tokenizer
 
 
@@ -155,6 +156,25 @@ def check_vocabulary(tokenizer: Any, path: Path) -> None:
         raise SpecRefusedError(
             f"the tokenizer in {path} has {len(tokenizer)} tokens, the weights know {size}: put the checkpoint's own tokenizer there"
         )
+
+
+def check_ends(tokenizer: Any, path: Path) -> None:
+    """Raise `SpecRefusedError` when the tokens that the weights begin and end texts with are no such tokens in the tokenizer.
+
+    They need not be the tokenizer's own: an instruct model may end a turn with another token than `config.json` ends a text with.
+    """
+    named = base_config.read_ends(path)
+    marks = forms.find_special(tokenizer).keys() | tokenizer.added_tokens_decoder.keys()
+    if absent := sorted(named - set(tokenizer.get_vocab().values())):
+        problem = f"which the tokenizer has no tokens {absent} for"
+    elif named and not named & marks:
+        problem = "which are ordinary words in the tokenizer"
+    else:
+        return
+    raise SpecRefusedError(
+        f"the tokenizer in {path} is not that of the weights: config.json begins and ends texts with the tokens {sorted(named)}, "
+        f"{problem}: put the checkpoint's own tokenizer there"
+    )
 
 
 def check_device(device: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import training_fixtures as runs
-from tests.model_fixtures import LLAMA_3, LLAMA_3_MARKS, tiny_base, tiny_tokenizer
+from tests.model_fixtures import LLAMA_3, LLAMA_3_MARKS, PROMPT, tiny_base, tiny_tokenizer
 from trainers import bases, score, spec
 
 TEXTS = {"method": "pretrain", "epochs": 1}
@@ -136,6 +136,30 @@ def test_a_tokenizer_may_begin_and_end_otherwise_than_the_config_says(tmp_path, 
     set_keys(base / "config.json", **named)
     loaded = bases.Bases().tokenizer(runs.base_of(base))
     assert {name: getattr(loaded, name) for name in own} == own
+
+
+CHAT = spec.Prompt(text=PROMPT, form="chat")
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        (TEXTS, {"candidate": None, "dataset": None}),
+        (TEXTS, {}),
+        (TEXTS | {"pretrain": {"weights": "all"}}, {}),
+        ({"method": "lora"}, {}),
+    ],
+)
+def test_texts_are_read_only_by_a_tokenizer_that_can_end_them(tmp_path, data, texts, options, changes):
+    tokenizer = tiny_tokenizer(LLAMA_3, LLAMA_3_MARKS)
+    tokenizer.eos_token = None
+    base = tiny_base(tmp_path / "base", tokenizer=tokenizer)
+    read = {"general_texts": texts} if options["method"] == "lora" else {"texts": texts}
+    asked = runs.make_spec(base, data, options, **({"candidate": runs.model(prompt=CHAT)} | read | changes))
+    reason = runs.refuse(tmp_path / "run", asked)
+    assert (
+        f"the tokenizer in {base} has no end-of-sequence token, with which every text ends: name one in its tokenizer_config.json" in reason
+    )
 
 
 CODE = """

@@ -10,10 +10,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
+from tokenizers import normalizers
 
 from storage import artifacts, snapshots
 from tests import training_fixtures as runs
-from tests.model_fixtures import tiny_base
+from tests.model_fixtures import tiny_base, tiny_tokenizer
 from tests.training_fixtures import NoWeights
 from trainers import bases, loop, memory, score, spec
 
@@ -155,6 +156,27 @@ def test_a_policy_without_what_it_needs_is_refused_before_weights_are_loaded(tmp
     asked = runs.make_spec(base, data, options, **begin, learned=data if knows else None)
     assert runs.perform(tmp_path, asked, NoWeights()) == spec.EXIT_REFUSED
     assert says in runs.result(tmp_path)["reason"]
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_an_adapter_that_begins_from_scratch_has_learned_nothing(tmp_path, base, data, method):
+    reason = runs.refuse(tmp_path, runs.make_spec(base, data, {"method": method}, learned=data))
+    assert f"learned is {data}, but init_adapter is missing: method {method} goes on from an adapter that learned it" in reason
+    assert "leave learned out to begin from scratch" in reason
+
+
+def test_a_label_is_told_from_another_by_its_tokens(tmp_path, data):
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    folder = tiny_base(tmp_path / "base", tokenizer=tokenizer)
+    reason = runs.refuse(tmp_path / "run", runs.make_spec(folder, data, candidate=runs.model(labels=("APPROVED", "Approved"))))
+    assert "same tokens" in reason
+    assert "'Approved'" in reason
+
+
+def test_texts_to_measure_forgetting_by_must_be_there_before_weights_are_loaded(tmp_path, base, data):
+    reason = runs.refuse(tmp_path, runs.make_spec(base, data, general_texts=tmp_path / "nowhere.txt"))
+    assert "nowhere.txt: there is no such file" in reason
 
 
 def test_forgetting_is_the_loss_of_plain_text_beside_that_of_the_untouched_base(tmp_path, base, data):

@@ -25,6 +25,8 @@ def check_spec(spec: Spec, held: bases.Bases) -> Any:
         check_training(spec)
     for model in scored_models(spec):
         check_model(model, spec, held)
+    if spec.kind == "train" and (spec.options.method == "pretrain" or spec.general_texts):
+        check_readers(spec, held)
     for score_set in spec.score_sets:
         check_score_set(score_set)
     return tokenizer
@@ -53,11 +55,11 @@ def check_training(spec: Spec) -> None:
     options = spec.options
     if options.method == "pretrain":
         texts.find_files(the_texts(spec))
-        if spec.general_texts:
-            texts.find_files(spec.general_texts)
     else:
         the_candidate(spec)
         the_dataset(spec)
+    if spec.general_texts:
+        texts.find_files(spec.general_texts)
     if spec.candidate:
         check_candidate(spec.candidate)
     if spec.dataset:
@@ -71,6 +73,16 @@ def check_training(spec: Spec) -> None:
     if spec.init_adapter:
         check_adapter(spec.init_adapter, spec.init_adapter_digest, spec.base.digest)
         check_shape(spec.init_adapter, options.lora)
+
+
+def check_readers(spec: Spec, held: bases.Bases) -> None:
+    """Check that whoever reads texts, to learn them or to tell what was forgotten, has a token to end one with."""
+    for base in [spec.base, *(model.base for model in scored_models(spec) if model.base)]:
+        if held.tokenizer(base).eos_token_id is None:
+            raise SpecRefusedError(
+                f"the tokenizer in {base.path} has no end-of-sequence token, with which every text ends: "
+                "name one in its tokenizer_config.json (eos_token)"
+            )
 
 
 def check_stored(spec: Spec) -> None:
@@ -91,6 +103,11 @@ def check_policy(spec: Spec) -> None:
     if spec.init_adapter and spec.learned is None and spec.options.needs_learned:
         raise SpecRefusedError(
             f"learned is missing: policy {policy} needs the snapshot that {spec.init_adapter} learned, to tell old from new"
+        )
+    if spec.learned and not spec.init_adapter and not spec.options.makes_base:
+        raise SpecRefusedError(
+            f"learned is {spec.learned}, but init_adapter is missing: method {spec.options.method} goes on from an adapter that "
+            "learned it, name that, or leave learned out to begin from scratch"
         )
     if spec.learned:
         check_dataset(spec.learned, None)

@@ -174,9 +174,16 @@ def test_a_label_is_told_from_another_by_its_tokens(tmp_path, data):
     assert "'Approved'" in reason
 
 
-def test_texts_to_measure_forgetting_by_must_be_there_before_weights_are_loaded(tmp_path, base, data):
-    reason = runs.refuse(tmp_path, runs.make_spec(base, data, general_texts=tmp_path / "nowhere.txt"))
-    assert "nowhere.txt: there is no such file" in reason
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(None, "there is no such file"), (b"\n", "holds no texts"), (b"caf\xe9 " * 40, "isn't UTF-8 text")],
+)
+def test_texts_to_measure_forgetting_by_are_read_before_weights_are_loaded(tmp_path, base, data, content, told):
+    if content is not None:
+        (tmp_path / "general.jsonl").write_bytes(content)
+    reason = runs.refuse(tmp_path / "run", runs.make_spec(base, data, general_texts=tmp_path / "general.jsonl"))
+    assert "general.jsonl" in reason
+    assert told in reason
 
 
 def test_forgetting_is_the_loss_of_plain_text_beside_that_of_the_untouched_base(tmp_path, base, data):

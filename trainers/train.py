@@ -126,6 +126,7 @@ def train_candidate(work: Work) -> dict[str, Any]:
     spec, options = work.spec, work.spec.options
     lessons, asked = read_lessons(work), sheets.read_sheets(work)
     examples = read_corpus(work) if options.method == "pretrain" else data.list_examples(lessons.train)
+    read_general_texts(work)
     dev = data.list_examples(lessons.dev)
     model = begin_training(work)
     rounding = optimizers.name_rounding(checkpoints.trained_parameters(model).values())
@@ -193,6 +194,14 @@ def read_corpus(work: Work) -> Sequence[Example]:
         if path is not None
     )
     return texts.Mixture(corpus, general[0], spec.options.pretrain.general_share, spec.seed) if general else corpus
+
+
+def read_general_texts(work: Work) -> None:
+    """Tokenise what forgetting is measured on: what is wrong with it is told before training, and read from the cache after it."""
+    spec, limit = work.spec, min(answers.FORGETTING_TOKENS, bases.read_context(work.spec.base))
+    if spec.general_texts:
+        work.progress.write("tokenizing", now=True)
+        texts.tokenize(spec.general_texts, work.tokenizer, limit, work.attempt.run_dir / "tokens", spec.base.digest)
 
 
 def begin_training(work: Work) -> Any:

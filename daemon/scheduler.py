@@ -106,6 +106,8 @@ class Scheduler:
         task.add_done_callback(self._working.discard)
         try:
             await asyncio.shield(task)
+        except asyncio.CancelledError:  # The scheduler was shut down: `run` waits for the thread, and nothing went wrong.
+            return
         except Exception as error:  # noqa: BLE001  raised again by `run`, which ends the process; a database that is away is waited for
             if db.is_passing(error):
                 self._outage.note(error)

@@ -188,3 +188,13 @@ def test_settings_that_name_a_cluster_need_a_store(tmp_path: Path) -> None:
         Training(launcher="ray")
     settings = Settings(training=Training(launcher="ray", store=f"file://{tmp_path}"))
     assert isinstance(choice.make_launcher(settings), ray_jobs.RayJobs)
+
+
+def test_a_checkpoint_that_is_half_in_the_store_is_no_step_forward(tmp_path: Path) -> None:
+    for name in ("step-2/weights.safetensors", "step-2/state.json", "step-4/weights.safetensors"):
+        path = tmp_path / "store" / "attempts/1/checkpoints" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    run_dir = tmp_path / "run"
+    ray_jobs.fetch_attempt(mirror.Mirror((tmp_path / "store").as_uri()), run_dir / "attempts" / "1", 1)
+    assert run_folders.newest_checkpoint(run_dir) == 2

@@ -110,6 +110,24 @@ def test_a_late_trainer_is_killed(engine: Engine, tmp_path: Path) -> None:
     assert state_of(engine, run) == "queued"
 
 
+@pytest.mark.databases("sqlite")
+def test_a_stop_in_the_midst_of_a_tick_waits_for_it_and_logs_no_error(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = World(engine, make_settings(tmp_path, make_base(tmp_path / "base")), ScriptedLauncher(), clock())
+    ticks: list[str] = []
+
+    def advance(_: datetime) -> None:
+        ticks.append("began")
+        time.sleep(0.5)
+        ticks.append("ended")
+
+    monkeypatch.setattr(world.pipeline, "advance", advance)
+    asyncio.run(run_until(world.pipeline, lambda: ticks[-1:] == ["began"]))
+    assert ticks[-1] == "ended"
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 def test_a_database_that_can_not_be_used_ends_the_role(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(engine, make_settings(tmp_path, make_base(tmp_path / "base")), ScriptedLauncher(), clock())
 

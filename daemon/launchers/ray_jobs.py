@@ -17,7 +17,7 @@ from daemon import launch
 from storage import mirror
 from trainers import spec
 
-INPUTS, CHECKPOINTS, PROGRESS, RESULT = "inputs", "checkpoints", "progress.jsonl", "result.json"
+INPUTS, CHECKPOINTS, STATE, PROGRESS, RESULT = "inputs", "checkpoints", "state.json", "progress.jsonl", "result.json"
 STOP_SECONDS = 60
 """So long a job has for its checkpoint after it was asked to end; Ray's own default is 3 s."""
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -147,9 +147,10 @@ def note_waiting(folder: Path) -> None:
 
 
 def fetch_attempt(store: mirror.Mirror, folder: Path, attempt: int) -> None:
-    """Copy what a job left, the result last; of checkpoints only the names, which say how far it came."""
+    """Copy what a job left, the result last; of checkpoints that are whole only the names, which say how far it came."""
     name = f"attempts/{attempt}"
     store.pull(name, folder, without=(RESULT, CHECKPOINTS))
     for step in store.names(f"{name}/{CHECKPOINTS}"):
-        (folder / CHECKPOINTS / step).mkdir(parents=True, exist_ok=True)
+        if store.has(f"{name}/{CHECKPOINTS}/{step}/{STATE}"):
+            (folder / CHECKPOINTS / step).mkdir(parents=True, exist_ok=True)
     store.pull(f"{name}/{RESULT}", folder / RESULT)

@@ -49,7 +49,7 @@ def measure_text_loss(work: Work, base: Base | None, adapter: Path | None, path:
     """The loss of the first texts; when it is back nothing holds the base any more, so that there is room for the next one."""
     place = base or work.spec.base
     tokenizer, limit = work.held.tokenizer(place), min(FORGETTING_TOKENS, bases.read_context(place))
-    corpus = texts.tokenize(path, tokenizer, limit, work.attempt.run_dir / "tokens", place.digest)
+    corpus = texts.tokenize(path, tokenizer, limit, work.attempt.run_dir / "tokens", place.digest, work.beat)
     with wearing(work.load_to_score(base), adapter) as worn:
         return work.measure_loss(worn, corpus[:FORGETTING_PIECES])
 

@@ -23,6 +23,8 @@ from storage.artifacts import write_atomically
 
 RESULT = "result.json"
 PROGRESS = "progress.jsonl"
+BEAT_SECONDS = 2.0
+"""A line that is so old is written again, as long as the work goes on."""
 Status = Literal["done", "refused", "failed"]
 
 
@@ -88,15 +90,26 @@ class Progress:
         self._events = None if attempt.is_silent else EventFileWriter(str(attempt.folder / "tensorboard"))
         self._every_seconds = every_seconds
         self._heartbeat = 0
-        self._written_at = float("-inf")
+        self._line: Mapping[str, float | str | None] = {}
+        self._told_at = self._written_at = float("-inf")
 
     def write(self, phase: str, *, now: bool = False, **fields: float | str | None) -> None:
         """Note where the run is; with `now` the line is written even when the last one is fresh."""
-        if not now and time.monotonic() - self._written_at < self._every_seconds:
+        if not now and time.monotonic() - self._told_at < self._every_seconds:
             return
+        self._told_at = time.monotonic()
+        self._line = {"phase": phase, **fields}
+        self._write_line()
+
+    def beat(self) -> None:
+        """A sign of life between two lines, to be given after each piece of work: when the last line is old it is written again."""
+        if self._line and time.monotonic() - self._written_at >= BEAT_SECONDS:
+            self._write_line()
+
+    def _write_line(self) -> None:
         self._written_at = time.monotonic()
         self._heartbeat += 1
-        line = {"at": datetime.now(UTC).isoformat(), "phase": phase, **fields, "heartbeat": self._heartbeat}
+        line = {"at": datetime.now(UTC).isoformat(), **self._line, "heartbeat": self._heartbeat}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 

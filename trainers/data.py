@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -78,13 +78,15 @@ def read_lessons(
     warm: bool,
     seed: int,
     learned: Path | None = None,
+    beat: Callable[[], None] = lambda: None,
 ) -> Lessons:
     """The train and dev rows of a snapshot as tokens; a row of any other split is never even rendered.
 
     Weights: 1 for an imported row, `options.new_weight` for every other. A warm start takes rows by `choose_rows`, from scratch all are
     used. A row that can't be rendered is left out; raises `SpecRefusedError` when more than `MOST_LEFT_OUT` of the train rows can't.
+    `beat` is called after each block of rows that is tokenised.
     """
-    table = tokenize_rows(dataset, tokenizer, prompt, labels, limit)
+    table = tokenize_rows(dataset, tokenizer, prompt, labels, limit, beat)
     chosen = {split: table.find(split) for split in ("train", "dev")}
     if warm:
         chosen["train"] = choose_places(table, chosen["train"], options, learned, seed)
@@ -98,14 +100,16 @@ def read_lessons(
     return Lessons(train, dev, cut, shortened, tuple(left_out))
 
 
-def tokenize_rows(dataset: Path, tokenizer: Tokenizer, prompt: Prompt, labels: Sequence[str], limit: int) -> token_tables.TokenTable:
+def tokenize_rows(
+    dataset: Path, tokenizer: Tokenizer, prompt: Prompt, labels: Sequence[str], limit: int, beat: Callable[[], None]
+) -> token_tables.TokenTable:
     """The rows of a snapshot as tokens, from the file beside it that an earlier run with the same tokenizer, prompt and labels made."""
     root = snapshots.read_manifest(dataset)["root"]
     asked = [token_tables.VERSION, root, digest_tokenizer(tokenizer), prompt.model_dump(), list(labels), limit]
     key = hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()
     path = dataset.with_name(f".{dataset.name}.tokens") / f"{key}.arrow"
     if not path.is_file():
-        token_tables.write(path, encode_rows(dataset, tokenizer, prompt, labels, limit))
+        token_tables.write(path, encode_rows(dataset, tokenizer, prompt, labels, limit), beat)
     return token_tables.TokenTable(path)
 
 

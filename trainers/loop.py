@@ -11,7 +11,7 @@ import functools
 import heapq
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,6 +211,7 @@ class Loop:
             loss = (packing.token_losses(self.model, packed) * packed.weights).sum() / weight
             torch.autograd.backward(loss)
             total += loss.item()
+            self.progress.beat()
         return sum_up(total, examples, packs)
 
     def share(self, examples: Sequence[Example]) -> Sequence[Example]:
@@ -248,6 +249,7 @@ class Loop:
                     raise
                 total, norm = total + loss.item() / weight, max(norm, updates.update())
                 done.append(packed)
+                self.progress.beat()
 
         self.budget.fit(go_on)
         return sum_up(total, examples, done), norm
@@ -291,7 +293,8 @@ class Loop:
         counters.is_finished = counters.step >= self.schedule.steps
         if not (self.options.patience and self.dev):
             return
-        loss = self.budget.fit(lambda tokens: mean_loss(self.model, self.dev, tokens, share_prefixes=self.is_sharing))
+        measure = functools.partial(mean_loss, self.model, self.dev, share_prefixes=self.is_sharing, beat=self.progress.beat)
+        loss = self.budget.fit(measure)
         # Each process measured it a little otherwise; were one to stop here and another not, they would wait for each other for ever.
         loss = self.together.sum_numbers(loss / self.together.size, device=self.device)[0]
         self.progress.plot(counters.step, {"dev_loss": loss})
@@ -355,12 +358,15 @@ def recomputing(model: Any, every: int) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def mean_loss(model: Any, examples: Sequence[Example], max_tokens: int, *, share_prefixes: bool = True) -> float:
-    """The weighted mean loss over all graded tokens; to be called under `attention.packed`."""
+def mean_loss(
+    model: Any, examples: Sequence[Example], max_tokens: int, *, share_prefixes: bool = True, beat: Callable[[], None] = lambda: None
+) -> float:
+    """The weighted mean loss over all graded tokens, with `beat` after each pass; to be called under `attention.packed`."""
     total = weight = 0.0
     for start in range(0, len(examples), ROWS_AT_ONCE):
         some = examples[start : start + ROWS_AT_ONCE]
         for packed in packing.pack(some, max_tokens, str(model.device), share_prefixes=share_prefixes):
             total += (packing.token_losses(model, packed).double() * packed.weights).sum().item()
             weight += packed.weights.double().sum().item()
+            beat()
     return total / weight

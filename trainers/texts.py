@@ -12,7 +12,7 @@ import math
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -168,17 +168,17 @@ def batch(blocks: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]
         yield group
 
 
-def tokenize(path: Path, tokenizer: Any, limit: int, cache: Path, key: str) -> TokenFile:
+def tokenize(path: Path, tokenizer: Any, limit: int, cache: Path, key: str, beat: Callable[[], None] = lambda: None) -> TokenFile:
     """The pieces of the texts at `path`, from `cache` when an earlier attempt made them under the same key, whole or not at all.
 
-    Raises `SpecRefusedError` when the texts hold nothing.
+    `beat` is called after each piece. Raises `SpecRefusedError` when the texts hold nothing.
     """
     place = cache / hashlib.sha256(f"{key}\0{digest_texts(path)}\0{limit}".encode()).hexdigest()[:16]
     if not place.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
         try:
-            write_pieces(cut_pieces(read_blocks(path), tokenizer, limit), partial)
+            write_pieces(cut_pieces(read_blocks(path), tokenizer, limit), partial, beat)
             artifacts.move_into_place(partial, place)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -187,7 +187,7 @@ def tokenize(path: Path, tokenizer: Any, limit: int, cache: Path, key: str) -> T
     return TokenFile(place)
 
 
-def write_pieces(pieces: Iterable[Sequence[int]], folder: Path) -> None:
+def write_pieces(pieces: Iterable[Sequence[int]], folder: Path, beat: Callable[[], None]) -> None:
     """Write the pieces end to end, and where each of them ends."""
     end = 0
     with (folder / TOKENS).open("wb") as tokens, (folder / ENDS).open("wb") as ends:
@@ -195,3 +195,4 @@ def write_pieces(pieces: Iterable[Sequence[int]], folder: Path) -> None:
             end += len(piece)
             tokens.write(np.asarray(piece, TOKEN).tobytes())
             ends.write(np.asarray([end], PLACE).tobytes())
+            beat()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +73,18 @@ class TokenTable:
         return tokens
 
 
-def write(path: Path, blocks: Iterable[list[dict[str, Any]]]) -> None:
-    """Write rows, in blocks of `ROWS_AT_ONCE`, as one file, whole or not at all; one that another run wrote meanwhile is the same."""
+def write(path: Path, blocks: Iterable[list[dict[str, Any]]], beat: Callable[[], None] = lambda: None) -> None:
+    """Write rows, in blocks of `ROWS_AT_ONCE`, as one file, whole or not at all, with `beat` after each block.
+
+    A file that another run wrote meanwhile is the same.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as file:
             for block in blocks:
                 file.write_batch(pa.RecordBatch.from_pylist(block, schema=SCHEMA))
+                beat()
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

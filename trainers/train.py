@@ -166,6 +166,7 @@ def read_lessons(work: Work) -> Lessons:
     if spec.dataset is None or candidate is None:  # `pretrain` needs neither
         return Lessons([], [], 0, 0)
     learns_rows = spec.options.method != "pretrain"
+    work.progress.write("tokenizing", now=True)
     lessons = data.read_lessons(
         spec.dataset,
         work.tokenizer,
@@ -176,6 +177,7 @@ def read_lessons(work: Work) -> Lessons:
         warm=learns_rows and (spec.init_adapter is not None or spec.learned is not None),
         seed=spec.seed,
         learned=spec.learned,
+        beat=work.beat,
     )
     work.note_left_out(lessons.left_out)
     if learns_rows and not lessons.train:
@@ -189,7 +191,7 @@ def read_corpus(work: Work) -> Sequence[Example]:
     spec, cache = work.spec, work.attempt.run_dir / "tokens"
     work.progress.write("tokenizing", now=True)
     corpus, *general = (
-        texts.tokenize(path, work.tokenizer, work.row_limit, cache, spec.base.digest)
+        texts.tokenize(path, work.tokenizer, work.row_limit, cache, spec.base.digest, work.beat)
         for path in (checks.the_texts(spec), spec.general_texts)
         if path is not None
     )
@@ -257,6 +259,7 @@ class Made:
 def save_trained(work: Work, model: Any) -> Made:
     """Write what was trained. An adapter that was pre-trained becomes a part of the base: the labels get one of their own."""
     spec, folder = work.spec, work.attempt.folder
+    work.progress.write("saving", now=True)
     if not spec.options.makes_base:
         place = f"adapters/{checks.the_candidate(spec).name}"
         return Made("adapter", folder, place, lora.save_adapter(model, folder / place, spec.base.digest))

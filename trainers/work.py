@@ -44,6 +44,11 @@ class Work:
         self.progress.write("loading", now=True)
         return self.held.load(base, self.spec.device, in_4bit=in_4bit)[0]
 
+    def beat(self) -> None:
+        """What long work calls after each piece of it: a sign of life. Raises `StoppedError` when the run was asked to stop."""
+        self.stop.check()
+        self.progress.beat()
+
     def note_left_out(self, left_out: Sequence[LeftOut]) -> None:
         """Tell of rows without a prompt as soon as that is known."""
         for one in left_out:
@@ -53,6 +58,7 @@ class Work:
         """The mean loss on examples, in nats for each graded token; None where there are none."""
         if not examples:
             return None
+        self.progress.write("measuring", now=True)
+        share = self.spec.options.share_prefixes
         with attention.packed(model):
-            share = self.spec.options.share_prefixes
-            return self.budget.fit(lambda tokens: loop.mean_loss(model, examples, tokens, share_prefixes=share))
+            return self.budget.fit(lambda tokens: loop.mean_loss(model, examples, tokens, share_prefixes=share, beat=self.beat))

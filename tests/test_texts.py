@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.model_fixtures import tiny_tokenizer
-from trainers import texts
+from trainers import encoding, texts
 from trainers.spec import SpecRefusedError
 
 TOKENIZER = tiny_tokenizer()
@@ -35,6 +35,25 @@ def test_a_file_that_is_no_jsonl_is_one_text_however_many_blocks_it_has(tmp_path
     path = tmp_path / "notes.txt"
     path.write_text("The knee\nhurts since Monday.\n" * 40 + "x" * 200)
     assert read_back(tokenize(path)) == "<s>" + path.read_text() + "</s>"
+
+
+def test_a_long_line_is_tokenised_in_blocks_as_a_file_of_its_own_would_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "BLOCK", 64)
+    text = "The knee hurts since Monday. " * 300 + "x" * 200
+    (tmp_path / "text.txt").write_text(text)
+    handed, encode = [], encoding.encode_texts
+    monkeypatch.setattr(encoding, "encode_texts", lambda tokenizer, some: handed.extend(map(len, some)) or encode(tokenizer, some))
+    line = tokenize(write_lines(tmp_path / "text.jsonl", [text]))
+    assert sum(handed) == len(text)
+    assert max(handed) <= 2 * 64, "so no list ever holds all its tokens"
+    file = tokenize(tmp_path / "text.txt")
+    assert [(one.prompt, one.completion) for one in line] == [(one.prompt, one.completion) for one in file]
+    assert {1 + len(one.completion) for one in line[:-1]} == {32}
+
+
+def test_a_line_that_is_no_longer_than_a_block_is_tokenised_whole(tmp_path):
+    (piece,) = tokenize(write_lines(tmp_path / "texts.jsonl", ["two words"]))
+    assert piece.prompt + piece.completion == [TOKENIZER.bos_token_id, *TOKENIZER("two words")["input_ids"], TOKENIZER.eos_token_id]
 
 
 def test_a_folder_stands_for_its_text_files_in_their_order(tmp_path):

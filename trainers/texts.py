@@ -6,6 +6,7 @@ A `.jsonl` file holds one text a line, `{"text": "…"}`; any other file is one 
 from __future__ import annotations
 
 import bisect
+import functools
 import hashlib
 import json
 import math
@@ -94,9 +95,11 @@ def read_blocks(path: Path) -> Iterator[tuple[str, bool]]:
     """The texts in blocks of bounded size, each with whether its text ends with it."""
     for file in find_files(path):
         if file.suffix == LINES:
-            yield from ((text, True) for text in read_lines(file))
+            for text in read_lines(file):
+                yield from cut_blocks(text[start : start + BLOCK] for start in range(0, len(text), BLOCK))
         else:
-            yield from read_file(file)
+            with open_text(file) as opened:
+                yield from cut_blocks(iter(functools.partial(opened.read, BLOCK), ""))
 
 
 @contextmanager
@@ -109,16 +112,17 @@ def open_text(path: Path) -> Iterator[IO[str]]:
         raise SpecRefusedError(f"{path} isn't UTF-8 text (byte {error.start} of a block): convert it, as with iconv") from error
 
 
-def read_file(path: Path) -> Iterator[tuple[str, bool]]:
-    """One text in blocks that end at a line break or a space, wherever there is one."""
+def cut_blocks(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """One text, given in parts of `BLOCK` characters, in blocks that end at a line break or a space, wherever there is one."""
     rest = ""
-    with open_text(path) as file:
-        while block := file.read(BLOCK):
-            rest += block
-            cut = max(rest.rfind("\n"), rest.rfind(" ")) + 1 or len(rest)
-            # What follows the cut may be half a word, and the last block has to be known when it comes.
-            yield rest[:cut], False
-            rest = rest[cut:]
+    for part in parts:
+        rest += part
+        if len(part) < BLOCK:  # the last one
+            break
+        cut = max(rest.rfind("\n"), rest.rfind(" ")) + 1 or len(rest)
+        # What follows the cut may be half a word, and the last block has to be known when it comes.
+        yield rest[:cut], False
+        rest = rest[cut:]
     yield rest, True
 
 
@@ -150,10 +154,10 @@ def cut_pieces(blocks: Iterable[tuple[str, bool]], tokenizer: Any, limit: int) -
             start = encoding.start_of(tokenizer) if is_new and tokens[:1] != encoding.start_of(tokenizer) else []
             pending += [*start, *tokens, *([tokenizer.eos_token_id] if is_last else [])]
             is_new = is_last
-            while len(pending) >= limit or (is_last and pending):
-                if len(pending) > 1:  # of a single token nothing can be learned
-                    yield pending[:limit]
-                pending = pending[limit:]
+            end = len(pending) if is_last else len(pending) - len(pending) % limit
+            pieces = (pending[start : start + limit] for start in range(0, end, limit))
+            yield from (piece for piece in pieces if len(piece) > 1)  # of a single token nothing can be learned
+            del pending[:end]
 
 
 def batch(blocks: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:

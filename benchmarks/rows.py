@@ -1,6 +1,7 @@
-"""Memory of a run by the number of its rows: a snapshot of generated claims, tokenised, and read in the order of an epoch.
+"""Memory of a run by the number of its rows: a snapshot of generated claims, tokenised, read in the order of an epoch, and drawn from.
 
-Each size and each of the two is a process of its own; what it takes beside the smallest one is what its rows cost. *Memory* is what the
+A warm start draws from the imported rows (`warm`), and before that from those that were learned before (`warm, half of the old`).
+Each size and each of the four is a process of its own; what it takes beside the smallest one is what its rows cost. *Memory* is what the
 process holds for itself (RssAnon, looked at 20 times a second). With the pages of mapped files, which the kernel takes back when it wants
 to, it is the resident size.
 """
@@ -25,7 +26,7 @@ from benchmarks.figures import Figure, finish
 from storage import snapshots
 
 SMALL = 10_000
-STATES = ("tokenised", "read")
+STATES = ("tokenised", "read", "warm", "warm, half of the old")
 LOOK_SECONDS = 0.05
 console = Console(stderr=True)
 
@@ -79,9 +80,13 @@ def measure(state: str, folder: Path) -> dict[str, float]:
 
     prompt = Prompt(text="{% for name, value in input.items() %}{{ name }}: {{ value }}\n{% endfor %}decision:\n")
     tokenizer = tiny.train_tokenizer(prompt.render(json.loads(row.input)) for row in make_rows(SMALL))
+    is_warm, learned = state.startswith("warm"), folder if state.endswith("old") else None
+    options = Options(replay_share=0.5) if learned else Options()
     with watching() as own:
         began = time.perf_counter()
-        lessons = data.read_lessons(folder, tokenizer, prompt, ("APPROVED", "DENIED"), Options(), limit=512, warm=False, seed=1)
+        lessons = data.read_lessons(
+            folder, tokenizer, prompt, ("APPROVED", "DENIED"), options, limit=512, warm=is_warm, seed=1, learned=learned
+        )
         examples = data.list_examples(lessons.train)
         order = schedule.Schedule(len(examples), 256, 1, 0.05, 1)
         for step in range(order.steps if state == "read" else 0):

@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 
 import pyarrow as pa
 import pytest
@@ -16,8 +17,9 @@ TOKENIZER = tiny_tokenizer()
 PLAIN = forms.find(TOKENIZER, "plain")
 
 
-def read(folder, options=None, *, warm=False, seed=1, limit=512):
-    return data.read_lessons(folder, TOKENIZER, Prompt(text=PROMPT), LABELS, options or Options(), limit=limit, warm=warm, seed=seed)
+def read(folder, options=None, *, warm=False, seed=1, limit=512, learned=None):
+    prompt, options = Prompt(text=PROMPT), options or Options()
+    return data.read_lessons(folder, TOKENIZER, prompt, LABELS, options, limit=limit, warm=warm, seed=seed, learned=learned)
 
 
 def build_prompt(fields, limit):
@@ -187,6 +189,23 @@ def test_rows_stay_on_the_disk_until_they_are_asked_for_and_leave_memory_again(t
     assert tokens == sum(case.example.tokens for case in lessons.train) > 20_000
     assert pa.total_allocated_bytes() - before < size / 20
     assert not examples[0].prompt.flags.owndata
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["warm", "warm with what was learned"])
+def test_a_warm_start_is_drawn_in_memory_that_hardly_grows_with_the_rows(tmp_path, monkeypatch, known):
+    monkeypatch.setattr(data.token_tables, "ROWS_AT_ONCE", 100)
+    monkeypatch.setattr(snapshots, "READ_ROWS", 100)
+    options = Options(replay_rows=100, replay_share=0.5, replay_half_life_days=30)
+    peaks = []
+    for count in (1000, 4000):
+        folder = dataset(tmp_path / str(count), train=count, dev=0, gold=0)
+        read(folder, options)
+        tracemalloc.start()
+        lessons = read(folder, options, warm=True, learned=folder if known else None)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(lessons.train) == 100
+    assert peaks[1] - peaks[0] < 3000 * 150, "bytes: no row is held as an object"
 
 
 SHOUTING = Prompt(text="{{ input.plan.upper() }}: ")

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -82,7 +82,7 @@ def read_lessons(
 ) -> Lessons:
     """The train and dev rows of a snapshot as tokens; a row of any other split is never even rendered.
 
-    Weights: 1 for an imported row, `options.new_weight` for every other. A warm start takes rows by `choose_rows`, from scratch all are
+    Weights: 1 for an imported row, `options.new_weight` for every other. A warm start takes rows by `choose_places`, from scratch all are
     used. A row that can't be rendered is left out; raises `SpecRefusedError` when more than `MOST_LEFT_OUT` of the train rows can't.
     `beat` is called after each block of rows that is tokenised.
     """
@@ -94,7 +94,7 @@ def read_lessons(
     for one in left_out:
         if one.set == "train":
             encoding.check_left_out(one, len(chosen["train"]), MOST_LEFT_OUT)
-    cut, shortened = (sum(sum(table.take(column, some)) for some in chosen.values()) for column in ("is_cut", "is_rationale_left_out"))
+    cut, shortened = (sum(sum(table.stream(column, some)) for some in chosen.values()) for column in ("is_cut", "is_rationale_left_out"))
     read = functools.partial(read_case, table, options.new_weight)
     train, dev = (View(read, drop_left_out(table, chosen[split])) for split in ("train", "dev"))
     return Lessons(train, dev, cut, shortened, tuple(left_out))
@@ -172,53 +172,59 @@ def encode_answer(tokenizer: Tokenizer, form: Form, row: Mapping[str, Any], labe
 
 def find_left_out(table: token_tables.TokenTable, split: str, places: np.ndarray) -> Iterator[LeftOut]:
     """The rows at these places that have no prompt, if there are any."""
-    problems = table.take("problem", places)
-    failed = [index for index, problem in enumerate(problems) if problem is not None]
-    if failed:
-        yield LeftOut(split, table.take("row_id", places[failed]), problems[failed[0]])
+    failed = places[~table.are("problem", None, places)]
+    if len(failed):
+        yield LeftOut(split, list(table.stream("row_id", failed)), next(table.stream("problem", failed)))
 
 
 def drop_left_out(table: token_tables.TokenTable, places: np.ndarray) -> np.ndarray:
     """The places whose rows have a prompt."""
-    return places[[problem is None for problem in table.take("problem", places)]]
+    kept: np.ndarray = places[table.are("problem", None, places)]
+    return kept
 
 
 def choose_places(table: token_tables.TokenTable, places: np.ndarray, options: Options, learned: Path | None, seed: int) -> np.ndarray:
-    """Where the rows lie that a warm start is trained on, see `choose_rows`."""
-    names = ("row_id", "row_digest", "origin", "answered_at")
-    columns = [table.take(name, places) for name in names]
-    rows = [dict(zip((*names, "place"), row, strict=True)) for row in zip(*columns, places, strict=True)]
-    return np.array([row["place"] for row in choose_rows(rows, options, learned, seed)], dtype=np.int64)
-
-
-def choose_rows(rows: Sequence[dict[str, Any]], options: Options, learned: Path | None, seed: int) -> list[dict[str, Any]]:
-    """What a warm start is trained on: the new rows, and of those in the snapshot `learned` what the policy replays.
+    """Where the rows lie that a warm start is trained on: the new ones, and of those in the snapshot `learned` what the policy replays.
 
     Of the old ones a share, and then of the imported ones at most a number, see `drop`.
     """
-    known = {row["row_digest"] for row in snapshots.read(learned, ("row_digest",))} if learned and options.needs_learned else set()
+    old = find_old(table, places, learned) if learned and options.needs_learned else places[:0]
     share = 0.0 if options.policy == "delta" else options.replay_share
     half_life = options.replay_half_life_days
-    old = [row for row in rows if row["row_digest"] in known]
-    dropped = drop(old, round(share * len(old)), half_life, seed)
-    imported = [row for row in rows if row["origin"] == snapshots.IMPORTED and row["row_id"] not in dropped]
-    dropped |= drop(imported, options.replay_rows, half_life, seed)
-    return [row for row in rows if row["row_id"] not in dropped]
+    kept = np.setdiff1d(places, drop(table, old, round(share * len(old)), half_life, seed))
+    imported = kept[table.are("origin", snapshots.IMPORTED, kept)]
+    return np.setdiff1d(kept, drop(table, imported, options.replay_rows, half_life, seed))
 
 
-def drop(rows: Sequence[dict[str, Any]], keep: int, half_life: float, seed: int) -> set[str]:
-    """The ids of all rows but `keep` of them: the same for the same seed, whatever else is in the set.
+def find_old(table: token_tables.TokenTable, places: np.ndarray, learned: Path) -> np.ndarray:
+    """The places whose rows, with the same answer, are in the snapshot `learned`."""
+    known = pack_digests(row["row_digest"] for row in snapshots.read(learned, ("row_digest",)))
+    known.sort()
+    asked = pack_digests(table.stream("row_digest", places))
+    return places[np.searchsorted(known, asked, "left") < np.searchsorted(known, asked, "right")]
+
+
+def pack_digests(digests: Iterable[str]) -> np.ndarray:
+    """Hex SHA-256 digests as 32 bytes each, where strings take over a hundred."""
+    return np.fromiter((bytes.fromhex(digest) for digest in digests), dtype=f"S{snapshots.DIGEST_BYTES}")
+
+
+def drop(table: token_tables.TokenTable, places: np.ndarray, keep: int, half_life: float, seed: int) -> np.ndarray:
+    """All places but `keep` of them: the same for the same seed, whatever else is in the set.
 
     A row that was answered `half_life` days before another is half as likely to be drawn first; with 0 all are alike. It is weighted
     sampling without replacement (Efraimidis and Spirakis 2006): in ascending order of log(-log(1 - u)) - log(weight).
     """
+    if keep >= len(places):
+        return places[:0]
 
-    def place(row: Mapping[str, Any]) -> float:
-        digest = hashlib.sha256(f"{seed}\0{row['row_id']}".encode()).digest()
+    def rank(row_id: str, answered_at: str) -> float:
+        digest = hashlib.sha256(f"{seed}\0{row_id}".encode()).digest()
         drawn = math.log(-math.log1p(-(int.from_bytes(digest[:6]) + 0.5) / 2**48))
-        return drawn - math.log(2) * days_of(row["answered_at"]) / half_life if half_life else drawn
+        return drawn - math.log(2) * days_of(answered_at) / half_life if half_life else drawn
 
-    return {row["row_id"] for row in sorted(rows, key=place)[keep:]}
+    ranks = np.fromiter(map(rank, *(table.stream(name, places) for name in ("row_id", "answered_at"))), dtype=np.float64)
+    return places[np.argsort(ranks, kind="stable")[keep:]]
 
 
 def days_of(time: str) -> float:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import compute
 
 VERSION = 2
 """Of how rows become tokens: raised with every change of that, so that a table made before is not read any more."""
@@ -44,22 +43,18 @@ class TokenTable:
 
     def find(self, split: str) -> np.ndarray:
         """The places of a split's rows, in their written order."""
-        places = [self._find_in(block, split) + number * ROWS_AT_ONCE for number, block in enumerate(self.blocks)]
-        return np.concatenate([np.empty(0, dtype=np.int64), *places])
+        return self.are("split", split, np.arange(sum(map(len, self.blocks)))).nonzero()[0]
 
-    @staticmethod
-    def _find_in(block: Any, split: str) -> np.ndarray:
-        found: np.ndarray = compute.equal(block["split"], split).to_numpy(zero_copy_only=False)
-        return found.nonzero()[0]
+    def are(self, column: str, value: str | None, places: np.ndarray) -> np.ndarray:
+        """Whether a column has the value at each of some places, which are in ascending order."""
+        return np.fromiter((found == value for found in self.stream(column, places)), dtype=bool, count=len(places))
 
-    def take(self, column: str, places: np.ndarray) -> list[Any]:
-        """A column's values at some places, which are in ascending order."""
+    def stream(self, column: str, places: np.ndarray) -> Iterator[Any]:
+        """A column's values at some places, which are in ascending order; those of one block are in memory at a time."""
         cuts = np.searchsorted(places, np.arange(len(self.blocks) + 1) * ROWS_AT_ONCE)
-        return [
-            value
-            for number, block in enumerate(self.blocks)
-            for value in block[column].take(pa.array(places[cuts[number] : cuts[number + 1]] - number * ROWS_AT_ONCE)).to_pylist()
-        ]
+        for number, block in enumerate(self.blocks):
+            some = places[cuts[number] : cuts[number + 1]] - number * ROWS_AT_ONCE
+            yield from block[column].take(pa.array(some)).to_pylist()
 
     def get(self, column: str, place: int) -> Any:
         """One value."""

@@ -211,6 +211,22 @@ def test_every_token_is_packed_within_the_budget_without_padding_and_nothing_is_
     assert all(packed.tokens <= max_tokens or len(packed.layout.spans) == 1 for packed in packs)
 
 
+@pytest.mark.parametrize(("budget", "lengths"), [(14, (10, 6, 5, 3, 2, 2)), (17, (16, 12, 7, 6, 4, 3, 2)), (18, (13, 9, 9, 8, 6, 4, 3, 2))])
+def test_best_fit_fills_passes_where_first_fit_would_need_one_more(budget, lengths):
+    rows = [Example([number] * length, [2]) for number, length in enumerate(lengths)]
+    passes = -(-sum(lengths) // budget)
+    assert len(packing.pack(rows, budget, "cpu")) == passes < count_first_fit(lengths, budget)
+
+
+def count_first_fit(lengths, budget):
+    """How many passes there are when each row, the longest first, takes the first that has room."""
+    filled = []
+    for length in sorted(lengths, reverse=True):
+        place = next((place for place, tokens in enumerate(filled) if tokens + length <= budget), len(filled))
+        filled[place:] = [sum(filled[place : place + 1]) + length, *filled[place + 1 :]]
+    return len(filled)
+
+
 def packed_examples(packs):
     """What the model reads and is graded on, put together again from the passes."""
     for packed in packs:

@@ -227,7 +227,7 @@ class Agent(Section):
         default=None, description="What `pretrain` reads: a `.txt` file, a `.jsonl` file of lines with the key `text`, or a folder of them."
     )
     general_texts: HomePath | None = Field(
-        default=None, description="General text that `pretrain` replays among `texts`, so that less is forgotten."
+        default=None, description="General text: forgetting is measured on its beginning; `pretrain` replays of the rest, to forget less."
     )
     training: spec.Options = spec.Options()
     exam: Exam = Exam()

@@ -237,6 +237,18 @@ def test_the_share_of_general_text_is_told(finish):
     assert runs.result(finish("pretrain"))["training"]["general_share"] == pytest.approx(0.2, abs=0.03)
 
 
+def test_forgetting_is_measured_on_general_text_that_the_run_does_not_learn(place, tmp_path, monkeypatch):
+    learned, measured, begin, measure = [], [], loop.Loop, loop.mean_loss
+    monkeypatch.setattr(loop, "Loop", lambda model, examples, *rest: learned.extend(examples) or begin(model, examples, *rest))
+    monkeypatch.setattr(
+        loop, "mean_loss", lambda model, some, *rest, **named: measured.extend(some) or measure(model, some, *rest, **named)
+    )
+    asked = make(place, "pretrain", {"epochs": 1, "pretrain": {"general_share": 0.9}}, candidate=runs.model(), dataset=None)
+    assert runs.perform(tmp_path, asked) == spec.EXIT_DONE
+    learned, measured = ({(*one.prompt, *one.completion) for one in some} for some in (learned, measured))
+    assert (len(learned), len(measured), len(learned & measured)) == (48 + 10, 10, 0)
+
+
 def test_recomputing_layers_changes_nothing_but_the_memory(place, tmp_path):
     losses = []
     for layers in (0, 1, 2):

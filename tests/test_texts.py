@@ -24,6 +24,10 @@ def read_back(examples):
     return TOKENIZER.decode([token for example in examples for token in example.prompt + example.completion])
 
 
+def read_one(example):
+    return read_back([example])
+
+
 def test_a_long_text_is_learned_in_pieces(tmp_path):
     examples = tokenize(write_lines(tmp_path / "texts.jsonl", ["knee " * 100]))
     assert all(example.tokens < 32 for example in examples)
@@ -123,4 +127,28 @@ def test_general_text_has_its_share_of_the_tokens_and_the_seed_draws_it(tmp_path
     assert told[:300] == [TOKENIZER.decode(example.completion) for example in corpus]
     assert told[300:] != [TOKENIZER.decode(example.completion) for example in texts.Mixture(corpus, general, 0.25, seed=2)][300:]
     assert len(texts.Mixture(corpus, general, 0, seed=1)) == 300
-    assert len(texts.Mixture(corpus, general, 0.9, seed=1)) == 600, "there is no more than all of it"
+    assert len(texts.Mixture(corpus, general, 0.9, seed=1)) == 450, "there is no more than the half that is not held out"
+
+
+@pytest.mark.parametrize(("share", "drawn"), [(0.05, 0), (0.2, 0), (0.25, 1), (0.45, 1), (0.5, 2)])
+def test_a_piece_that_would_overshoot_the_share_by_more_than_it_helps_is_not_drawn(tmp_path, share, drawn):
+    corpus = tokenize(write_lines(tmp_path / "corpus.jsonl", ["knee " * 20]), limit=200)
+    general = tokenize(write_lines(tmp_path / "general.jsonl", ["hand " * 14] * 10), limit=200)
+    mixture = texts.Mixture(corpus, general, share, seed=1)
+    assert len(mixture) == 1 + drawn
+    piece = general.count_tokens() / 10 / corpus.count_tokens()
+    assert piece == pytest.approx(0.57, abs=0.01)
+    assert mixture.general_share == pytest.approx(drawn * piece / (1 + drawn * piece))
+
+
+@pytest.mark.parametrize(("lines", "held_out"), [(1, 1), (2, 1), (9, 4), (40, 5)])
+def test_what_forgetting_is_measured_on_is_never_drawn(tmp_path, monkeypatch, lines, held_out):
+    general = tokenize(write_lines(tmp_path / "general.jsonl", [f"story {number:02}" for number in range(lines)]))
+    monkeypatch.setattr(texts, "HELD_OUT_TOKENS", 5 * (general.count_tokens() // lines))
+    assert read_back(general.held_out) == "".join(f"<s>story {number:02}</s>" for number in range(held_out))
+    if lines == held_out:
+        with pytest.raises(SpecRefusedError, match=r"are one piece of \d+ tokens, on which forgetting is measured.*general_share = 0"):
+            texts.Mixture(general, general, 0.9, seed=1)
+        return
+    drawn = list(texts.Mixture(general, general, 0.9, seed=1))[lines:]
+    assert sorted(map(read_one, drawn)) == [f"<s>story {number:02}</s>" for number in range(held_out, lines)]

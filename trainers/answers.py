@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from trainers import adapters, bases, forms, score, texts
+from trainers import adapters, bases, encoding, forms, score, texts
 from trainers.sheets import Sheet
 from trainers.spec import Base, Model
 from trainers.work import Work
 
 SCORES = "scores.parquet"
 UNTOUCHED = "base"
-FORGETTING_PIECES, FORGETTING_TOKENS = 200, 512
 
 
 def score_models(work: Work, models: Sequence[Model], asked: Sequence[Sequence[Sheet]]) -> dict[str, Any]:
@@ -37,7 +36,7 @@ def score_models(work: Work, models: Sequence[Model], asked: Sequence[Sequence[S
 
 
 def measure_forgetting(work: Work, models: Sequence[Model]) -> dict[str, Any]:
-    """How likely plain text is to each model and to the untouched base of the run: nats per token on the first of the general texts."""
+    """How likely plain text is to each model and to the untouched base of the run: nats per token on general text that is held out."""
     path = work.spec.general_texts
     if work.spec.kind != "train" or path is None:
         return {}
@@ -46,12 +45,12 @@ def measure_forgetting(work: Work, models: Sequence[Model]) -> dict[str, Any]:
 
 
 def measure_text_loss(work: Work, base: Base | None, adapter: Path | None, path: Path) -> float | None:
-    """The loss of the first texts; when it is back nothing holds the base any more, so that there is room for the next one."""
+    """The loss of what is held out; when it is back nothing holds the base any more, so that there is room for the next one."""
     place = base or work.spec.base
-    tokenizer, limit = work.held.tokenizer(place), min(FORGETTING_TOKENS, bases.read_context(place))
-    corpus = texts.tokenize(path, tokenizer, limit, work.attempt.run_dir / "tokens", place.digest, work.beat)
+    limit = encoding.row_limit(work.spec.options, bases.read_context(place))
+    general = texts.tokenize(path, work.held.tokenizer(place), limit, work.attempt.run_dir / "tokens", place.digest, work.beat)
     with wearing(work.load_to_score(base), adapter) as worn:
-        return work.measure_loss(worn, corpus[:FORGETTING_PIECES])
+        return work.measure_loss(worn, general.held_out)
 
 
 @contextlib.contextmanager

@@ -114,7 +114,7 @@ class PretrainOptions(Frozen):
         default="adapter", description="`adapter`: LoRA, merged into the base at the end; `all`: every weight."
     )
     general_share: float = Field(
-        default=0.05, ge=0, lt=1, description="Share of general text among the tokens, where general texts are given; against forgetting."
+        default=0.05, ge=0, lt=1, description="Share of general text among the tokens, to the nearest piece, where general texts are given."
     )
 
 

@@ -29,6 +29,8 @@ from trainers.views import View
 
 BLOCK = 2**16
 """Characters that are read and tokenised at once."""
+HELD_OUT_TOKENS = 100_000
+"""So much of the beginning of general texts is never learned: forgetting is measured there."""
 TOKENS, ENDS = "tokens.bin", "ends.bin"
 TOKEN, PLACE = np.dtype("<u4"), np.dtype("<u8")
 LINES = ".jsonl"
@@ -48,23 +50,35 @@ class TokenFile(View[Example]):
         piece = self.tokens[int(self.ends[place - 1]) if place else 0 : int(self.ends[place])].tolist()
         return Example(piece[:1], piece[1:])
 
+    @property
+    def held_out(self) -> View[Example]:
+        """The first pieces, of `HELD_OUT_TOKENS` together, and at most half of all."""
+        return self[: max(1, min(bisect.bisect_right(self.ends, HELD_OUT_TOKENS), len(self) // 2))]
+
     def count_tokens(self) -> int:
         """All tokens of the corpus."""
         return len(self.tokens)
 
 
 class Mixture(View[Example]):
-    """All of a corpus, and so many pieces of general text, drawn by the seed, that these are `share` of the tokens (or all there are)."""
+    """All of a corpus, and so many pieces of general text, drawn by the seed, that these come nearest to `share` of the tokens.
+
+    What is held out of the general text is not drawn. Raises `SpecRefusedError` when nothing else is there.
+    """
 
     def __init__(self, corpus: TokenFile, general: TokenFile, share: float, seed: int) -> None:
         self.corpus, self.general = corpus, general
-        wanted = share / (1 - share) * corpus.count_tokens()
-        order = torch.randperm(len(general), generator=torch.Generator().manual_seed(seed)).numpy()
+        first = len(general.held_out)
+        if share and first == len(general):
+            raise SpecRefusedError(
+                f"general_texts are one piece of {general.count_tokens()} tokens, on which forgetting is measured, so there is none to "
+                "replay: give more of them, or set pretrain.general_share = 0"
+            )
+        order = first + torch.randperm(len(general) - first, generator=torch.Generator().manual_seed(seed)).numpy()
         lengths = np.diff(general.ends, prepend=np.zeros(1, PLACE))[order]
-        running = np.cumsum(lengths)
-        count = min(len(order), bisect.bisect_left(running, wanted) + 1) if share else 0
-        self.drawn = order[:count]
-        self.general_tokens = int(running[count - 1]) if count else 0
+        totals = np.cumsum(np.concatenate([[0], lengths]), dtype=np.int64)
+        count = int(np.abs(totals - share / (1 - share) * corpus.count_tokens()).argmin())
+        self.drawn, self.general_tokens = order[:count], int(totals[count])
         super().__init__(self.read_piece, range(len(corpus) + count))
 
     def read_piece(self, place: int) -> Example:

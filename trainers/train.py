@@ -125,8 +125,8 @@ def train_candidate(work: Work) -> dict[str, Any]:
     """Train by the spec's method, calibrate what came of it on dev, and let it and the others answer the score sets."""
     spec, options = work.spec, work.spec.options
     lessons, asked = read_lessons(work), sheets.read_sheets(work)
-    examples = read_corpus(work) if options.method == "pretrain" else data.list_examples(lessons.train)
-    read_general_texts(work)
+    general = read_texts(work, spec.general_texts) if spec.general_texts else None  # forgetting is measured there, whatever the method
+    examples = read_corpus(work, general) if options.method == "pretrain" else data.list_examples(lessons.train)
     dev = data.list_examples(lessons.dev)
     model = begin_training(work)
     rounding = optimizers.name_rounding(checkpoints.trained_parameters(model).values())
@@ -186,24 +186,16 @@ def read_lessons(work: Work) -> Lessons:
     return lessons
 
 
-def read_corpus(work: Work) -> Sequence[Example]:
-    """The texts to pre-train on, with some general ones among them where there are any; tokenised once for all attempts."""
-    spec, cache = work.spec, work.attempt.run_dir / "tokens"
+def read_texts(work: Work, path: Path) -> texts.TokenFile:
+    """Texts as tokens, made once for all attempts."""
     work.progress.write("tokenizing", now=True)
-    corpus, *general = (
-        texts.tokenize(path, work.tokenizer, work.row_limit, cache, spec.base.digest, work.beat)
-        for path in (checks.the_texts(spec), spec.general_texts)
-        if path is not None
-    )
-    return texts.Mixture(corpus, general[0], spec.options.pretrain.general_share, spec.seed) if general else corpus
+    return texts.tokenize(path, work.tokenizer, work.row_limit, work.attempt.run_dir / "tokens", work.spec.base.digest, work.beat)
 
 
-def read_general_texts(work: Work) -> None:
-    """Tokenise what forgetting is measured on: what is wrong with it is told before training, and read from the cache after it."""
-    spec, limit = work.spec, min(answers.FORGETTING_TOKENS, bases.read_context(work.spec.base))
-    if spec.general_texts:
-        work.progress.write("tokenizing", now=True)
-        texts.tokenize(spec.general_texts, work.tokenizer, limit, work.attempt.run_dir / "tokens", spec.base.digest)
+def read_corpus(work: Work, general: texts.TokenFile | None) -> Sequence[Example]:
+    """The texts to pre-train on, with some general ones among them where there are any."""
+    spec, corpus = work.spec, read_texts(work, checks.the_texts(work.spec))
+    return corpus if general is None else texts.Mixture(corpus, general, spec.options.pretrain.general_share, spec.seed)
 
 
 def begin_training(work: Work) -> Any:

@@ -8,7 +8,9 @@ one resident trainer, which reads 16 GB once; each of the others has a process o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -138,35 +140,55 @@ def measure_ours(
     work: Path, base: Path, task: Task, planned: Sequence[tuple[Method, int, float]], device: str, ends: float
 ) -> Iterator[dict[str, Any]]:
     """The same of our own trainer, with options and as planned for cards, one run after another in one process."""
-    with training.start_worker() as worker:
-        limit = threading.Timer(max(0.0, ends - time.monotonic()), worker.kill)
-        limit.start()
+    with Resident(ends) as trainer:
         for name, method, changes in OURS:
             if method == "lora" or planned:
                 run_dir = work / f"{name}-{method}"
                 training.write_run(run_dir, base, task, share_prefixes="unshared" not in name, device=device, method=method, **changes)
-                yield tell(train(worker, run_dir, {"shape": task.name, "name": name, "method": method}, task))
+                yield tell(train(trainer, run_dir, {"shape": task.name, "name": name, "method": method}, task))
         for method, size, _ in planned:
-            yield tell(train_as_planned(worker, work, base, task, method, size, device))
+            yield tell(train_as_planned(trainer, work, base, task, method, size, device))
+
+
+class Resident(contextlib.ExitStack):
+    """Our own trainer, one process for all runs until the time is up; where it broke down, another one does the next run."""
+
+    def __init__(self, ends: float) -> None:
+        super().__init__()
+        self.ends = ends
+        self.worker: subprocess.Popen[str] | None = None
+
+    def perform(self, run_dir: Path) -> str | None:
+        """Do a run; returns why it has no result."""
+        left = self.ends - time.monotonic()
+        if left < LEAST_SECONDS:
+            return NO_TIME
+        if self.worker is None or self.worker.poll() is not None:
+            self.worker = self.enter_context(training.start_worker())
+        limit = threading.Timer(left, self.worker.kill)
+        limit.start()
+        answer = training.ask_worker(self.worker, run_dir)
         limit.cancel()
+        if answer is not None:
+            return explain(answer["reason"]) if answer["exit"] else None
+        code = self.worker.wait()
+        if code == -signal.SIGKILL and time.monotonic() >= self.ends:
+            return NO_TIME
+        return f"not measured: the trainer ended by {signal.Signals(-code).name if code < 0 else f'itself, status {code}'}"
 
 
-def train(worker: subprocess.Popen[str], run_dir: Path, row: dict[str, Any], task: Task) -> dict[str, Any]:
+def train(trainer: Resident, run_dir: Path, row: dict[str, Any], task: Task) -> dict[str, Any]:
     """A run of ours: the row with its figures, or why there are none."""
-    answer = training.ask_worker(worker, run_dir)
-    if answer is None:
-        return row | {"result": NO_TIME}
-    if answer["exit"]:
-        return row | {"result": explain(answer["reason"])}
+    reason = trainer.perform(run_dir)
+    if reason is not None:
+        return row | {"result": reason}
     told = training.read_result(run_dir)
     epochs = told["training"]["epochs"]
     figures = {"claims_per_second": len(task.train) * epochs / told["training"]["seconds"], "peak_gb": told["memory"]["peak_bytes"] / GB}
     return row | figures
 
 
-def train_as_planned(
-    worker: subprocess.Popen[str], work: Path, base: Path, task: Task, method: Method, size: int, device: str
-) -> dict[str, Any]:
+def train_as_planned(trainer: Resident, work: Path, base: Path, task: Task, method: Method, size: int, device: str) -> dict[str, Any]:
     """Peak memory of a run as it is planned for a card of so many GB, and what the plan says of it."""
     row: dict[str, Any] = {"shape": task.name, "name": "planned", "method": method}
     card = cards.Card(cards.name_size(size * cards.GB), "cpu" if device == "cpu" else "cuda", size * cards.GB)
@@ -174,7 +196,7 @@ def train_as_planned(
     chosen = estimates.choose_options(options, estimates.plan_run(options, "train", base, [card])[0].settings)
     run_dir = work / f"planned-{method}"
     training.write_run(run_dir, base, task, share_prefixes=False, device=device, method=method, **chosen, batch_rows=ROWS, epochs=1.0)
-    row = train(worker, run_dir, row, task)
+    row = train(trainer, run_dir, row, task)
     if "peak_gb" not in row:
         return row
     told = training.read_result(run_dir)

@@ -72,6 +72,7 @@ GOALS = (
 OTHERS = (*DEFAULTS, *TUNED, "guide")
 GB = 1e9
 LEAST_SECONDS, NO_TIME = 5, "not measured: no time left"
+DRY_RUN = "a dry run: its figures say nothing"
 console = Console(stderr=True)
 
 
@@ -94,7 +95,7 @@ def main() -> None:
             rows += measure_ours(Path(folder), base, task, planned, asked.device, ends)
             rows += [measure(Path(folder), base, task, name, ends) for name in OTHERS]
     figures = list(judge({(row["name"], row["method"]): row for row in rows if row["shape"] == shapes[0]}))
-    print(json.dumps({"benchmark": "gpu", "machine": describe_card(asked.device), "rows": rows, "figures": figures}))
+    print(json.dumps({"benchmark": "gpu", "machine": describe_card(asked.device, asked.tiny), "rows": rows, "figures": figures}))
 
 
 def make_base(folder: Path, shape: str, device: str, cases: list[dict[str, Any]]) -> Path:
@@ -242,9 +243,9 @@ def describe(
     return Figure(name, value, baseline, **goal).to_json()
 
 
-def describe_card(device: str) -> str:
-    """The card's name."""
-    return torch.cuda.get_device_name() if device != "cpu" else "no card: a dry run, its figures say nothing"
+def describe_card(device: str, is_tiny: bool) -> str:
+    """The card's name, or `DRY_RUN`, by which `gpu.sh` knows what is not to be kept."""
+    return DRY_RUN if device == "cpu" or is_tiny else torch.cuda.get_device_name()
 
 
 if __name__ == "__main__":

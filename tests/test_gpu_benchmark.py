@@ -1,8 +1,12 @@
 """benchmarks.gpu: a row without a figure says why, and one run's breakdown is not that of the next."""
 
+import json
+import os
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +44,19 @@ def test_only_a_trainer_that_was_stopped_by_the_clock_had_no_time(programs, tmp_
     with gpu.Resident(time.monotonic() + 0.5) as trainer:
         assert trainer.perform(tmp_path) == gpu.NO_TIME
         assert trainer.perform(tmp_path) == gpu.NO_TIME
+
+
+@pytest.mark.parametrize(("machine", "is_kept"), [("NVIDIA H100 80GB HBM3", True), (gpu.describe_card("cpu", is_tiny=False), False)])
+def test_only_a_run_on_a_card_is_kept_and_shown_on_the_page(tmp_path, machine, is_kept):
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    line = json.dumps({"benchmark": "gpu", "machine": machine, "rows": [], "figures": []})
+    script = Path(shutil.copy(Path(gpu.__file__).with_name("gpu.sh"), tmp_path / "benchmarks" / "gpu.sh"))
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nif [ $1 = -m ]; then echo '{line}'; else echo $1 > page; fi\n")
+    python.chmod(0o755)
+    subprocess.run([script], check=True, env=os.environ | {"PYTHON": str(python)})
+    result, page = tmp_path / "benchmarks" / "results" / "gpu.json", tmp_path / "page"
+    assert [path.read_text() for path in (result, page) if path.exists()] == [f"{line}\n", "scripts/write_benchmarks.py\n"] * is_kept
 
 
 def test_a_goal_that_nobody_ran_is_told_without_a_value():

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Trainings: `seconds` are those of the steps, `whole` those of the process from start to evaluated adapter; an adapter of each run."""
+    """Trainings: `seconds` are those of the steps, `whole` those of the process from start to evaluated adapter; an adapter of each run.
+
+    `peak_bytes` is the process's peak; of the resident one, that of the run alone.
+    """
 
     claims: float
     seconds: float
@@ -102,7 +105,11 @@ def main() -> None:
             ):
                 for name in names:
                     train_one(best, work, base, task, name, run)
-        figures = [*compare_rates(best, base, plain), *compare_losses(best, base, plain, policy), *compare_jobs(best, base, plain)]
+        figures = [
+            *compare_rates(best, base, plain, policy, long),
+            *compare_losses(best, base, plain, policy),
+            *compare_jobs(best, base, plain),
+        ]
         figures.append(measure_shared(base, policy))
     finish("training", figures)
 
@@ -168,29 +175,23 @@ def train_here(out: Path, base: Path, task: Task, name: str, seed: int) -> Outco
     """Our own trainer: a process for one run, or one that has done a run before."""
     run_dir = out / "run"
     write_run(run_dir, base, task, share_prefixes=name != "ours-unshared", seed=seed)
-    if name == "ours-resident":
-        whole, peak = run_resident(out, base, task, run_dir)
-    else:
-        began = time.perf_counter()
-        peak = run_measured([sys.executable, "-m", "trainers.train", str(run_dir)])
-        whole = time.perf_counter() - began
+    whole = run_resident(out, base, task, run_dir) if name == "ours-resident" else run_cold(run_dir)
     result = read_result(run_dir)
     adapter = run_dir / "attempts" / "1" / result["adapter"]["path"]
-    return Outcome(len(task.train) * EPOCHS, result["training"]["seconds"], whole, peak, [adapter])
+    return Outcome(len(task.train) * EPOCHS, result["training"]["seconds"], whole, result["memory"]["peak_bytes"], [adapter])
 
 
-def run_measured(command: list[str]) -> int:
-    """Run a program to its end; returns its peak memory in bytes."""
-    script = "import resource, subprocess, sys; code = subprocess.run(sys.argv[1:]).returncode; "
-    script += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(code)"
-    done = subprocess.run([sys.executable, "-c", script, *command], check=False, capture_output=True, text=True)
+def run_cold(run_dir: Path) -> float:
+    """The seconds of a run in a process of its own."""
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "trainers.train", str(run_dir)], check=False, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
-    return int(done.stdout.split()[-1]) * 1024
+    return time.perf_counter() - began
 
 
-def run_resident(out: Path, base: Path, task: Task, run_dir: Path) -> tuple[float, int]:
-    """The seconds of a run in a worker that has done another one before; its memory is not told apart."""
+def run_resident(out: Path, base: Path, task: Task, run_dir: Path) -> float:
+    """The seconds of a run in a worker that has done another one before."""
     write_run(out / "before", base, task, share_prefixes=True)
     with start_worker() as worker:
         for place in (out / "before", run_dir):
@@ -198,8 +199,7 @@ def run_resident(out: Path, base: Path, task: Task, run_dir: Path) -> tuple[floa
             answer = ask_worker(worker, place)
             if answer is None or answer["exit"]:
                 raise SystemExit(answer["reason"] if answer else "the worker ended")
-        seconds = time.perf_counter() - began
-    return seconds, 0
+        return time.perf_counter() - began
 
 
 def start_worker() -> subprocess.Popen[str]:
@@ -314,23 +314,30 @@ def describe(base: Path, prompt: Prompt, cases: Sequence[dict[str, Any]]) -> lis
     ]
 
 
-def compare_rates(best: dict[tuple[str, str], Outcome], base: Path, plain: Task) -> list[Figure]:
-    """Claims a second, real tokens a second and memory."""
-    rate = {key: outcome.rate for key, outcome in best.items()}
-    tuned, tuned_policy = (max(names(best, task, "trl"), key=lambda name: rate[task, name]) for task in ("plain", "policy"))
-    examples = read_examples(base, plain.prompt, plain.train)
-    tokens = sum(example.tokens for example in examples) / len(examples)
-    ours, theirs = best["plain", "ours"], best["plain", tuned]
-    shared, unshared, other = (rate["policy", name] for name in ("ours", "ours-unshared", tuned_policy))
-    return [
-        Figure("claims/s, the guide's script padded at its own 2,048", rate["long", "ours"], rate["long", "guide-2048"], at_least=20),
-        Figure("claims/s, the guide's script padded at the next power of two", ours.rate, rate["plain", "guide"], at_least=3),
-        Figure(f"claims/s, TRL's best ({tuned})", ours.rate, theirs.rate, at_least=1.3),
-        Figure(f"claims/s with a shared policy, TRL's best ({tuned_policy})", shared, other, at_least=1.8),
-        Figure("claims/s with a shared policy, ours without sharing", shared, unshared),
-        Figure("real tokens/s, TRL's best", ours.rate * tokens, theirs.rate * tokens),
-        Figure("peak memory, MB, TRL's best", ours.peak_bytes / 1e6, theirs.peak_bytes / 1e6),
-    ]
+def compare_rates(best: dict[tuple[str, str], Outcome], base: Path, plain: Task, policy: Task, long: Task) -> Iterator[Figure]:
+    """Claims and real tokens a second, memory and the whole time, beside each of the others."""
+    tuned, tuned_policy = (max(names(best, task, "trl"), key=lambda name: best[task, name].rate) for task in ("plain", "policy"))
+    for task, name, who, goal in (
+        (long, "guide-2048", "the guide's script padded at its own 2,048", 20),
+        (plain, "guide", "the guide's script padded at the next power of two", 3),
+        (plain, tuned, f"TRL's best ({tuned})", 1.3),
+        (policy, tuned_policy, f"TRL's best with a shared policy ({tuned_policy})", 1.8),
+        (policy, "ours-unshared", "ours with a shared policy that is not shared", None),
+    ):
+        ours, other = best[task.name, "ours"], best[task.name, name]
+        yield Figure(f"claims/s, {who}", ours.rate, other.rate, at_least=goal)
+        yield Figure(f"real tokens/s, {who}", ours.rate * count_tokens(base, task, "ours"), other.rate * count_tokens(base, task, name))
+        yield Figure(f"peak memory, MB, {who}", ours.peak_bytes / 1e6, other.peak_bytes / 1e6)
+        end = " (saved, not evaluated)" if name.startswith("guide") else ""
+        yield Figure(f"seconds from start to evaluated adapter, {who}{end}", ours.whole, other.whole)
+
+
+def count_tokens(base: Path, task: Task, name: str) -> float:
+    """The tokens of a claim as a contender is given it, without padding: the guide has a form of its own."""
+    if name.startswith("guide"):
+        texts = [contenders.write_as_in_the_guide(task.prompt.render(case["input"]), case["answer"]) for case in task.train]
+        return statistics.mean(len(ids) for ids in load_tokenizer(base)(texts)["input_ids"])
+    return statistics.mean(example.tokens for example in read_examples(base, task.prompt, task.train))
 
 
 def names(best: dict[tuple[str, str], Outcome], task: str, start: str) -> list[str]:
@@ -368,12 +375,13 @@ def measure_loss(base: Path, adapter: Path, examples: Sequence[Example]) -> floa
 
 def compare_jobs(best: dict[tuple[str, str], Outcome], base: Path, recent: Task) -> list[Figure]:
     """A whole small job from start to evaluated adapter, and what an exam's scoring costs beside its training."""
-    theirs = min(best["new", name].whole for name in names(best, "new", "trl"))
+    theirs = min((best["new", name] for name in names(best, "new", "trl")), key=lambda outcome: outcome.whole)
     ours, resident = best["new", "ours"], best["new", "ours-resident"]
     scoring = score_exam(base, ours.adapters[-1], recent)
     return [
-        Figure(f"seconds for {NEW} new claims, start to evaluated adapter, cold, TRL's best", ours.whole, theirs, at_most=0.9),
-        Figure(f"seconds for {NEW} new claims, resident, cold TRL's best", resident.whole, theirs, at_most=0.5),
+        Figure(f"seconds for {NEW} new claims, start to evaluated adapter, cold, TRL's best", ours.whole, theirs.whole, at_most=0.9),
+        Figure(f"seconds for {NEW} new claims, resident, cold TRL's best", resident.whole, theirs.whole, at_most=0.5),
+        Figure(f"peak memory, MB, for {NEW} new claims, resident, cold TRL's best", resident.peak_bytes / 1e6, theirs.peak_bytes / 1e6),
         Figure(
             f"seconds to score {RECENT} claims with two models, the training of {NEW} new and {REPLAYED:,} old ones as in the loop",
             scoring,

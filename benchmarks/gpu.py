@@ -3,12 +3,16 @@
 `benchmarks/gpu.sh` runs it. A row that was not run, or that failed, says so in place of a figure. Two more runs take the settings that the
 planner chooses for cards of 12 and 24 GB, with passes of 4,096 tokens, and hold the planner against the peak. Every run of ours is done by
 one resident trainer, which reads 16 GB once; each of the others has a process of its own. The largest shape comes first.
+
+Ours attends by torch's own flash attention (`varlen_attn`), the others by the libraries' default (`sdpa`, with a mask); where flash-attn is
+installed, TRL packs with it as well. Of losses, only those of our own first step with shared prefixes and without are compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import signal
 import subprocess
@@ -30,7 +34,7 @@ from benchmarks.figures import Figure
 from benchmarks.training import POLICY, PROMPT, Task
 from daemon import cards, estimates, imr
 from trainers import tiny
-from trainers.spec import LoraOptions, Method, Options, Prompt
+from trainers.spec import Method, Options, Prompt
 
 SHAPES = {
     "tiny": {**tiny.SHAPE, "num_hidden_layers": 2},
@@ -42,7 +46,7 @@ ROW_TOKENS, ROWS = 4096, 64
 """Of the planned runs: the longest row and so the pass, and the rows of a step, which fill a pass."""
 PLANNED: tuple[tuple[Method, int, float], ...] = (("qlora", 12, 10.0), ("lora", 24, 20.0))
 """Method, the card in GB that it is planned for, and the GB that it may take with passes of 4,096 tokens."""
-DEFAULTS, TUNED = ("trl-packing-checkpointed",), ("trl-packing", "trl-padding-free")
+DEFAULTS, TUNED, FLASH = ("trl-packing-checkpointed",), ("trl-packing", "trl-padding-free"), ("trl-packing-flash",)
 SPARING = {"recompute_layers": 1, "max_tokens": 900}
 OURS: tuple[tuple[str, Method, dict[str, Any]], ...] = (
     ("ours-unshared", "lora", {}),
@@ -68,8 +72,9 @@ GOALS = (
     ("peak GB against the same, in more memory", "peak_gb", "ours-unshared", DEFAULTS, {}),
     ("claims/s against TRL tuned", "claims_per_second", "ours-unshared", TUNED, {"at_least": 1.0}),
     ("claims/s against TRL tuned, with a shared prefix", "claims_per_second", "ours", TUNED, {"at_least": 1.5}),
+    ("claims/s against TRL packing with flash attention", "claims_per_second", "ours-unshared", FLASH, {"at_least": 1.0}),
 )
-OTHERS = (*DEFAULTS, *TUNED, "guide")
+OTHERS = (*DEFAULTS, *TUNED, "guide", *FLASH)
 GB = 1e9
 LEAST_SECONDS, NO_TIME = 5, "not measured: no time left"
 DRY_RUN = "a dry run: its figures say nothing"
@@ -122,6 +127,8 @@ def make_base(folder: Path, shape: str, device: str, cases: list[dict[str, Any]]
 def measure(work: Path, base: Path, task: Task, name: str, ends: float) -> dict[str, Any]:
     """Claims a second and peak memory of one of the others, or why there are none."""
     row: dict[str, Any] = {"shape": task.name, "name": name, "method": "lora"}
+    if name in FLASH and not importlib.util.find_spec("flash_attn"):
+        return tell(row | {"result": "not measured: flash-attn is not installed"})
     left = ends - time.monotonic()
     if left < LEAST_SECONDS:
         return row | {"result": NO_TIME}
@@ -185,16 +192,21 @@ def train(trainer: Resident, run_dir: Path, row: dict[str, Any], task: Task) -> 
         return row | {"result": reason}
     told = training.read_result(run_dir)
     epochs = told["training"]["epochs"]
-    figures = {"claims_per_second": len(task.train) * epochs / told["training"]["seconds"], "peak_gb": told["memory"]["peak_bytes"] / GB}
-    return row | figures
+    progress = [json.loads(line) for line in (run_dir / "attempts" / "1" / "progress.jsonl").read_text().splitlines()]
+    return row | {
+        "claims_per_second": len(task.train) * epochs / told["training"]["seconds"],
+        "peak_gb": told["memory"]["peak_bytes"] / GB,
+        "tokens_saved": told["training"]["tokens_saved"],
+        "first_loss": next(line["loss"] for line in progress if line.get("step") == 1),
+    }
 
 
 def train_as_planned(trainer: Resident, work: Path, base: Path, task: Task, method: Method, size: int, device: str) -> dict[str, Any]:
-    """Peak memory of a run as it is planned for a card of so many GB, and what the plan says of it."""
-    row: dict[str, Any] = {"shape": task.name, "name": "planned", "method": method}
+    """Peak memory of a run as it is planned for a card of so many GB, at the method's own rank, and what the plan says of it."""
+    options = Options(method=method, max_row_tokens=ROW_TOKENS, max_tokens=ROW_TOKENS)
+    row: dict[str, Any] = {"shape": task.name, "name": "planned", "method": method, "rank": options.lora.rank}
     card = cards.Card(cards.name_size(size * cards.GB), "cpu" if device == "cpu" else "cuda", size * cards.GB)
-    options = Options(method=method, lora=LoraOptions(rank=16, alpha=32), max_row_tokens=ROW_TOKENS, max_tokens=ROW_TOKENS)
-    chosen = estimates.choose_options(options, estimates.plan_run(options, "train", base, [card])[0].settings)
+    chosen = {"lora": options.lora} | estimates.choose_options(options, estimates.plan_run(options, "train", base, [card])[0].settings)
     run_dir = work / f"planned-{method}"
     training.write_run(run_dir, base, task, share_prefixes=False, device=device, method=method, **chosen, batch_rows=ROWS, epochs=1.0)
     row = train(trainer, run_dir, row, task)
@@ -226,20 +238,21 @@ def judge(rows: dict[tuple[str, str], dict[str, Any]]) -> Iterator[dict[str, Any
     for name, key, ours, others, goal in GOALS:
         known = [value for other in others if (value := read(other, key)) is not None]
         yield describe(name, read(ours, key), max(known, default=None), goal)
+    apart, shared = (read(name, "first_loss") for name in ("ours-sparing-unshared", "ours-sparing"))
+    difference = abs(shared - apart) if read("ours-sparing", "tokens_saved") and shared is not None and apart is not None else None
+    yield describe("loss of the first step, shared prefixes against none: difference", difference, None, {"at_most": 0.01}, alone=True)
     for method, _, most in PLANNED:
-        peak = read("planned", "peak_gb", method)
-        yield describe(f"{method}, passes of 4,096 tokens: peak GB", peak, None, {"at_most": most}, needs_baseline=False)
+        peak, of_rank = read("planned", "peak_gb", method), f"{method} of rank {Options(method=method).lora.rank}"
+        yield describe(f"{of_rank}, passes of 4,096 tokens: peak GB", peak, None, {"at_most": most}, alone=True)
         yield describe(
-            f"{method}: planned GB against the peak", read("planned", "planned_gb", method), peak, {"at_least": 0.9, "at_most": 1.1}
+            f"{of_rank}: planned GB against the peak", read("planned", "planned_gb", method), peak, {"at_least": 0.9, "at_most": 1.1}
         )
 
 
-def describe(
-    name: str, value: float | None, baseline: float | None, goal: dict[str, float], *, needs_baseline: bool = True
-) -> dict[str, Any]:
-    """One figure; without a value where it, or what it is held against, was not measured."""
-    if value is None or (needs_baseline and baseline is None):
-        return Figure(name, 1.0, 1.0 if needs_baseline else None, **goal).to_json() | dict.fromkeys(("value", "baseline", "ratio", "holds"))
+def describe(name: str, value: float | None, baseline: float | None, goal: dict[str, float], *, alone: bool = False) -> dict[str, Any]:
+    """One figure; without a value where it, or what it is held against unless it stands alone, was not measured."""
+    if value is None or (baseline is None and not alone):
+        return Figure(name, 1.0, None if alone else 1.0, **goal).to_json() | dict.fromkeys(("value", "baseline", "ratio", "holds"))
     return Figure(name, value, baseline, **goal).to_json()
 
 

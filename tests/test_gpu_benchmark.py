@@ -14,6 +14,7 @@ from benchmarks import gpu, training
 
 ANSWER = 'import sys; sys.stdin.readline(); print(\'{"exit": 0, "reason": "done"}\', flush=True); sys.stdin.read()'
 BREAK = "import os, signal, sys; sys.stdin.readline(); os.kill(os.getpid(), signal.{})"
+LOSSES = "loss of the first step, shared prefixes against none: difference"
 HANG = "import time; time.sleep(60)"
 
 
@@ -62,6 +63,8 @@ def test_only_a_run_on_a_card_is_kept_and_shown_on_the_page(tmp_path, machine, i
 def test_a_goal_that_nobody_ran_is_told_without_a_value():
     rows = {
         ("ours-unshared", "lora"): {"claims_per_second": 30.0},
+        ("ours-sparing-unshared", "lora"): {"first_loss": 11.5},
+        ("ours-sparing", "lora"): {"first_loss": 11.75, "tokens_saved": 0},
         ("guide", "lora"): {"claims_per_second": 10.0},
         ("planned", "qlora"): {"peak_gb": 9.5, "planned_gb": 9.0},
         ("trl-packing", "lora"): {"result": "not measured: no time left"},
@@ -69,6 +72,16 @@ def test_a_goal_that_nobody_ran_is_told_without_a_value():
     told = {figure["name"]: (figure["value"], figure["goal"], figure["holds"]) for figure in gpu.judge(rows)}
     assert told["claims/s against the guide's script"] == (30, "≥ 3 ×", True)  # noqa: RUF001
     assert told["claims/s against TRL tuned"] == (None, "≥ 1 ×", None)  # noqa: RUF001
-    assert told["qlora, passes of 4,096 tokens: peak GB"] == (9.5, "≤ 10", True)
-    assert told["qlora: planned GB against the peak"] == (9, "≥ 0.9 × and ≤ 1.1 ×", True)  # noqa: RUF001
-    assert told["lora, passes of 4,096 tokens: peak GB"] == (None, "≤ 20", None)
+    assert told["qlora of rank 64, passes of 4,096 tokens: peak GB"] == (9.5, "≤ 10", True)
+    assert told["qlora of rank 64: planned GB against the peak"] == (9, "≥ 0.9 × and ≤ 1.1 ×", True)  # noqa: RUF001
+    assert told["lora of rank 16, passes of 4,096 tokens: peak GB"] == (None, "≤ 20", None)
+    assert told[LOSSES] == (None, "≤ 0.01", None), "nothing was shared, so nothing was compared"
+
+
+def test_losses_with_shared_prefixes_and_without_are_held_together():
+    rows = {
+        ("ours-sparing-unshared", "lora"): {"first_loss": 11.5},
+        ("ours-sparing", "lora"): {"first_loss": 11.25, "tokens_saved": 900},
+    }
+    (figure,) = (figure for figure in gpu.judge(rows) if figure["name"] == LOSSES)
+    assert (figure["value"], figure["holds"]) == (0.25, False)

@@ -1,4 +1,4 @@
-"""Scoring: whole-label probabilities against generating text and parsing it, same prompts and batch size.
+"""Scoring: whole-label probabilities against generating text and parsing it, same prompts, none of them twice, 32 in a batch.
 
 `generate` is forced to 64 tokens, as the guide's agents answer with their reasons; with 32 beside it. The labels that ours gives are
 compared with those of one full forward pass for each prompt and label.
@@ -7,6 +7,7 @@ compared with those of one full forward pass for each prompt and label.
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 import time
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from rich.console import Console
 from benchmarks.figures import Figure, finish
 from benchmarks.training import LABELS, PROMPT, make_base
 from daemon import imr
-from trainers import bases, encoding, score
+from trainers import bases, encoding, score, trees
 from trainers.spec import Prompt
 
 BATCH, CHECKED = 32, 100
@@ -29,14 +30,17 @@ console = Console(stderr=True)
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--claims", type=int, default=512)
+    parser.add_argument("--claims", type=int, default=512, help="distinct ones: ours would read equal prompts once")
     parser.add_argument("--runs", type=int, default=3)
     asked = parser.parse_args()
-    cases = list(imr.read_decisions(2001, 2005))[: asked.claims]
-    prompts = [Prompt(text=PROMPT).render(case["input"]) for case in cases]
+    distinct = {Prompt(text=PROMPT).render(case["input"]): case for case in imr.read_decisions(2001, 2005)}
+    prompts = list(distinct)[: asked.claims]
     with tempfile.TemporaryDirectory() as folder:
-        model, tokenizer = bases.load_base(make_base(Path(folder), cases), "cpu")
-        tokens = max(len(ids) for ids in tokenizer(prompts)["input_ids"]) * BATCH
+        model, tokenizer = bases.load_base(make_base(Path(folder), [distinct[prompt] for prompt in prompts]), "cpu")
+        tokens = find_budget(tokenizer)
+        answered: list[int] = [0]
+        score.score_prompts(model, tokenizer, prompts, LABELS, max_tokens=tokens, after_pass=answered.append)
+        most = max(after - before for before, after in itertools.pairwise(answered))
         ours: list[float] = []
         theirs: dict[int, list[float]] = {64: [], 32: []}
         for run in range(asked.runs):
@@ -52,9 +56,16 @@ def main() -> None:
         [
             Figure("claims/s, generate with 64 forced tokens and a parser", max(ours), max(theirs[64]), at_least=10),
             Figure("claims/s, generate with 32 forced tokens and a parser", max(ours), max(theirs[32]), at_least=5),
+            Figure("prompts in one pass, at most, those in a batch of generate", most, BATCH),
             Figure("share of claims with the label of separate full forward passes", same, at_least=1),
         ],
     )
+
+
+def find_budget(tokenizer: Any) -> int:
+    """The tokens of a pass in which ours asks for the labels of as many prompts as are in a batch of `generate`."""
+    branches = trees.build_branches([encoding.label_tokens(tokenizer, label) for label in LABELS])
+    return BATCH * trees.ASKED * (len(branches.tokens) + 1)
 
 
 def generate(model: Any, tokenizer: Any, prompts: Sequence[str], forced: int) -> float:

@@ -1,14 +1,16 @@
 import json
+import shutil
 import tracemalloc
 
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 from storage import snapshots
-from tests.model_fixtures import PROMPT, tiny_tokenizer
-from tests.training_fixtures import LABELS, dataset, row
+from tests.model_fixtures import MISTRAL, PROMPT, claim, tiny_tokenizer
+from tests.training_fixtures import LABELS, dataset, row, truth
 from trainers import data, encoding, forms
 from trainers.spec import Options, Prompt, SpecRefusedError
 
@@ -165,6 +167,57 @@ def test_rows_are_tokenised_once_for_a_dataset_a_tokenizer_and_a_prompt(tmp_path
     monkeypatch.setattr(data.token_tables, "VERSION", 0)
     read(folder)
     assert blocks == [8, 8, 8, 8], "rows that became tokens by another rule are made anew"
+
+
+def lower_case(tokenizer):
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+
+
+def begin_otherwise(tokenizer):
+    tokenizer.bos_token = "<pad>"
+
+
+def ask_otherwise(tokenizer):
+    tokenizer.chat_template = MISTRAL.replace("[INST]", "[ASK]")
+
+
+@pytest.mark.parametrize("change", [lower_case, begin_otherwise, ask_otherwise])
+def test_rows_are_tokenised_anew_when_their_tokenizer_has_changed(tmp_path, change):
+    folder, prompt = dataset(tmp_path / "set", train=2, dev=0, gold=0), Prompt(text=PROMPT, form="chat")
+
+    def read_with(tokenizer):
+        lessons = data.read_lessons(folder, tokenizer, prompt, LABELS, Options(), limit=512, warm=False, seed=1)
+        return [case.example.read.tolist() for case in lessons.train]
+
+    changed = tiny_tokenizer(MISTRAL)
+    change(changed)
+    before, after = read_with(tiny_tokenizer(MISTRAL)), read_with(changed)
+    assert after != before
+    shutil.rmtree(tmp_path / ".set.tokens")
+    assert (read_with(changed), read_with(tiny_tokenizer(MISTRAL))) == (after, before)
+
+
+def test_rows_are_tokenised_anew_for_another_dataset_in_the_same_place(tmp_path):
+    assert len(read(dataset(tmp_path / "set", train=2)).train) == 2
+    shutil.rmtree(tmp_path / "set")
+    assert len(read(dataset(tmp_path / "set", train=3)).train) == 3
+
+
+def test_rows_are_tokenised_anew_for_labels_in_another_order(tmp_path):
+    folder = dataset(tmp_path / "set", train=6, dev=0, gold=0)
+    for labels in (LABELS, LABELS[::-1]):
+        lessons = data.read_lessons(folder, TOKENIZER, Prompt(text=PROMPT), labels, Options(), limit=512, warm=False, seed=1)
+        assert [labels[case.answer] for case in lessons.train] == [truth(number) for number in range(6)]
+
+
+@pytest.mark.parametrize("other", [Prompt(text="Another question: "), Prompt(text=PROMPT, form="instruction")])
+def test_rows_are_tokenised_anew_for_another_template_and_another_form(tmp_path, other):
+    folder = dataset(tmp_path / "set", train=2, dev=0, gold=0)
+    for prompt in (Prompt(text=PROMPT), other):
+        (first, _) = data.read_lessons(folder, TOKENIZER, prompt, LABELS, Options(), limit=512, warm=False, seed=1).train
+        (expected,), _ = encoding.build_prompts(TOKENIZER, prompt, [claim(0)], [512])
+        assert first.prompt == expected
+        assert first.example.prompt.tolist() == encoding.encode_prompt(TOKENIZER, expected)
 
 
 def test_tokenising_that_was_cut_short_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -218,6 +218,15 @@ def test_best_fit_fills_passes_where_first_fit_would_need_one_more(budget, lengt
     assert len(packing.pack(rows, budget, "cpu")) == passes < count_first_fit(lengths, budget)
 
 
+@pytest.mark.parametrize(("rows", "passes"), [(16, 8), (3, 3)])
+@pytest.mark.parametrize("shared", [0, 90])
+def test_a_step_has_as_many_passes_as_asked_though_fewer_would_read_it(rows, passes, shared):
+    examples = [Example([1] * shared + [number + 2] * (100 - shared), [2]) for number in range(rows)]
+    packs = packing.pack(examples, 4096, "cpu", least_passes=8)
+    assert len(packs) == passes
+    assert sum(len(packed.examples) for packed in packs) == rows
+
+
 def count_first_fit(lengths, budget):
     """How many passes there are when each row, the longest first, takes the first that has room."""
     filled = []

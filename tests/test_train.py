@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,9 +15,9 @@ from tokenizers import normalizers
 
 from storage import artifacts, snapshots
 from tests import training_fixtures as runs
-from tests.model_fixtures import tiny_base, tiny_tokenizer
+from tests.model_fixtures import PROMPT, tiny_base, tiny_tokenizer
 from tests.training_fixtures import NoWeights
-from trainers import bases, loop, memory, score, spec
+from trainers import bases, loop, memory, packing, score, spec
 
 SLOW = {"epochs": 25, "checkpoint_steps": 4}
 
@@ -128,6 +129,21 @@ def test_the_loss_does_not_depend_on_how_rows_are_packed(tmp_path, base, data):
         runs.perform(tmp_path / str(max_tokens), runs.make_spec(base, data, {"epochs": 1, "max_tokens": max_tokens}))
         losses.append(runs.result(tmp_path / str(max_tokens))["training"]["final_loss"])
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+
+
+@pytest.mark.parametrize("share_prefixes", [True, False])
+def test_a_step_is_spread_over_as_many_passes_as_asked(tmp_path, base, monkeypatch, share_prefixes):
+    packs, losses = [], packing.token_losses
+    monkeypatch.setattr(packing, "token_losses", lambda model, packed: packs.append(packed) or losses(model, packed))
+    rows = runs.dataset(tmp_path / "set", train=16, dev=0, gold=0)
+    policy = runs.model(prompt=spec.Prompt(text="What the policy says. " * 8 + PROMPT))
+    options = {"epochs": 1, "batch_rows": 16, "accumulation": 6, "max_tokens": 4096, "share_prefixes": share_prefixes}
+    assert runs.perform(tmp_path / "run", runs.make_spec(base, rows, options, candidate=policy)) == spec.EXIT_DONE
+    assert sum(len(packed.examples) for packed in packs) == 16
+    assert any(packed.saved for packed in packs) == share_prefixes
+    assert 6 <= len(packs) <= 8
+    tokens = sum(packed.tokens + packed.saved for packed in packs)
+    assert max(packed.tokens for packed in packs) <= math.ceil(tokens / 6)
 
 
 def test_a_warm_start_goes_on_from_its_adapter_and_replays_no_more_than_asked(tmp_path, base, data, done):

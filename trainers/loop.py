@@ -258,7 +258,8 @@ class Loop:
         """The passes over some rows."""
         if not examples:
             return []
-        return packing.pack(examples, self.limit(examples, max_tokens), self.device, share_prefixes=self.is_sharing)
+        limit, least = self.limit(examples, max_tokens), self.options.accumulation
+        return packing.pack(examples, limit, self.device, share_prefixes=self.is_sharing, least_passes=least)
 
     @property
     def is_sharing(self) -> bool:
@@ -266,7 +267,7 @@ class Loop:
         return self.options.share_prefixes and self.counters.sharing_pays
 
     def limit(self, examples: Sequence[Example], max_tokens: int) -> int:
-        """How many tokens a pass over some rows may have: there are as many passes at least as `options.accumulation` says."""
+        """How many tokens a pass over some rows may have: an equal part of them in each of `options.accumulation` passes."""
         return min(max_tokens, math.ceil(sum(example.tokens for example in examples) / self.options.accumulation))
 
     def report(self, loss: float, rate: float) -> None:

@@ -69,23 +69,24 @@ class Stretch:
     family: Family | None = None
 
 
-def pack(examples: Sequence[Example], max_tokens: int, device: str, *, share_prefixes: bool = True) -> list[Pack]:
+def pack(examples: Sequence[Example], max_tokens: int, device: str, *, share_prefixes: bool = True, least_passes: int = 1) -> list[Pack]:
     """Spread `examples` over passes of at most `max_tokens` tokens; a longer one has a pass of its own, none is ever cut.
 
-    Prefixes are shared where that saves more than it costs (`prefixes.COST`).
+    There are `least_passes` at least, or one for each example where these are fewer. Prefixes are shared where that saves more than
+    it costs (`prefixes.COST`).
     """
     strangers = [Family(list(range(len(examples))), 0)]
     families = prefixes.find_families([example.prompt for example in examples]) if share_prefixes else strangers
-    return [collate(filled, device) for filled in fill_bins(examples, families, max_tokens)]
+    return [collate(filled, device) for filled in fill_bins(examples, families, max_tokens, least_passes)]
 
 
-def fill_bins(examples: Sequence[Example], families: Sequence[Family], max_tokens: int) -> list[Bin]:
-    """Best fit, the longest first: each goes where it adds the fewest tokens and leaves the least room."""
+def fill_bins(examples: Sequence[Example], families: Sequence[Family], max_tokens: int, least: int) -> list[Bin]:
+    """Best fit, the longest first: each goes where it adds the fewest tokens and leaves the least room, when `least` have begun."""
     bins: list[Bin] = []
     asked = [(examples[row], family) for family in families for row in family.rows]
     for example, family in sorted(asked, key=lambda pair: pair[0].tokens, reverse=True):
         costs = [(one.cost(family, example), -one.tokens, place) for place, one in enumerate(bins)]
-        fitting = [found for found in costs if found[0] - found[1] <= max_tokens]
+        fitting = [found for found in costs if found[0] - found[1] <= max_tokens] if len(bins) >= least else []
         if not fitting:
             bins.append(Bin())
         bins[min(fitting)[2] if fitting else -1].add(family, example)

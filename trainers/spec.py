@@ -151,7 +151,9 @@ class Options(Frozen):
     epochs: float = Field(default=4, gt=0, le=1000, description="Passes over the training rows.")
     batch_rows: int = Field(default=32, ge=1, description="Rows per optimizer step (the effective batch).")
     max_tokens: int = Field(default=4096, ge=16, description="Token budget of one packed forward pass.")
-    accumulation: int = Field(default=1, ge=1, description="A step is spread over so many passes, at least; more where they don't fit.")
+    accumulation: int = Field(
+        default=1, ge=1, description="A step is spread over so many passes at least, as far as its rows go; more where they don't fit."
+    )
     max_row_tokens: int = Field(default=2048, ge=16, description="Longer prompts are cut in their input fields.")
     share_prefixes: bool = Field(
         default=True, description="Read what prompts have in common once for a whole pass, where that saves tokens."

@@ -24,6 +24,7 @@ class RandomLabels:
     seed: int
     perform: Callable[[Path], Path]
     newest: spec.Model | None = None
+    learned: Path | None = None
     drawn: list[snapshots.Row] = field(default_factory=list)
 
     def draw(self, number: int, rows: Sequence[snapshots.Row], count: int) -> None:
@@ -31,22 +32,26 @@ class RandomLabels:
         self.drawn += random.Random(f"{self.seed}/{number}").sample(rows, min(count, len(rows)))
 
     def learn(self, version: str, run_dir: Path) -> None:
-        """Train as the loop trained `version` in `run_dir`: the same history and options, our own labels and our own last adapter."""
+        """Train as the loop trained `version` in `run_dir`: the same history and options, our own labels and our own last adapter.
+
+        The first training begins where the loop's does: with the version that both know.
+        """
         theirs = spec.read_spec(run_dir)
         ours = self.folder / version
         if theirs.dataset is None or theirs.candidate is None:
             raise ValueError(f"{run_dir} is no training run")
         if not (ours / "spec.json").exists():
             manifest = snapshots.write(ours / "snapshot", self._rows(theirs.dataset), {})
-            init = self.newest
-            is_base = theirs.options.makes_base
+            base = self.newest.base if self.newest and theirs.options.makes_base else None
+            begin = self.newest if theirs.init_adapter else None
             update = {
-                "base": init.base if init and init.base and is_base else theirs.base,
+                "base": base or theirs.base,
                 "run_id": f"random-{version}",
                 "dataset": ours / "snapshot",
                 "dataset_digest": manifest["root"],
-                "init_adapter": init.adapter if init else None,
-                "init_adapter_digest": init.adapter_digest if init else None,
+                "init_adapter": begin.adapter if begin else theirs.init_adapter,
+                "init_adapter_digest": begin.adapter_digest if begin else theirs.init_adapter_digest,
+                "learned": theirs.learned and (self.learned or theirs.learned),
                 "others": (),
                 "score_sets": (),
             }
@@ -57,6 +62,7 @@ class RandomLabels:
         made: dict[str, Any] = {"adapter": attempt / trained["path"], "adapter_digest": trained["digest"]}
         if "model" in result:
             made = {"base": spec.Base(path=attempt / trained["path"], digest=trained["digest"])}
+        self.learned = ours / "snapshot"
         self.newest = theirs.candidate.model_copy(update={**made, "temperature": result["temperature"]})
 
     def _rows(self, dataset: Path) -> Iterator[snapshots.Row]:

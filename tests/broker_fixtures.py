@@ -215,7 +215,7 @@ def secure(broker: Broker, mechanism: brokers.Mechanism = "SCRAM-SHA-512") -> br
     return brokers.Access(broker.secure, tls=True, ca_file=broker.certificate, mechanism=mechanism, user=user, password=PASSWORD)
 
 
-def wait_until(holds: Callable[[], object], seconds: float = 30) -> None:
+def wait_until(holds: Callable[[], object], seconds: float = 90) -> None:
     """Look again and again; fails when it does not come to hold in time."""
     deadline = time.monotonic() + seconds
     while not holds():

@@ -124,7 +124,7 @@ def test_a_broker_that_is_away_is_told_and_old_news_are_not_shown(source, engine
 HANGING = """
 import threading
 from consumers import lag, records, stream
-lag.STALL_SECONDS, lag.PERIOD_SECONDS, stream.END_SECONDS = 4.0, 0.1, 0.5
+lag.STALL_SECONDS, lag.PERIOD_SECONDS, stream.END_SECONDS = 10.0, 0.1, 0.5
 records.Inlet.store_patiently = lambda *_: threading.Event().wait()
 """
 

@@ -4,10 +4,13 @@ import json
 
 import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer, models
+from tokenizers.trainers import BpeTrainer
 
 from tests import training_fixtures as runs
 from tests.model_fixtures import LLAMA_3, LLAMA_3_MARKS, PROMPT, tiny_base, tiny_tokenizer
-from trainers import bases, score, spec
+from trainers import base_config, bases, score, spec
 
 TEXTS = {"method": "pretrain", "epochs": 1}
 
@@ -136,6 +139,26 @@ def test_a_tokenizer_may_begin_and_end_otherwise_than_the_config_says(tmp_path, 
     set_keys(base / "config.json", **named)
     loaded = bases.Bases().tokenizer(runs.base_of(base))
     assert {name: getattr(loaded, name) for name in own} == own
+
+
+def test_tokens_that_nobody_chose_tell_nothing_of_the_tokenizer(tmp_path):
+    words = Tokenizer(models.BPE())
+    words.train_from_iterator(["Claim: approved or denied"], BpeTrainer(vocab_size=60, show_progress=False))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    base = tiny_base(tmp_path / "base", tokenizer=tokenizer, vocab_size=100)
+    usual = transformers.LlamaConfig()
+    assert (usual.bos_token_id, usual.eos_token_id) == (1, 2)
+    set_keys(base / "config.json", bos_token_id=1, eos_token_id=2)
+    assert bases.Bases().tokenizer(runs.base_of(base)).eos_token_id == len(tokenizer) - 1
+    set_keys(base / "config.json", bos_token_id=1, eos_token_id=3)
+    with pytest.raises(spec.SpecRefusedError, match="which are ordinary words"):
+        bases.Bases().tokenizer(runs.base_of(base))
+
+
+def test_an_inner_part_of_the_config_that_is_none_names_no_tokens(tmp_path):
+    base = tiny_base(tmp_path / "base")
+    set_keys(base / "config.json", text_config="abc", bos_token_id=None, eos_token_id=None)
+    assert base_config.read_ends(base) == set()
 
 
 CHAT = spec.Prompt(text=PROMPT, form="chat")

@@ -15,7 +15,7 @@ import torch
 from daemon import cards, plan
 from tests import training_fixtures as fixtures
 from tests.model_fixtures import tiny_base
-from trainers import attempts, bases, loop, memory, optimizers, packing, spec, stopping, train
+from trainers import attempts, bases, loop, memory, optimizers, packing, spec, stopping, texts, train
 
 CARD = {"card": {"name": "card", "kind": "cpu", "memory": 1, "taken": 0}, "total": 5}
 
@@ -228,6 +228,15 @@ def test_a_checkpoint_is_gone_on_from_with_smaller_passes(base: Path, data: Path
     assert train.sign(asked) == train.sign(smaller)
     changed = asked.model_copy(update={"options": asked.options.model_copy(update={"epochs": 9})})
     assert train.sign(asked) != train.sign(changed)
+
+
+def test_a_checkpoint_of_texts_that_were_drawn_by_another_rule_is_none_of_this_run(
+    base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels, pretrain = fixtures.make_spec(base, data), fixtures.make_spec(base, data, {"method": "pretrain"})
+    before = [train.sign(asked) for asked in (labels, pretrain)]
+    monkeypatch.setattr(texts, "VERSION", texts.VERSION + 1)
+    assert [train.sign(asked) == old for asked, old in zip((labels, pretrain), before, strict=True)] == [True, False]
 
 
 def test_a_checkpoint_is_gone_on_from_where_the_files_lie_in_other_places(base: Path, data: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 
 from tests import training_fixtures as runs
 from tests.model_fixtures import tiny_base
-from trainers import attempts, bases, data, encoding, spec, stopping, texts, token_tables, train
+from trainers import attempts, bases, data, encoding, memory, ranks, spec, stopping, texts, token_tables, train, work
 
 LINES = 30
 
@@ -103,15 +104,26 @@ def test_a_run_that_is_asked_to_stop_while_it_tokenises_stops(
     assert not list(left.iterdir()), "nothing half-written is left"
 
 
+def test_of_several_processes_none_stops_while_others_would_wait_for_it(base: spec.Base, tmp_path: Path) -> None:
+    stop, attempt = stopping.Stop(), attempts.open_attempt(tmp_path)
+    stop.is_requested = True
+    one = work.Work(
+        ask(base, tmp_path, "lora"), attempt, attempts.Progress(attempt), stop, bases.Bases(), None, memory.Budget(16), ranks.Ranks(1, 2)
+    )
+    one.beat()
+    with pytest.raises(stopping.StoppedError):
+        dataclasses.replace(one, together=ranks.ALONE).beat()
+
+
 def stop_at_third(monkeypatch: pytest.MonkeyPatch, stop: stopping.Stop) -> None:
     """Ask for a stop with the third piece of work."""
     done: list[None] = []
 
-    def note(work: Callable[..., object]) -> Callable[..., object]:
+    def note(genuine: Callable[..., object]) -> Callable[..., object]:
         def tell(*arguments: object) -> object:
             done.append(None)
             stop.is_requested = len(done) >= 3
-            return work(*arguments)
+            return genuine(*arguments)
 
         return tell
 

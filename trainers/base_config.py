@@ -86,9 +86,16 @@ def read_number(folder: Path, name: str) -> int:
 def read_ends(folder: Path) -> set[int]:
     """The tokens that `config.json` begins and ends texts with (`bos_token_id`, `eos_token_id`): of each none, one or several."""
     settings = read_settings(folder)
-    inner = settings.get("text_config") or {}
+    inner = settings["text_config"] if isinstance(settings.get("text_config"), Mapping) else {}
     named = [settings.get(name, inner.get(name)) for name in ("bos_token_id", "eos_token_id")]
     return {token for given in named for token in (given if isinstance(given, list) else [given]) if type(token) is int}
+
+
+def has_usual_ends(folder: Path) -> bool:
+    """Whether `config.json` names the tokens that transformers writes there where nobody chose any."""
+    with refusing(f"{folder} can't be loaded as a causal language model"):
+        usual = type(transformers.AutoConfig.from_pretrained(folder, **LOCAL))()
+    return read_ends(folder) == {usual.bos_token_id, usual.eos_token_id}
 
 
 def read_settings(folder: Path) -> Mapping[str, Any]:

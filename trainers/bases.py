@@ -161,13 +161,14 @@ def check_vocabulary(tokenizer: Any, path: Path) -> None:
 def check_ends(tokenizer: Any, path: Path) -> None:
     """Raise `SpecRefusedError` when the tokens that the weights begin and end texts with are no such tokens in the tokenizer.
 
-    They need not be the tokenizer's own: an instruct model may end a turn with another token than `config.json` ends a text with.
+    They need not be the tokenizer's own: an instruct model may end a turn with another token than `config.json` ends a text with. What
+    transformers writes where nobody chose any counts for nothing.
     """
     named = base_config.read_ends(path)
     marks = forms.find_special(tokenizer).keys() | tokenizer.added_tokens_decoder.keys()
     if absent := sorted(named - set(tokenizer.get_vocab().values())):
         problem = f"which the tokenizer has no tokens {absent} for"
-    elif named and not named & marks:
+    elif named and not named & marks and not (tokenizer.eos_token and base_config.has_usual_ends(path)):
         problem = "which are ordinary words in the tokenizer"
     else:
         return

@@ -29,6 +29,8 @@ from trainers.views import View
 
 BLOCK = 2**16
 """Characters that are read and tokenised at once."""
+VERSION = 2
+"""Of how texts become tokens and which general ones are drawn: raised with every change, so that no run goes on by another rule."""
 HELD_OUT_TOKENS = 100_000
 """So much of the beginning of general texts is never learned: forgetting is measured there."""
 TOKENS, ENDS = "tokens.bin", "ends.bin"
@@ -187,11 +189,11 @@ def batch(blocks: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]
 
 
 def tokenize(path: Path, tokenizer: Any, limit: int, cache: Path, key: str, beat: Callable[[], None] = lambda: None) -> TokenFile:
-    """The pieces of the texts at `path`, from `cache` when an earlier attempt made them under the same key, whole or not at all.
+    """The pieces of the texts at `path`, from `cache` when an attempt made them under the same key by the same rule, whole or not at all.
 
     `beat` is called after each piece. Raises `SpecRefusedError` when the texts hold nothing.
     """
-    place = cache / hashlib.sha256(f"{key}\0{digest_texts(path)}\0{limit}".encode()).hexdigest()[:16]
+    place = cache / hashlib.sha256(f"{VERSION}\0{key}\0{digest_texts(path)}\0{limit}".encode()).hexdigest()[:16]
     if not place.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))

@@ -218,6 +218,7 @@ def sign(spec: Spec) -> str:
     """A digest of all that decides about the weights: a checkpoint with another one belongs to another run."""
     content = [path and snapshots.read_manifest(path)["root"] for path in (spec.dataset, spec.learned)]
     content += [path and texts.digest_texts(path) for path in (spec.texts, spec.general_texts)]
+    content += [texts.VERSION] if spec.options.method == "pretrain" else []
     content += [spec.init_adapter and artifacts.digest_folder(spec.init_adapter)]
     # How the rows of a step are spread over passes changes nothing, unless each pass is an update of its own.
     pace = set() if spec.options.optimizer_in_backward else {"max_tokens", "recompute_layers"}
@@ -255,7 +256,10 @@ def save_trained(work: Work, model: Any) -> Made:
     if not spec.options.makes_base:
         place = f"adapters/{checks.the_candidate(spec).name}"
         return Made("adapter", folder, place, lora.save_adapter(model, folder / place, spec.base.digest))
-    whole = model if spec.options.trains_all_weights else lora.merge(model)
+    try:
+        whole = model if spec.options.trains_all_weights else lora.merge(model)
+    except ValueError as error:
+        raise loop.DivergedError(f"the adapter can't be merged ({error}): lower options.learning_rate") from error
     return Made("model", folder, "model", full.save_model(whole, work.tokenizer, folder / "model"))
 
 

@@ -45,8 +45,12 @@ class Work:
         return self.held.load(base, self.spec.device, in_4bit=in_4bit)[0]
 
     def beat(self) -> None:
-        """What long work calls after each piece of it: a sign of life. Raises `StoppedError` when the run was asked to stop."""
-        self.stop.check()
+        """What long work calls after each piece of it: a sign of life. Raises `StoppedError` when the run was asked to stop.
+
+        Of several processes none stops here by itself, for the others would wait for it: they agree after a step.
+        """
+        if self.together.size == 1:
+            self.stop.check()
         self.progress.beat()
 
     def note_left_out(self, left_out: Sequence[LeftOut]) -> None:

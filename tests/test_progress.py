@@ -113,6 +113,7 @@ def test_of_several_processes_none_stops_while_others_would_wait_for_it(base: sp
     one.beat()
     with pytest.raises(stopping.StoppedError):
         dataclasses.replace(one, together=ranks.ALONE).beat()
+    one.progress.close()
 
 
 def stop_at_third(monkeypatch: pytest.MonkeyPatch, stop: stopping.Stop) -> None:

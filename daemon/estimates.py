@@ -55,15 +55,20 @@ def read_model_config(base: Path) -> dict[str, Any]:
 
 
 def make_method(options: spec.Options, kind: str, model_config: Mapping[str, Any], supervised: float = plan.SUPERVISED) -> plan.Method:
-    """A run's options as the plan sees them, and the share of its tokens that are graded. Raises `shapes.ShapeUnknownError`."""
+    """A run's options as the plan sees them, and the share of its tokens that are graded. Raises `shapes.ShapeUnknownError`.
+
+    A base that is stored in 4 bits is held so wherever it answers.
+    """
+    stored = model_config.get("quantization_config")
+    serves_4bit = options.serve_in_4bit or (isinstance(stored, Mapping) and bool(stored.get("load_in_4bit")))
     shared: dict[str, Any] = {
         "rank": options.lora.rank,
         "row_tokens": min(options.max_row_tokens, shapes.read_shape(model_config).context),
         "max_tokens": options.max_tokens,
-        "serves_4bit": options.serve_in_4bit,
+        "serves_4bit": serves_4bit,
     }
     if kind == "score":
-        return plan.Method(name="score", trains="nothing", is_4bit=options.serve_in_4bit, **shared)
+        return plan.Method(name="score", trains="nothing", is_4bit=serves_4bit, **shared)
     return plan.Method(
         name=options.method,
         trains="all" if options.trains_all_weights else "adapter",

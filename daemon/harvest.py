@@ -38,9 +38,10 @@ def bring_in(machinery: Machinery, run: RowMapping, result: run_folders.Result, 
         if run_folders.GOLD in sets:
             examination.keep_gold(sets[run_folders.GOLD].parent, answers)
         with db.writing(machinery.engine) as connection:
-            if runs.finish(connection, run, summary, now):
-                examination.store_scores(connection, run["agent"], answers, {}, now)
-                devices.free(connection, run)
+            if not runs.finish(connection, run, summary, now):
+                return
+            examination.store_scores(connection, run["agent"], answers, {}, now)
+            devices.free(connection, run)
     elif not _bring_in_candidate(machinery, run, answers, result, summary, now):
         return
     log.info("run_finished", run=run["id"], agent=run["agent"], kind=run["kind"], attempt=run["attempt"])

@@ -45,8 +45,8 @@ class Launcher(Protocol):
     def logs(self, run_dir: Path, attempt: int) -> str:
         """What it printed so far."""
 
-    def end_idle(self) -> None:
-        """End what waits for work with a base in memory."""
+    def end_idle(self, device: str) -> None:
+        """End what waits on a device for work, with a base in memory."""
 
     def clean_up(self, run_dir: Path) -> None:
         """Delete what it keeps of a run that is done, outside of the run's folder. What fails is logged."""

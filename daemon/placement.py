@@ -27,7 +27,7 @@ class MemoryTakenError(RuntimeError):
 def find_places(machinery: Machinery, made: Makeup, run: RowMapping, options: spec.Options) -> list[Device]:
     """The devices that a run may be given, the smallest first. None while others hold the memory that it needs.
 
-    Then a resident trainer is ended too: in a container, process ids are not ours, and the driver can't tell it from others.
+    Then the resident trainers there are ended too: in a container, process ids are not ours, and the driver can't tell them from others.
 
     A run that fits no device at all may have any: it is refused there, with the remedies.
     """
@@ -40,7 +40,8 @@ def find_places(machinery: Machinery, made: Makeup, run: RowMapping, options: sp
     waits_for = [device for device, planned in plans.items() if planned is not None and fits_alone(planned)]
     if not waits_for:
         return list(there)
-    machinery.launcher.end_idle()
+    for part in {part for device in waits_for for part in device.parts}:
+        machinery.launcher.end_idle(part)
     _tell(machinery, run, plans[waits_for[0]], waits_for[0])
     return []
 

@@ -25,7 +25,7 @@ from trainers import spec
 ACTOR = "ratchet"
 DRIFT_ALARM = "drift"
 SEED, WARM_START = "seed", "warm_start"
-SERVED = "serve_in_4bit"
+SERVED, IN_BACKWARD = "serve_in_4bit", "optimizer_in_backward"
 
 log = structlog.get_logger()
 
@@ -69,8 +69,6 @@ def apply_overrides(agent: Agent, overrides: Mapping[str, Any]) -> tuple[spec.Op
     With another method only what the agent's configuration chose against its own method's defaults is kept.
     """
     known, options = agent.training.model_dump(), agent.training.choices()
-    if overrides.get("method", agent.training.method) != agent.training.method:
-        del options["optimizer_in_backward"]  # where it is needed the plan chooses it
     for key, value in overrides.items():
         if key not in (SEED, WARM_START):
             _check_option(agent, known, key, value)
@@ -79,6 +77,8 @@ def apply_overrides(agent: Agent, overrides: Mapping[str, Any]) -> tuple[spec.Op
             for section in sections:
                 place = place.setdefault(section, {})
             place[name] = value
+    if IN_BACKWARD not in overrides and not _trains_as_usual(agent, options):
+        del options[IN_BACKWARD]  # where it is needed the plan chooses it
     warm_start = str(overrides.get(WARM_START, agent.warm_start))
     if warm_start not in ("candidate", "champion", "never"):
         raise OptionsRefusedError(f"warm_start is {warm_start!r}: use candidate, champion or never")
@@ -93,6 +93,12 @@ def apply_overrides(agent: Agent, overrides: Mapping[str, Any]) -> tuple[spec.Op
     if chosen.method == "pretrain" and agent.texts is None:
         raise OptionsRefusedError(f"agents.{agent.name}.texts is missing: method pretrain reads text files, say where they are")
     return chosen, warm_start
+
+
+def _trains_as_usual(agent: Agent, options: Mapping[str, Any]) -> bool:
+    """Whether these options train what the agent's own do, in the same way."""
+    same: tuple[Any, Any] = agent.training.method, agent.training.pretrain.weights
+    return (options["method"], options["pretrain"]["weights"]) == same
 
 
 def _check_effect(chosen: spec.Options, overrides: Mapping[str, Any]) -> None:

@@ -160,9 +160,12 @@ def gather(connection: Connection, exam: RowMapping, agent: Agent, folder: Path 
 def _is_first(connection: Connection, exam: RowMapping) -> bool:
     """Whether a first version is compared with the bare base: it is promoted unless gold shows harm, and nobody is asked.
 
-    Once a version has served, a candidate sits a real exam also when the base serves again after a rollback.
+    Once a version has served, a candidate sits a real exam also when the base serves again after a rollback, and so does one that learned
+    from texts alone.
     """
     if exam["kind"] != "exam" or exam["champion"] != registry.BARE:
+        return False
+    if registry.read(connection, exam["agent"], exam["candidate"])["dataset"] is None:
         return False
     return all(change["version"] == registry.BARE for change in registry.history(connection, exam["agent"]))
 

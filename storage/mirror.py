@@ -56,6 +56,12 @@ class Mirror:
         place = self._place(name)
         return {PurePosixPath(path).name for path in self._system.ls(place, detail=False)} if self._system.isdir(place) else set()
 
+    def is_gone(self) -> bool:
+        """Whether the folder was deleted: it is not there, and that in which it lay is. A store that does not answer has lost nothing."""
+        self._system.invalidate_cache()
+        around = str(PurePosixPath(self._root).parent)
+        return bool(self._system.exists(around)) and not self._system.exists(self._root)
+
     def has(self, name: str) -> bool:
         """Whether there is such a file or folder."""
         self._system.invalidate_cache()

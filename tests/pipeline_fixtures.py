@@ -80,7 +80,7 @@ class ScriptedLauncher:
     working: set[tuple[Path, int]] = field(default_factory=set)
     stopped: list[tuple[Path, int, bool]] = field(default_factory=list)
     started: list[spec.Spec] = field(default_factory=list)
-    idle_ended: int = 0
+    idle_ended: list[str] = field(default_factory=list)
     cleaned: list[Path] = field(default_factory=list)
 
     def submit(self, run_dir: Path, attempt: int) -> None:
@@ -122,8 +122,8 @@ class ScriptedLauncher:
     def logs(self, run_dir: Path, attempt: int) -> str:
         return ""
 
-    def end_idle(self) -> None:
-        self.idle_ended += 1
+    def end_idle(self, device: str) -> None:
+        self.idle_ended.append(device)
 
     def clean_up(self, run_dir: Path) -> None:
         self.cleaned.append(run_dir)

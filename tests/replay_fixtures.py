@@ -43,7 +43,7 @@ class InProcess:
     def logs(self, run_dir: Path, attempt: int) -> str:
         return ""
 
-    def end_idle(self) -> None:
+    def end_idle(self, device: str) -> None:
         return
 
     def clean_up(self, run_dir: Path) -> None:

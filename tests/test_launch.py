@@ -197,7 +197,9 @@ def test_workers_that_wait_may_be_ended_and_one_that_works_goes_on(tmp_path: Pat
             trainers.submit(run_dir, 1)
         wait_for(lambda: trainers.status(done, 1) is not None)
         [waiting] = [one.process for one in trainers._workers if one.busy is None]
-        trainers.end_idle()
+        trainers.end_idle("cuda:0")
+        assert waiting.poll() is None, "it waits on another device"
+        trainers.end_idle("cpu")
         assert waiting.returncode == 0
         assert [one.busy for one in trainers._workers] == [launch.find_attempt(busy, 1)]
         assert (trainers.status(busy, 1), trainers.status(done, 1)) == (None, 2)

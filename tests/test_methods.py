@@ -316,6 +316,14 @@ def test_of_another_method_only_what_was_chosen_is_kept(given, method):
     assert options == spec.Options.model_validate(own | {"method": method, "serve_in_4bit": agent.training.serve_in_4bit})
 
 
+def test_pre_training_an_adapter_in_place_of_all_weights_asks_for_no_update_in_the_backward_pass(tmp_path):
+    given = {"method": "pretrain", "pretrain": {"weights": "all"}, "optimizer_in_backward": True}
+    prompt = PromptFile(text="x")
+    agent = Agent(name="a", labels=("A", "B"), prompt=prompt, base_model=Path("base"), training=given, texts=tmp_path)
+    options, _ = training.read_options(agent, {"pretrain.weights": "adapter"})
+    assert options == spec.Options(method="pretrain")
+
+
 def test_a_score_run_answers_with_models_on_different_bases(finish, place, tmp_path):
     run_dir = finish("full")
     asked = make(place, "full")

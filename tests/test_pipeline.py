@@ -924,6 +924,7 @@ def test_before_there_is_a_label_texts_make_a_base_that_training_goes_on_from(en
             bare = registry.read(connection, AGENT, "v0")
         assert (made["adapter_path"], Path(made["base_path"]).parent) == (None, settings.storage.bases.resolve())
         assert made["base_digest"] != bare["base_digest"]
+        assert champion(world) == "v0", "nothing shows that it answers better"
         world.import_history(30)
         world.ask_for_run(method="full", epochs=1)
         world.settle()

@@ -208,6 +208,15 @@ def test_every_remedy_makes_the_run_fit(given: dict[str, Any], kind: Any, config
             assert make(changed, larger).fits, remedy
 
 
+@pytest.mark.parametrize("kind", ["train", "score"])
+def test_a_base_that_is_stored_in_4_bits_is_counted_so_wherever_it_answers(kind: Any) -> None:
+    stored = {**LLAMA_8B, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    options = spec.Options.model_validate({"method": "qlora", "serve_in_4bit": False})
+    card = cards.Card("", "cuda", 12 * cards.GB)
+    fits = [plan.plan_memory(config, estimates.make_method(options, kind, config), card).fits for config in (LLAMA_8B, stored)]
+    assert fits == [False, True]
+
+
 def test_what_fits_no_card_is_told_with_a_change_that_fits_one() -> None:
     card, in_4bit = cards.Card("", "cuda", 12 * cards.GB), "set serve_in_4bit = true in the agent's configuration"
     assert plan.plan_memory(LLAMA_70B, make_method("lora"), card).remedies[0] == (

@@ -167,6 +167,51 @@ def test_what_a_run_reads_travels_and_its_cards_are_numbered_anew(tmp_path: Path
     assert spec.read_spec(tmp_path / "r") == asked
 
 
+def test_an_input_that_was_sent_in_part_is_sent_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("first", "second"):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / "set" / name).write_text(name)
+    asked = spec.Spec(run_id="r", kind="train", agent="a", base=spec.Base(path=tmp_path / "base", digest="x"), dataset=tmp_path / "set")
+    spec.write_spec(tmp_path / "r", asked)
+    store, put = mirror.Mirror(f"file://{tmp_path}/store/r"), mirror.Mirror._put
+
+    def fail(store: mirror.Mirror, path: Path, name: str) -> None:
+        if path.name == "second":
+            raise ConnectionError
+        put(store, path, name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mirror.Mirror, "_put", fail)
+        with pytest.raises(ConnectionError):
+            ray_jobs.push_inputs(store, tmp_path / "r")
+    sent = ray_jobs.push_inputs(store, tmp_path / "r").dataset
+    assert sent is not None
+    assert {path.name for path in (tmp_path / "store/r" / sent).iterdir()} == {"first", "second"}
+
+
+def test_a_job_that_the_cluster_has_forgotten_is_known_by_what_it_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_jobs.RayJobs, "_find", lambda *_: None)
+    jobs, run_dir = ray_jobs.RayJobs("nowhere", f"file://{tmp_path}/store", sys.executable), tmp_path / "runs/r"
+    left = tmp_path / "store/r/attempts/1"
+    (left / "checkpoints/step-5").mkdir(parents=True)
+    (left / "checkpoints/step-5/state.json").write_text("{}")
+    assert jobs.status(run_dir, 1) == launch.UNSEEN
+    assert run_folders.newest_checkpoint(run_dir) == 5
+    (left / "result.json").write_text('{"status": "done"}')
+    assert jobs.status(run_dir, 1) == 0
+
+
+def test_while_the_store_does_not_answer_nothing_is_known_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pull(*_arguments: object, **_options: object) -> None:
+        raise ConnectionError
+
+    monkeypatch.setattr(ray_jobs.RayJobs, "_find", lambda *_: None)
+    monkeypatch.setattr(mirror.Mirror, "pull", pull)
+    with capture_logs() as said:
+        assert ray_jobs.RayJobs("nowhere", f"file://{tmp_path}/store", sys.executable).status(tmp_path / "r", 1) is None
+    assert [line["event"] for line in said] == ["store_does_not_answer"]
+
+
 def test_a_store_that_does_not_answer_is_told_of_and_fails_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def remove(_store: mirror.Mirror, _name: str) -> None:
         raise ConnectionError("no answer")

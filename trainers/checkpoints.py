@@ -76,7 +76,9 @@ def save_checkpoint(folder: Path, step: int, model: torch.nn.Module, updates: Up
         partial.rename(place)
         sync(folder)
     for old in by_step(folder)[KEPT:]:
-        shutil.rmtree(old)
+        spent = folder / f".{uuid.uuid4().hex}.partial"
+        old.rename(spent)  # Whoever copies it finds all of it or nothing.
+        shutil.rmtree(spent)
 
 
 def write_tensors(path: Path, tensors: Tensors) -> None:

@@ -21,6 +21,7 @@ from storage import artifacts, snapshots
 from trainers import (
     answers,
     attempts,
+    base_config,
     bases,
     checkpoints,
     checks,
@@ -278,7 +279,7 @@ def describe_training(work: Work, counters: loop.Counters, examples: Sequence[Ex
     epochs = counters.step / steps_per_epoch
     return {
         "method": work.spec.options.method,
-        "examined_in_4bit": work.spec.options.serve_in_4bit,
+        "examined_in_4bit": work.spec.options.serve_in_4bit or base_config.is_in_4bit(work.spec.base.path),
         "rows": rows,
         "tokens": counters.tokens,
         "tokens_saved": counters.tokens_saved,

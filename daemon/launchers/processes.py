@@ -42,7 +42,7 @@ class Processes:
         """What is in the attempt's `log.txt`."""
         return launch.read_log(run_dir, attempt)
 
-    def end_idle(self) -> None:
+    def end_idle(self, device: str) -> None:
         """Nothing: each process ends with its run."""
 
     def clean_up(self, run_dir: Path) -> None:

@@ -5,6 +5,7 @@ Ray's client is imported where it is needed: it is an extra, and slow to import.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 from datetime import UTC, datetime
@@ -55,10 +56,16 @@ class RayJobs:
         except (ConnectionError, OSError, RuntimeError) as error:
             log.warning("ray_does_not_answer", address=self._address, error=type(error).__name__)
             return None
-        if job is None:
-            return launch.UNSEEN
+        try:
+            return self._read_status(job, run_dir, attempt)
+        except Exception as error:  # noqa: BLE001  each kind of store has its own
+            log.warning("store_does_not_answer", run=run_dir.name, store=self._store, error=type(error).__name__)
+            return None
+
+    def _read_status(self, job: Any, run_dir: Path, attempt: int) -> int | None:
+        """What the store says of a job that the cluster knows; of one that it has forgotten too, which may have ended well."""
         folder, store = launch.find_attempt(run_dir, attempt), self._open_store(run_dir)
-        state = str(job.status.value)
+        state = str(job.status.value) if job else "UNSEEN"
         if state == "PENDING":
             note_waiting(folder)
             return None
@@ -68,18 +75,23 @@ class RayJobs:
         fetch_attempt(store, folder, attempt)
         if (folder / RESULT).exists():
             return int(json.loads((folder / RESULT).read_bytes())["status"] != "done")
+        if job is None:
+            return launch.UNSEEN
         return spec.EXIT_RESUMABLE if state == "STOPPED" else int(job.driver_exit_code or launch.FAILED)
 
-    def cancel(self, run_dir: Path, attempt: int, *, at_once: bool = False) -> None:  # noqa: ARG002  a cluster knows one way
+    def cancel(self, run_dir: Path, attempt: int, *, at_once: bool = False) -> None:
         """See `Launcher.cancel`; the job has a minute for its checkpoint. What it publishes later, nobody reads: its fence is old."""
         if self._find(run_dir, attempt) is not None:
             self._client().stop_job(name_job(run_dir, attempt))
+        if at_once:  # a cluster knows one way, but nobody waits for it: how far the job came is told by the checkpoints that are there now
+            with contextlib.suppress(Exception):  # a store that does not answer has no news
+                note_checkpoints(self._open_store(run_dir), launch.find_attempt(run_dir, attempt), attempt)
 
     def logs(self, run_dir: Path, attempt: int) -> str:
         """What the cluster kept of the job's output."""
         return str(self._client().get_job_logs(name_job(run_dir, attempt))) if self._find(run_dir, attempt) else ""
 
-    def end_idle(self) -> None:
+    def end_idle(self, device: str) -> None:
         """Nothing: each job ends with its run."""
 
     def clean_up(self, run_dir: Path) -> None:
@@ -123,18 +135,23 @@ def push_inputs(store: mirror.Mirror, run_dir: Path) -> spec.Spec:
     """
     asked = spec.read_spec(run_dir)
     known: dict[Path, Path] = {}
+    folder = run_dir / "remote"
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / "whole"
+    mark.touch()
 
     def carry(path: Path) -> Path:
         if path not in known:
             known[path] = Path(INPUTS) / f"{len(known)}-{path.name}"
-            if not store.has(known[path].as_posix()):
+            whole = f"{known[path].as_posix()}.whole"
+            if not store.has(whole):
                 store.push(path, known[path].as_posix())
+                store.push(mark, whole)
         return known[path]
 
     parts = asked.device.split("+")
     device = "+".join(f"cuda:{place}" if part.startswith("cuda") else part for place, part in enumerate(parts))
     moved = spec.map_inputs(asked, carry).model_copy(update={"device": device})
-    folder = run_dir / "remote"
     spec.write_spec(folder, moved)
     store.push(folder / "spec.json", "spec.json")
     return moved
@@ -147,10 +164,16 @@ def note_waiting(folder: Path) -> None:
 
 
 def fetch_attempt(store: mirror.Mirror, folder: Path, attempt: int) -> None:
-    """Copy what a job left, the result last; of checkpoints that are whole only the names, which say how far it came."""
+    """Copy what a job left, the result last; of checkpoints only the names, which say how far it came."""
     name = f"attempts/{attempt}"
     store.pull(name, folder, without=(RESULT, CHECKPOINTS))
-    for step in store.names(f"{name}/{CHECKPOINTS}"):
-        if store.has(f"{name}/{CHECKPOINTS}/{step}/{STATE}"):
-            (folder / CHECKPOINTS / step).mkdir(parents=True, exist_ok=True)
+    note_checkpoints(store, folder, attempt)
     store.pull(f"{name}/{RESULT}", folder / RESULT)
+
+
+def note_checkpoints(store: mirror.Mirror, folder: Path, attempt: int) -> None:
+    """Make a folder for each whole checkpoint that the store has."""
+    name = f"attempts/{attempt}/{CHECKPOINTS}"
+    for step in store.names(name):
+        if store.has(f"{name}/{step}/{STATE}"):
+            (folder / CHECKPOINTS / step).mkdir(parents=True, exist_ok=True)

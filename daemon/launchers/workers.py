@@ -79,9 +79,9 @@ class Workers:
         """What is in the attempt's `log.txt`."""
         return launch.read_log(run_dir, attempt)
 
-    def end_idle(self) -> None:
+    def end_idle(self, device: str) -> None:
         """See `Launcher.end_idle`."""
-        for worker in [one for one in self._workers if one.busy is None]:
+        for worker in [one for one in self._workers if one.busy is None and one.device == device]:
             self._end(worker)
 
     def clean_up(self, run_dir: Path) -> None:

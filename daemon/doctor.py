@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import shlex
 import shutil
 import subprocess
@@ -124,7 +123,7 @@ def _examine_trainer(settings: Settings) -> Finding:
 
 def _examine_devices(settings: Settings) -> Finding:
     """Whether torch sees the cards that runs go to; on a cluster that is the cluster's affair."""
-    names = [device.name for device in devices.find(settings.devices, functools.partial(nvml.read_cards, settings.storage.runs))]
+    names = [device.name for device in devices.find(settings.devices, nvml.make_reader(settings.storage.runs))]
     cards = [part for name in names for part in name.split("+") if part.startswith("cuda")]
     if settings.training.launcher == "ray" or not cards:
         return Finding("devices", is_well=True, detail=f"runs go to {', '.join(names)}")

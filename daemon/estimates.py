@@ -59,8 +59,7 @@ def make_method(options: spec.Options, kind: str, model_config: Mapping[str, Any
 
     A base that is stored in 4 bits is held so wherever it answers.
     """
-    stored = model_config.get("quantization_config")
-    serves_4bit = options.serve_in_4bit or (isinstance(stored, Mapping) and bool(stored.get("load_in_4bit")))
+    serves_4bit = options.serve_in_4bit or spec.is_stored_in_4bit(model_config)
     shared: dict[str, Any] = {
         "rank": options.lora.rank,
         "row_tokens": min(options.max_row_tokens, shapes.read_shape(model_config).context),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ TRAINERS = ("trainers.train", "trainers.worker")
 def read_cards(runs: Path, environ: Mapping[str, str] = os.environ, library: Any = pynvml) -> dict[str, Card]:
     """Each card under the name that torch gives it, `cuda:N`, in the order of the bus; none where there is no driver.
 
-    What trainers of the run folders in `runs` hold is not taken: leases govern it, and a resident one's base is there for the next run.
+    What trainers of the run folders in `runs` (absolute) hold is not taken: leases govern it, and a resident base serves the next run.
     """
     try:
         library.nvmlInit()
@@ -27,6 +28,11 @@ def read_cards(runs: Path, environ: Mapping[str, str] = os.environ, library: Any
         return {f"cuda:{place}": _read_card(handle, library, runs) for place, handle in enumerate(_find_visible(environ, library))}
     finally:
         library.nvmlShutdown()
+
+
+def make_reader(runs: Path) -> Callable[[], dict[str, Card]]:
+    """`read_cards` for an installation, by where its run folders lie."""
+    return functools.partial(read_cards, runs.resolve())
 
 
 def _find_visible(environ: Mapping[str, str], library: Any) -> Iterator[Any]:
@@ -53,4 +59,4 @@ def is_ours(pid: int, runs: Path) -> bool:
         words = os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")
     except OSError:
         return False
-    return any(word in TRAINERS for word in words) and any(Path(word).is_relative_to(runs.resolve()) for word in words)
+    return any(word in TRAINERS for word in words) and any(Path(word).is_relative_to(runs) for word in words)

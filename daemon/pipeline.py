@@ -41,8 +41,7 @@ class Pipeline:
         decide: Decide = gate.decide,
         read_cards: devices.Read | None = None,
     ) -> None:
-        read = read_cards or functools.partial(nvml.read_cards, settings.storage.runs)
-        self.machinery = Machinery(engine, settings, launcher, decide, read)
+        self.machinery = Machinery(engine, settings, launcher, decide, read_cards or nvml.make_reader(settings.storage.runs))
 
     def tick(self, now: datetime) -> bool:
         """`advance`, and say whether that changed anything."""

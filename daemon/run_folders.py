@@ -116,7 +116,7 @@ def read_result(run_dir: Path, attempt: int) -> Result | None:
 def read_progress(run_dir: Path, attempt: int) -> dict[str, Any] | None:
     """The last whole line of the attempt's progress."""
     try:
-        with (find_attempt(run_dir, attempt) / "progress.jsonl").open("rb") as file:
+        with (find_attempt(run_dir, attempt) / spec.PROGRESS).open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - 4096))
             lines = file.read().split(b"\n")
     except FileNotFoundError:

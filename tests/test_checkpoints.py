@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from trainers import checkpoints, optimizers
+from trainers import checkpoints, optimizers, spec
 from trainers.spec import Options
 
 
@@ -59,7 +59,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     model, optimizer = model_and_optimizer()
     step(model, optimizer)
     save(tmp_path, model, optimizer, 10)
-    for at, name in ((20, checkpoints.WEIGHTS), (30, checkpoints.STATE)):
+    for at, name in ((20, checkpoints.WEIGHTS), (30, spec.STATE)):
         save(tmp_path, model, optimizer, at, attempt=at)
         path = tmp_path / "attempts" / str(at) / "checkpoints" / f"step-{at}" / name
         path.write_bytes(path.read_bytes()[:20])
@@ -70,7 +70,7 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path):
     model, optimizer = model_and_optimizer()
     partial = tmp_path / "attempts" / "1" / "checkpoints" / ".abc.partial"
     partial.mkdir(parents=True)
-    (partial / checkpoints.STATE).write_text(json.dumps({"signature": "s"}))
+    (partial / spec.STATE).write_text(json.dumps({"signature": "s"}))
     assert checkpoints.load_newest(tmp_path, "s", model, optimizer) is None
 
 

@@ -41,7 +41,7 @@ def ask(base: spec.Base, folder: Path, method: str, **options: object) -> spec.S
 
 def count_lines(run_dir: Path) -> Counter[str]:
     """How many lines of progress each phase has."""
-    lines = (run_dir / "attempts/1" / attempts.PROGRESS).read_text().splitlines()
+    lines = (run_dir / "attempts/1" / spec.PROGRESS).read_text().splitlines()
     return Counter(json.loads(line)["phase"] for line in lines)
 
 
@@ -76,7 +76,7 @@ def test_a_sign_of_life_says_what_the_last_line_said(tmp_path: Path, monkeypatch
     progress.write("training", step=3, loss=0.5)
     progress.beat()
     progress.close()
-    lines = [json.loads(line) for line in (tmp_path / "attempts/1" / attempts.PROGRESS).read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "attempts/1" / spec.PROGRESS).read_text().splitlines()]
     assert [(line["phase"], line["step"], line["loss"], line["heartbeat"]) for line in lines] == [("training", 3, 0.5, n) for n in (1, 2)]
 
 

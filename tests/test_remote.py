@@ -177,7 +177,7 @@ class Moving(mirror.Mirror):
         self.place = place
 
     def pull(self, name: str, folder: Path, *, without: Collection[str] = ()) -> None:
-        if name.endswith(remote.STATE) and "step-2" in self.names("attempts/1/checkpoints"):
+        if name.endswith(spec.STATE) and "step-2" in self.names("attempts/1/checkpoints"):
             for step in (1, 2):
                 mirror.Mirror(self.url).remove(f"attempts/1/checkpoints/step-{step}")
                 mirror.Mirror(self.url).push(make_checkpoint(self.place, step + 2), f"attempts/1/checkpoints/step-{step + 2}")

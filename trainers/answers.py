@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from trainers import adapters, bases, encoding, forms, score, texts
+from trainers import adapters, forms, score
 from trainers.sheets import Sheet
 from trainers.spec import Base, Model
 from trainers.work import Work
@@ -47,8 +47,7 @@ def measure_forgetting(work: Work, models: Sequence[Model]) -> dict[str, Any]:
 def measure_text_loss(work: Work, base: Base | None, adapter: Path | None, path: Path) -> float | None:
     """The loss of what is held out; when it is back nothing holds the base any more, so that there is room for the next one."""
     place = base or work.spec.base
-    limit = encoding.row_limit(work.spec.options, bases.read_context(place))
-    general = texts.tokenize(path, work.held.tokenizer(place), limit, work.attempt.run_dir / "tokens", place.digest, work.beat)
+    general = work.read_texts(path, place)
     with wearing(work.load_to_score(base), adapter) as worn:
         return work.measure_loss(worn, general.held_out)
 

@@ -20,9 +20,9 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from storage.artifacts import write_atomically
+from trainers.spec import PROGRESS
 
 RESULT = "result.json"
-PROGRESS = "progress.jsonl"
 BEAT_SECONDS = 2.0
 """A line that is so old is written again, as long as the work goes on."""
 Status = Literal["done", "refused", "failed"]

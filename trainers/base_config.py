@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from trainers.spec import SpecRefusedError
+from trainers.spec import SpecRefusedError, is_stored_in_4bit
 
 CONFIG = "config.json"
 LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -60,13 +60,14 @@ def check(folder: Path) -> None:
 
 def is_in_4bit(folder: Path) -> bool:
     """Whether the weights are stored in bitsandbytes' 4 bits. Raises `SpecRefusedError` when they are quantised in another way."""
-    stored = read_settings(folder).get("quantization_config")
+    settings = read_settings(folder)
+    stored = settings.get("quantization_config")
     if not stored:
         return False
+    if is_stored_in_4bit(settings):
+        return True
     stored = stored if isinstance(stored, Mapping) else {}
     method = stored.get("quant_method", "bitsandbytes" if "load_in_4bit" in stored else "an unknown method")
-    if method == "bitsandbytes" and stored.get("load_in_4bit"):
-        return True
     kind = "bitsandbytes in 8 bits" if stored.get("load_in_8bit") else method
     raise SpecRefusedError(
         f"{folder} is quantised by {kind} (quantization_config of its config.json): "

@@ -18,14 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from storage.artifacts import write_atomically
+from trainers.spec import STATE
 
-WEIGHTS, OPTIMIZER, RANDOM, BEST, STATE = (
-    "weights.safetensors",
-    "optimizer.safetensors",
-    "random.safetensors",
-    "best.safetensors",
-    "state.json",
-)
+WEIGHTS, OPTIMIZER, RANDOM, BEST = "weights.safetensors", "optimizer.safetensors", "random.safetensors", "best.safetensors"
 KEPT = 2
 Tensors = dict[str, torch.Tensor]
 

@@ -18,19 +18,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent import futures
-from datetime import UTC, datetime
 from pathlib import Path
 
 from storage import mirror
 from trainers import spec
-from trainers.attempts import PROGRESS, RESULT
+from trainers.attempts import RESULT
+from trainers.spec import CHECKPOINTS, PROGRESS, STATE
 from trainers.stopping import Stop
 
 SYNC_SECONDS, POLL_SECONDS = 5.0, 0.2
-CHECKPOINTS = "checkpoints"
 KEPT = 2
-STATE = "state.json"
-"""The last file of a checkpoint that comes into the store: one that has it is whole."""
 
 
 def main() -> int:
@@ -73,8 +70,7 @@ def copy(work: Callable[[], None], tell: Callable[[], None]) -> None:
 def note_copying(store: mirror.Mirror, place: Path, attempt: int) -> None:
     """A sign of life while no trainer is at work."""
     place.mkdir(parents=True, exist_ok=True)
-    with (place / PROGRESS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"at": datetime.now(UTC).isoformat(), "phase": "copying"}) + "\n")
+    spec.note_phase(place, "copying")
     push_progress(store, place, attempt)
 
 

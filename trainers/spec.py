@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -23,6 +24,8 @@ SEEDS = range(2**31)
 """What may be a seed: every generator takes it, also times a million and with a step added."""
 LOCK, LOG = "process.lock", "log.txt"
 """Files of an attempt: the process id of who works on it, locked meanwhile, and what it printed."""
+PROGRESS, CHECKPOINTS, STATE = "progress.jsonl", "checkpoints", "state.json"
+"""Its signs of life, its checkpoints, and the file of a checkpoint that is written last: one that has it is whole."""
 EXIT_DONE, EXIT_REFUSED, EXIT_RESUMABLE = 0, 2, 75
 
 Kind = Literal["train", "score", "export"]
@@ -299,6 +302,18 @@ def read_spec(run_dir: Path) -> Spec:
         first = error.errors(include_url=False)[0]
         message = f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r:.200})"
         raise SpecRefusedError(message) from error
+
+
+def note_phase(attempt: Path, phase: str) -> None:
+    """A sign of life in an attempt's folder while no trainer is at work on it."""
+    with (attempt / PROGRESS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"at": datetime.now(UTC).isoformat(), "phase": phase}) + "\n")
+
+
+def is_stored_in_4bit(model_config: Mapping[str, Any]) -> bool:
+    """Whether a base's `config.json` says that its weights are stored in bitsandbytes' 4 bits."""
+    stored = model_config.get("quantization_config")
+    return isinstance(stored, Mapping) and stored.get("quant_method", "bitsandbytes") == "bitsandbytes" and bool(stored.get("load_in_4bit"))
 
 
 def read_device(run_dir: Path) -> str:

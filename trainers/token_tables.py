@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from pyarrow import compute
 
 VERSION = 2
 """Of how rows become tokens: raised with every change of that, so that a table made before is not read any more."""
@@ -47,14 +49,21 @@ class TokenTable:
 
     def are(self, column: str, value: str | None, places: np.ndarray) -> np.ndarray:
         """Whether a column has the value at each of some places, which are in ascending order."""
-        return np.fromiter((found == value for found in self.stream(column, places)), dtype=bool, count=len(places))
+        compare = compute.is_null if value is None else functools.partial(compute.equal, value)
+        found = [compare(part).to_numpy(zero_copy_only=False) for part in self._take(column, places)]
+        return np.concatenate([np.empty(0, dtype=bool), *found])
 
     def stream(self, column: str, places: np.ndarray) -> Iterator[Any]:
         """A column's values at some places, which are in ascending order; those of one block are in memory at a time."""
+        for part in self._take(column, places):
+            yield from part.to_pylist()
+
+    def _take(self, column: str, places: np.ndarray) -> Iterator[Any]:
+        """The same as arrays, one for each block."""
         cuts = np.searchsorted(places, np.arange(len(self.blocks) + 1) * ROWS_AT_ONCE)
         for number, block in enumerate(self.blocks):
             some = places[cuts[number] : cuts[number + 1]] - number * ROWS_AT_ONCE
-            yield from block[column].take(pa.array(some)).to_pylist()
+            yield block[column].take(pa.array(some))
 
     def get(self, column: str, place: int) -> Any:
         """One value."""

@@ -188,9 +188,9 @@ def read_lessons(work: Work) -> Lessons:
 
 
 def read_texts(work: Work, path: Path) -> texts.TokenFile:
-    """Texts as tokens, made once for all attempts."""
+    """Texts as tokens of the run's base."""
     work.progress.write("tokenizing", now=True)
-    return texts.tokenize(path, work.tokenizer, work.row_limit, work.attempt.run_dir / "tokens", work.spec.base.digest, work.beat)
+    return work.read_texts(path, work.spec.base)
 
 
 def read_corpus(work: Work, general: texts.TokenFile | None) -> Sequence[Example]:

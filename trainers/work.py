@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from trainers import attention, bases, encoding, loop, memory, ranks
+from trainers import attention, bases, encoding, loop, memory, ranks, texts
 from trainers.attempts import Attempt, Progress
 from trainers.data import Example
 from trainers.encoding import LeftOut
@@ -30,7 +31,15 @@ class Work:
     @property
     def row_limit(self) -> int:
         """How many tokens a row may have."""
-        return encoding.row_limit(self.spec.options, bases.read_context(self.spec.base))
+        return self._limit(self.spec.base)
+
+    def _limit(self, base: Base) -> int:
+        return encoding.row_limit(self.spec.options, bases.read_context(base))
+
+    def read_texts(self, path: Path, base: Base) -> texts.TokenFile:
+        """Texts as the tokens of a base, made once for all attempts."""
+        cache = self.attempt.run_dir / "tokens"
+        return texts.tokenize(path, self.held.tokenizer(base), self._limit(base), cache, base.digest, self.beat)
 
     def load_to_train(self) -> Any:
         """The weights of the run's base; from here on a run is no longer refused but fails."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -68,8 +67,8 @@ def list_cards(settings: Settings) -> list[cards.Card]:
     """The cards of this machine, and the usual sizes."""
     from daemon import cards, devices, nvml  # noqa: PLC0415 — `ratchet --help` needs none of it
 
-    read = functools.partial(nvml.read_cards, settings.storage.runs)
-    there = {one.card.name: one.card for one in devices.find(settings.devices, read) if one.card}
+    found = devices.find(settings.devices, nvml.make_reader(settings.storage.runs))
+    there = {one.card.name: one.card for one in found if one.card}
     return [*there.values(), *(make_card(size * cards.GB) for size in cards.SIZES)]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ import structlog
 from daemon import launch
 from storage import mirror
 from trainers import spec
+from trainers.spec import CHECKPOINTS, PROGRESS, STATE
 
-INPUTS, CHECKPOINTS, STATE, PROGRESS, RESULT = "inputs", "checkpoints", "state.json", "progress.jsonl", "result.json"
+INPUTS, RESULT = "inputs", "result.json"
 STOP_SECONDS = 60
 """So long a job has for its checkpoint after it was asked to end; Ray's own default is 3 s."""
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -67,7 +67,7 @@ class RayJobs:
         folder, store = launch.find_attempt(run_dir, attempt), self._open_store(run_dir)
         state = str(job.status.value) if job else "UNSEEN"
         if state == "PENDING":
-            note_waiting(folder)
+            spec.note_phase(folder, "waiting for the cluster")
             return None
         store.pull(f"attempts/{attempt}/{PROGRESS}", folder / PROGRESS)
         if state == "RUNNING":
@@ -155,12 +155,6 @@ def push_inputs(store: mirror.Mirror, run_dir: Path) -> spec.Spec:
     spec.write_spec(folder, moved)
     store.push(folder / "spec.json", "spec.json")
     return moved
-
-
-def note_waiting(folder: Path) -> None:
-    """A sign of life of a job that waits for its turn on the cluster."""
-    with (folder / PROGRESS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"at": datetime.now(UTC).isoformat(), "phase": "waiting for the cluster"}) + "\n")
 
 
 def fetch_attempt(store: mirror.Mirror, folder: Path, attempt: int) -> None:

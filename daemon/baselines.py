@@ -57,7 +57,7 @@ class RandomLabels:
             }
             spec.write_spec(ours, theirs.model_copy(update=update))
         attempt = self.perform(ours)
-        result = json.loads((attempt / "result.json").read_text())
+        result = json.loads((attempt / spec.RESULT).read_text())
         trained = result.get("adapter") or result["model"]
         made: dict[str, Any] = {"adapter": attempt / trained["path"], "adapter_digest": trained["digest"]}
         if "model" in result:

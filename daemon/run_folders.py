@@ -107,7 +107,7 @@ def begin_attempt(run_dir: Path, attempt: int, fence: int) -> None:
 def read_result(run_dir: Path, attempt: int) -> Result | None:
     """What the attempt published; None when it published nothing."""
     try:
-        content = orjson.loads((find_attempt(run_dir, attempt) / "result.json").read_bytes())
+        content = orjson.loads((find_attempt(run_dir, attempt) / spec.RESULT).read_bytes())
     except FileNotFoundError:
         return None
     return Result(content["status"], content["fence"], str(content.get("reason", "")), content)

@@ -138,12 +138,12 @@ class Replay:
     def _perform(self, run_dir: Path) -> Path:
         """Do a run folder that is not of the loop, unless it is done; returns its attempt's folder."""
         attempt = launch.find_attempt(run_dir, 1)
-        if not (attempt / "result.json").exists():
+        if not (attempt / spec.RESULT).exists():
             attempt.mkdir(parents=True, exist_ok=True)
             artifacts.write_atomically(attempt / "attempt.json", b'{"fence": 0}')
             self.trainer.submit(run_dir, 1)
             self.trainer.status(run_dir, 1)  # which waits for its end
-        result = json.loads((attempt / "result.json").read_text()) if (attempt / "result.json").exists() else {}
+        result = json.loads((attempt / spec.RESULT).read_text()) if (attempt / spec.RESULT).exists() else {}
         if result.get("status") != "done":
             raise SimulationError(f"{run_dir} did not end well: {result.get('reason', 'the trainer died')}")
         return attempt

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pkgutil
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +92,58 @@ def test_signs_of_life_are_no_more_than_needed(tmp_path: Path, monkeypatch: pyte
     assert count_lines(tmp_path) == {"training": 1}
 
 
+def compute(seconds: float) -> None:
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        pass
+
+
+@pytest.mark.parametrize(("call", "gives_signs"), [(compute, True), (time.sleep, False)])
+def test_a_long_call_gives_signs_of_life_while_it_works_and_none_while_it_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[[float], None], gives_signs: bool
+) -> None:
+    monkeypatch.setattr(attempts, "BEAT_SECONDS", 0)
+    monkeypatch.setattr(attempts, "LOOK_SECONDS", 0.2)
+    progress = attempts.Progress(attempts.open_attempt(tmp_path))
+    progress.write("loading")
+    with progress.alive():
+        call(1)
+    progress.close()
+    assert (count_lines(tmp_path)["loading"] > 1) is gives_signs
+
+
+def test_a_call_that_works_for_hours_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempts, "BEAT_SECONDS", 0)
+    monkeypatch.setattr(attempts, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(attempts, "LONGEST_CALL_SECONDS", 0)
+    progress = attempts.Progress(attempts.open_attempt(tmp_path))
+    progress.write("loading")
+    with progress.alive():
+        compute(0.2)
+    progress.close()
+    assert count_lines(tmp_path) == {"loading": 1}
+
+
+@pytest.mark.parametrize(
+    ("slow", "phase"),
+    [("trainers.checks.check_spec", "checking"), ("trainers.bases.load_base", "loading"), ("trainers.methods.lora.save_adapter", "saving")],
+)
+def test_checking_loading_and_saving_a_great_base_give_signs_of_life(
+    base: spec.Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: str, phase: str
+) -> None:
+    genuine = pkgutil.resolve_name(slow)
+
+    def take_longer(*arguments: object, **options: object) -> object:
+        compute(0.5)
+        return genuine(*arguments, **options)
+
+    monkeypatch.setattr(attempts, "BEAT_SECONDS", 0)
+    monkeypatch.setattr(attempts, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(slow, take_longer)
+    assert runs.perform(tmp_path, ask(base, tmp_path, "lora")) == spec.EXIT_DONE
+    assert count_lines(tmp_path)[phase] > 1
+
+
 @pytest.mark.parametrize("method", ["lora", "pretrain"])
 @pytest.mark.usefixtures("slow_pieces")
 def test_a_run_that_is_asked_to_stop_while_it_tokenises_stops(
@@ -99,7 +153,7 @@ def test_a_run_that_is_asked_to_stop_while_it_tokenises_stops(
     spec.write_spec(tmp_path, ask(base, tmp_path, method))
     stop_at_third(monkeypatch, stop)
     assert train.run(tmp_path, None, bases.Bases(), stop)[0] == spec.EXIT_RESUMABLE
-    assert set(count_lines(tmp_path)) == {"tokenizing"}
+    assert set(count_lines(tmp_path)) == {"checking", "tokenizing"}
     left = tmp_path / ("tokens" if method == "pretrain" else ".set.tokens")
     assert not list(left.iterdir()), "nothing half-written is left"
 

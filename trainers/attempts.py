@@ -6,10 +6,13 @@ A newer attempt takes the right to publish away: a trainer that was stopped past
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,11 +23,14 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from storage.artifacts import write_atomically
-from trainers.spec import PROGRESS
+from trainers.spec import PROGRESS, RESULT
 
-RESULT = "result.json"
 BEAT_SECONDS = 2.0
 """A line that is so old is written again, as long as the work goes on."""
+LOOK_SECONDS, BUSY_SHARE = 5.0, 0.01
+"""How often is looked whether a long call still works: a process that only waits takes less of a processor."""
+LONGEST_CALL_SECONDS = 3600.0
+"""So long it is taken for work at most, for a card that hangs keeps the processor busy too."""
 Status = Literal["done", "refused", "failed"]
 
 
@@ -92,6 +98,7 @@ class Progress:
         self._heartbeat = 0
         self._line: Mapping[str, float | str | None] = {}
         self._told_at = self._written_at = float("-inf")
+        self._writing = threading.Lock()
 
     def write(self, phase: str, *, now: bool = False, **fields: float | str | None) -> None:
         """Note where the run is; with `now` the line is written even when the last one is fresh."""
@@ -106,12 +113,33 @@ class Progress:
         if self._line and time.monotonic() - self._written_at >= BEAT_SECONDS:
             self._write_line()
 
+    @contextlib.contextmanager
+    def alive(self) -> Iterator[None]:
+        """Signs of life through one long call, such as loading a base, as long as this process computes, reads or writes."""
+        ended = threading.Event()
+
+        def tell() -> None:
+            patience, before = time.monotonic() + LONGEST_CALL_SECONDS, measure_work()
+            while not ended.wait(LOOK_SECONDS) and time.monotonic() < patience:
+                if is_work(before, after := measure_work(), LOOK_SECONDS):
+                    self.beat()
+                before = after
+
+        teller = threading.Thread(target=tell, daemon=True)
+        teller.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            teller.join()
+
     def _write_line(self) -> None:
-        self._written_at = time.monotonic()
-        self._heartbeat += 1
-        line = {"at": datetime.now(UTC).isoformat(), **self._line, "heartbeat": self._heartbeat}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with self._writing:
+            self._written_at = time.monotonic()
+            self._heartbeat += 1
+            line = {"at": datetime.now(UTC).isoformat(), **self._line, "heartbeat": self._heartbeat}
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
 
     def plot(self, step: int, values: Mapping[str, float]) -> None:
         """Add one point to each of TensorBoard's curves."""
@@ -124,3 +152,14 @@ class Progress:
         self._file.close()
         if self._events is not None:
             self._events.close()
+
+
+def measure_work() -> tuple[float, int]:
+    """The CPU seconds of this process so far, and how often it waited for the disk."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime, used.ru_majflt + used.ru_inblock + used.ru_oublock
+
+
+def is_work(before: tuple[float, int], after: tuple[float, int], seconds: float) -> bool:
+    """Whether a process did more in so many seconds than to look at itself."""
+    return after[0] - before[0] > BUSY_SHARE * seconds or after[1] > before[1]

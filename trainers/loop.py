@@ -111,7 +111,8 @@ class Loop:
 
     def resume(self) -> bool:
         """Go back to the newest checkpoint of this run; False when there is none."""
-        found = checkpoints.load_newest(self.attempt.run_dir, self.counters.signature, self.model, self.updates)
+        with self.progress.alive():
+            found = checkpoints.load_newest(self.attempt.run_dir, self.counters.signature, self.model, self.updates)
         if found:
             state, self.best = found
             self.counters = Counters(**state)
@@ -312,7 +313,8 @@ class Loop:
             return
         self.attempt.check_current()
         folder = self.attempt.folder / "checkpoints"
-        checkpoints.save_checkpoint(folder, self.counters.step, self.model, self.updates, dataclasses.asdict(self.counters), self.best)
+        with self.progress.alive():
+            checkpoints.save_checkpoint(folder, self.counters.step, self.model, self.updates, dataclasses.asdict(self.counters), self.best)
 
 
 def weigh(examples: Sequence[Example]) -> float:

@@ -22,8 +22,7 @@ from pathlib import Path
 
 from storage import mirror
 from trainers import spec
-from trainers.attempts import RESULT
-from trainers.spec import CHECKPOINTS, PROGRESS, STATE
+from trainers.spec import CHECKPOINTS, PROGRESS, RESULT, STATE
 from trainers.stopping import Stop
 
 SYNC_SECONDS, POLL_SECONDS = 5.0, 0.2

@@ -24,8 +24,8 @@ SEEDS = range(2**31)
 """What may be a seed: every generator takes it, also times a million and with a step added."""
 LOCK, LOG = "process.lock", "log.txt"
 """Files of an attempt: the process id of who works on it, locked meanwhile, and what it printed."""
-PROGRESS, CHECKPOINTS, STATE = "progress.jsonl", "checkpoints", "state.json"
-"""Its signs of life, its checkpoints, and the file of a checkpoint that is written last: one that has it is whole."""
+PROGRESS, CHECKPOINTS, STATE, RESULT = "progress.jsonl", "checkpoints", "state.json", "result.json"
+"""Its signs of life, its checkpoints, the file of a checkpoint that is written last (one that has it is whole), and how it ended."""
 EXIT_DONE, EXIT_REFUSED, EXIT_RESUMABLE = 0, 2, 75
 
 Kind = Literal["train", "score", "export"]

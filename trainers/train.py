@@ -6,6 +6,7 @@ Exit status: 0 done, 1 failed, 2 refused before any weights were loaded (says wh
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import sys
 import time
@@ -37,7 +38,7 @@ from trainers import (
 from trainers.attempts import Attempt, Progress
 from trainers.data import Example, Lessons
 from trainers.methods import full, lora
-from trainers.spec import EXIT_DONE, EXIT_REFUSED, EXIT_RESUMABLE, Base, Model, Spec, SpecRefusedError, read_device, read_spec
+from trainers.spec import EXIT_DONE, EXIT_REFUSED, EXIT_RESUMABLE, RESULT, Base, Model, Spec, SpecRefusedError, read_device, read_spec
 from trainers.stopping import Stop, StoppedError
 from trainers.work import Work
 
@@ -62,7 +63,7 @@ def run(run_dir: Path, number: int | None, held: bases.Bases, stop: Stop, togeth
     """Perform one run, or this process's part of it; returns the exit status and a sentence about how it ended."""
     attempt = attempts.open_attempt(run_dir, number, is_silent=not together.is_first)
     if attempt.is_done():
-        return EXIT_DONE, f"done before: {attempt.folder / attempts.RESULT}"
+        return EXIT_DONE, f"done before: {attempt.folder / RESULT}"
     try:
         attempt.check_current()  # Who was slow to begin may find another at work on the same device.
         return run_attempt(attempt, held, stop, together)
@@ -84,7 +85,7 @@ def run_attempt(attempt: Attempt, held: bases.Bases, stop: Stop, together: ranks
         attempt.publish("failed", run_id, reason=str(error))
         return EXIT_FAILED, f"failed: {error}"
     attempt.publish("done", run_id, **found, seconds=round(time.monotonic() - started, 3))
-    return EXIT_DONE, f"done: {attempt.folder / attempts.RESULT}"
+    return EXIT_DONE, f"done: {attempt.folder / RESULT}"
 
 
 def perform(spec: Spec, attempt: Attempt, held: bases.Bases, stop: Stop, together: ranks.Ranks) -> dict[str, Any]:
@@ -93,15 +94,14 @@ def perform(spec: Spec, attempt: Attempt, held: bases.Bases, stop: Stop, togethe
         raise SpecRefusedError("optimizer_in_backward keeps no gradients to sum over several devices: use one, or leave it out")
     if spec.threads:
         torch.set_num_threads(spec.threads)
-    tokenizer = checks.check_spec(spec, held)
-    progress = Progress(attempt)
-    work = Work(spec, attempt, progress, stop, held, tokenizer, memory.Budget(spec.options.max_tokens), together)
-    memory.reset_peak(spec.device)
-    try:
+    with contextlib.closing(Progress(attempt)) as progress:
+        progress.write("checking", now=True)
+        with progress.alive():
+            tokenizer = checks.check_spec(spec, held)
+        work = Work(spec, attempt, progress, stop, held, tokenizer, memory.Budget(spec.options.max_tokens), together)
+        memory.reset_peak(spec.device)
         found = train_candidate(work) if spec.kind == "train" else score_only(work)
         return found | {"memory": describe_memory(work)}
-    finally:
-        progress.close()
 
 
 def describe_memory(work: Work) -> dict[str, Any]:
@@ -252,8 +252,12 @@ class Made:
 
 def save_trained(work: Work, model: Any) -> Made:
     """Write what was trained. An adapter that was pre-trained becomes a part of the base: the labels get one of their own."""
-    spec, folder = work.spec, work.attempt.folder
     work.progress.write("saving", now=True)
+    with work.progress.alive():
+        return _save_trained(work.spec, work.attempt.folder, work.tokenizer, model)
+
+
+def _save_trained(spec: Spec, folder: Path, tokenizer: Any, model: Any) -> Made:
     if not spec.options.makes_base:
         place = f"adapters/{checks.the_candidate(spec).name}"
         return Made("adapter", folder, place, lora.save_adapter(model, folder / place, spec.base.digest))
@@ -261,7 +265,7 @@ def save_trained(work: Work, model: Any) -> Made:
         whole = model if spec.options.trains_all_weights else lora.merge(model)
     except ValueError as error:
         raise loop.DivergedError(f"the adapter can't be merged ({error}): lower options.learning_rate") from error
-    return Made("model", folder, "model", full.save_model(whole, work.tokenizer, folder / "model"))
+    return Made("model", folder, "model", full.save_model(whole, tokenizer, folder / "model"))
 
 
 def end_training(work: Work, model: Any) -> None:

@@ -51,7 +51,8 @@ class Work:
 
     def _load(self, base: Base, *, in_4bit: bool) -> Any:
         self.progress.write("loading", now=True)
-        return self.held.load(base, self.spec.device, in_4bit=in_4bit)[0]
+        with self.progress.alive():
+            return self.held.load(base, self.spec.device, in_4bit=in_4bit)[0]
 
     def beat(self) -> None:
         """What long work calls after each piece of it: a sign of life. Raises `StoppedError` when the run was asked to stop.

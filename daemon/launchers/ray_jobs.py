@@ -16,9 +16,9 @@ import structlog
 from daemon import launch
 from storage import mirror
 from trainers import spec
-from trainers.spec import CHECKPOINTS, PROGRESS, STATE
+from trainers.spec import CHECKPOINTS, PROGRESS, RESULT, STATE
 
-INPUTS, RESULT = "inputs", "result.json"
+INPUTS = "inputs"
 STOP_SECONDS = 60
 """So long a job has for its checkpoint after it was asked to end; Ray's own default is 3 s."""
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import structlog
 from sqlalchemy import Connection, RowMapping
 
-from daemon import devices, examination, launch, makeup, run_folders, verdicts
+from daemon import devices, examination, launch, leftovers, makeup, run_folders, verdicts
 from daemon.machinery import Machinery
 from storage import alarms, artifacts, db, registry, runs
 from trainers import spec
@@ -45,10 +44,7 @@ def bring_in(machinery: Machinery, run: RowMapping, result: run_folders.Result, 
     elif not _bring_in_candidate(machinery, run, answers, result, summary, now):
         return
     log.info("run_finished", run=run["id"], agent=run["agent"], kind=run["kind"], attempt=run["attempt"])
-    for name in ("attempts/*/checkpoints", "attempts/*/model", "tokens"):  # a base lies among the bases now
-        for spent in folder.glob(name):
-            shutil.rmtree(spent, ignore_errors=True)
-    machinery.launcher.clean_up(folder)
+    leftovers.clear(machinery, folder)
 
 
 def _bring_in_candidate(

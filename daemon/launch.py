@@ -49,7 +49,10 @@ class Launcher(Protocol):
         """End what waits on a device for work, with a base in memory."""
 
     def clean_up(self, run_dir: Path) -> None:
-        """Delete what it keeps of a run that is done, outside of the run's folder. What fails is logged."""
+        """Delete what it keeps of a run that has ended, outside of the run's folder. What fails is logged."""
+
+    def list_kept(self) -> set[str]:
+        """The ids of runs of which it keeps something outside of their folders."""
 
 
 def find_attempt(run_dir: Path, attempt: int) -> Path:

@@ -15,7 +15,7 @@ import structlog
 from sqlalchemy import Engine
 
 from consumers import handlers
-from daemon import deployments, devices, dispatch, examination, gate, makeup, nvml, policies, traffic, training, verdicts
+from daemon import deployments, devices, dispatch, examination, gate, leftovers, makeup, nvml, policies, traffic, training, verdicts
 from daemon.agents import Agent
 from daemon.launch import Launcher
 from daemon.machinery import Decide, Machinery
@@ -55,6 +55,10 @@ class Pipeline:
         examine(self.machinery, now)
         train(self.machinery, now)
         deploy(self.machinery, now)
+
+    def sweep(self, now: datetime) -> None:
+        """Remove what is of no more use on disk; to be called now and then."""
+        _attempt(self.machinery, "", "sweep", now, functools.partial(leftovers.sweep, self.machinery, now))
 
     def _read_state(self) -> tuple[Any, ...]:
         """All that a tick can change, but for signs of life."""

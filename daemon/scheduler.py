@@ -18,7 +18,7 @@ from storage import db, leases, schema
 
 LEASE = "scheduler"
 TERM = timedelta(seconds=30)
-RENEW_SECONDS, TICK_SECONDS, RECONCILE_SECONDS = 8, 1, 60
+RENEW_SECONDS, TICK_SECONDS, RECONCILE_SECONDS, SWEEP_SECONDS = 8, 1, 60, 600
 STOP_SECONDS = 20
 
 log = structlog.get_logger()
@@ -83,6 +83,7 @@ class Scheduler:
             (self._leader.renew, RENEW_SECONDS),
             (self._tick, TICK_SECONDS),
             (self._reconcile, RECONCILE_SECONDS),
+            (self._sweep, SWEEP_SECONDS),
             (self._analyze, db.ANALYZE_SECONDS),
         )
         for work, seconds in jobs:
@@ -125,6 +126,10 @@ class Scheduler:
     def _reconcile(self) -> None:
         if self._leader.is_leading:
             deployments.reconcile(self._machinery.engine, self._machinery.settings.agents, self._clock())
+
+    def _sweep(self) -> None:
+        if self._leader.is_leading:
+            self._pipeline.sweep(self._clock())
 
     def _analyze(self) -> None:
         if self._leader.is_leading:

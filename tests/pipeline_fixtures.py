@@ -82,6 +82,7 @@ class ScriptedLauncher:
     started: list[spec.Spec] = field(default_factory=list)
     idle_ended: list[str] = field(default_factory=list)
     cleaned: list[Path] = field(default_factory=list)
+    kept: set[str] = field(default_factory=set)
 
     def submit(self, run_dir: Path, attempt: int) -> None:
         asked = spec.read_spec(run_dir)
@@ -127,6 +128,10 @@ class ScriptedLauncher:
 
     def clean_up(self, run_dir: Path) -> None:
         self.cleaned.append(run_dir)
+        self.kept.discard(run_dir.name)
+
+    def list_kept(self) -> set[str]:
+        return set(self.kept)
 
 
 def write_trained(asked: spec.Spec, folder: Path) -> dict[str, Any]:

@@ -49,6 +49,9 @@ class InProcess:
     def clean_up(self, run_dir: Path) -> None:
         return
 
+    def list_kept(self) -> set[str]:
+        return set()
+
 
 def make_cases(count: int, start: int) -> list[cases.Case]:
     generator = random.Random(start)

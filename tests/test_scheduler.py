@@ -137,3 +137,13 @@ def test_a_database_that_can_not_be_used_ends_the_role(engine: Engine, tmp_path:
     monkeypatch.setattr(world.pipeline, "advance", fail)
     with pytest.raises(OSError, match="disk I/O error"):
         asyncio.run(run_until(world.pipeline, lambda: False))
+
+
+@pytest.mark.databases("sqlite")
+def test_what_is_of_no_more_use_is_removed_now_and_then(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(engine, make_settings(tmp_path, make_base(tmp_path / "base")), ScriptedLauncher(), clock())
+    swept: list[datetime] = []
+    monkeypatch.setattr(scheduler, "SWEEP_SECONDS", 1)
+    monkeypatch.setattr(world.pipeline, "sweep", swept.append)
+    asyncio.run(run_until(world.pipeline, lambda: bool(swept)))
+    assert swept

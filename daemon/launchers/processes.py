@@ -47,3 +47,7 @@ class Processes:
 
     def clean_up(self, run_dir: Path) -> None:
         """Nothing: all that there is lies in the run's folder."""
+
+    def list_kept(self) -> set[str]:
+        """None: all that there is lies in the runs' folders."""
+        return set()

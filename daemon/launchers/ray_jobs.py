@@ -101,6 +101,14 @@ class RayJobs:
         except Exception as error:  # noqa: BLE001  each kind of store has its own; the run is done whatever becomes of the copy
             log.warning("store_not_cleaned", run=run_dir.name, store=self._store, error=type(error).__name__)
 
+    def list_kept(self) -> set[str]:
+        """The folders in the store, also those of other installations that use it."""
+        try:
+            return mirror.Mirror(self._store).names("")
+        except Exception as error:  # noqa: BLE001  each kind of store has its own
+            log.warning("store_does_not_answer", store=self._store, error=type(error).__name__)
+            return set()
+
     def _find(self, run_dir: Path, attempt: int) -> Any:
         """What the cluster knows of the job; None when it knows none."""
         try:

@@ -87,6 +87,10 @@ class Workers:
     def clean_up(self, run_dir: Path) -> None:
         """Nothing: all that there is lies in the run's folder."""
 
+    def list_kept(self) -> set[str]:
+        """None: all that there is lies in the runs' folders."""
+        return set()
+
     def close(self) -> None:
         """End the workers; one that works writes a checkpoint first."""
         for worker in list(self._workers):

@@ -48,8 +48,8 @@ class Launcher(Protocol):
     def end_idle(self, device: str) -> None:
         """End what waits on a device for work, with a base in memory."""
 
-    def clean_up(self, run_dir: Path) -> None:
-        """Delete what it keeps of a run that has ended, outside of the run's folder. What fails is logged."""
+    def clean_up(self, run_dir: Path) -> bool:
+        """Delete what it keeps of a run that has ended, outside of the run's folder. False when that failed, which is logged."""
 
     def list_kept(self) -> set[str]:
         """The ids of runs of which it keeps something outside of their folders."""

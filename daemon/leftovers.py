@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -22,32 +23,38 @@ TOKENS_KEPT = timedelta(days=7)
 log = structlog.get_logger()
 
 
-def clear(machinery: Machinery, run_dir: Path) -> None:
-    """Remove what only a further attempt at a run would need."""
-    for spent in find_spent(run_dir):
-        shutil.rmtree(spent, ignore_errors=True)
-    machinery.launcher.clean_up(run_dir)
+def clear(machinery: Machinery, run_dir: Path) -> bool:
+    """Remove what only a further attempt at a run would need. False when some of it stays, which is logged."""
+    is_gone = [machinery.launcher.clean_up(run_dir), *map(remove, find_spent(run_dir))]
+    return all(is_gone)
 
 
-def sweep(machinery: Machinery, now: datetime) -> None:
-    """Remove old tokens, unfinished copies, and what is left of runs that have ended.
+def sweep(machinery: Machinery, now: datetime, is_stopping: Callable[[], bool]) -> None:
+    """Remove old tokens, unfinished copies, and what is left of runs that have ended, until the daemon is to stop.
 
-    These failed, were parked or cancelled, or their daemon was killed before it cleared them.
+    These failed, were parked or cancelled, or their daemon was killed before it cleared them. What stays is tried again by the next daemon.
     """
-    storage = machinery.settings.storage
-    found = {folder.name for folder in storage.runs.glob("*") if any(find_spent(folder))} | machinery.launcher.list_kept()
+    memory, removed = machinery.memory, []
+    for path, act in [*find_ended(machinery), *find_old(machinery, now)]:
+        if is_stopping():
+            break
+        if path not in memory.stuck:
+            if act(path):
+                removed.append(path.name)
+            else:
+                memory.stuck.add(path)
+    if removed:
+        log.info("leftovers_removed", names=removed)
+
+
+def find_ended(machinery: Machinery) -> Iterator[tuple[Path, Callable[[Path], bool]]]:
+    """The folders of runs that have ended, of which something is left here or in the trainers' store."""
+    home = machinery.settings.storage.runs
+    found = {folder.name for folder in home.glob("*") if any(find_spent(folder))} | machinery.launcher.list_kept()
     with db.reading(machinery.engine) as connection:
         ending = {run["id"] for run in runs.read_on_device(connection)}
-        ended = [run for run in runs.read_in_state(connection, *runs.ENDED) if run["id"] in found - ending]
-    for run in ended:
-        clear(machinery, Path(run["folder"]))
-    old = list(find_older(storage.snapshots, "*/.*.tokens/*", now - TOKENS_KEPT))
-    for folder, pattern in ((storage.snapshots, "*/.*.partial"), (storage.adapters, ".*.partial"), (storage.bases, ".*.partial")):
-        old += find_older(folder, pattern, now - CUT_SHORT_AFTER)
-    for path in old:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    if ended or old:
-        log.info("leftovers_removed", runs=[run["id"] for run in ended], files=[path.name for path in old])
+        ended = [run["id"] for run in runs.read_in_state(connection, *runs.ENDED)]
+    return ((home / run, functools.partial(clear, machinery)) for run in ended if run in found - ending)
 
 
 def find_spent(run_dir: Path) -> Iterator[Path]:
@@ -55,6 +62,31 @@ def find_spent(run_dir: Path) -> Iterator[Path]:
     return (path for name in SPENT for path in run_dir.glob(name))
 
 
-def find_older(folder: Path, pattern: str, limit: datetime) -> Iterator[Path]:
-    """What was last changed before `limit`."""
-    return (path for path in folder.glob(pattern) if path.stat().st_mtime < limit.timestamp())
+def find_old(machinery: Machinery, now: datetime) -> Iterator[tuple[Path, Callable[[Path], bool]]]:
+    """Tokens that no run is likely to read any more, and copies that were cut short."""
+    storage, cut_short = machinery.settings.storage, now - CUT_SHORT_AFTER
+    for folder, pattern, limit in (
+        (storage.snapshots, "*/.*.tokens/*", now - TOKENS_KEPT),
+        (storage.snapshots, "*/.*.partial", cut_short),
+        (storage.adapters, ".*.partial", cut_short),
+        (storage.bases, ".*.partial", cut_short),
+    ):
+        yield from ((path, remove) for path in folder.glob(pattern) if is_older(path, limit))
+
+
+def is_older(path: Path, limit: datetime) -> bool:
+    """Whether a path was last changed before `limit`; one that has just got another name was not."""
+    try:
+        return path.stat().st_mtime < limit.timestamp()
+    except FileNotFoundError:
+        return False
+
+
+def remove(path: Path) -> bool:
+    """Delete a file or a folder. False when it stays, which is logged."""
+    try:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("leftovers_stay", path=str(path), error=type(error).__name__)
+        return not path.exists()  # another thread may have removed it meanwhile
+    return True

@@ -45,6 +45,8 @@ class Memory:
     makeups: dict[str, Makeup] = field(default_factory=dict)
     is_well: dict[tuple[str, str], bool] = field(default_factory=dict)
     is_recorded: bool = False
+    stuck: set[Path] = field(default_factory=set)
+    """What could not be removed."""
 
 
 @dataclass(frozen=True, slots=True)

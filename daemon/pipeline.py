@@ -56,9 +56,9 @@ class Pipeline:
         train(self.machinery, now)
         deploy(self.machinery, now)
 
-    def sweep(self, now: datetime) -> None:
+    def sweep(self, now: datetime, is_stopping: Callable[[], bool] = lambda: False) -> None:
         """Remove what is of no more use on disk; to be called now and then."""
-        _attempt(self.machinery, "", "sweep", now, functools.partial(leftovers.sweep, self.machinery, now))
+        _attempt(self.machinery, "", "sweep", now, functools.partial(leftovers.sweep, self.machinery, now, is_stopping))
 
     def _read_state(self) -> tuple[Any, ...]:
         """All that a tick can change, but for signs of life."""

@@ -70,6 +70,7 @@ class Scheduler:
         self._working: set[asyncio.Task[object]] = set()
         self._failed: list[BaseException] = []
         self._is_over = asyncio.Event()
+        self._is_stopping = False
         self._outage = outages.Outage("schedule")
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -91,6 +92,7 @@ class Scheduler:
         scheduler.start()
         waiting = [asyncio.create_task(stop.wait()), asyncio.create_task(self._is_over.wait())]
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        self._is_stopping = True
         for task in waiting:
             task.cancel()
         scheduler.shutdown()
@@ -129,7 +131,7 @@ class Scheduler:
 
     def _sweep(self) -> None:
         if self._leader.is_leading:
-            self._pipeline.sweep(self._clock())
+            self._pipeline.sweep(self._clock(), lambda: self._is_stopping)
 
     def _analyze(self) -> None:
         if self._leader.is_leading:

@@ -85,7 +85,12 @@ class Training(Section):
     seed: int = Field(default=0, ge=0, description="Mixed with a run's id into the run's own seed.")
     attempts: int = Field(default=3, ge=1, description="Attempts without a newer checkpoint before a run is parked.")
     backoff_seconds: float = Field(default=60, ge=0, description="Wait before the second attempt; doubled for each one after it.")
-    heartbeat_seconds: float = Field(default=300, ge=1, description="A trainer that is silent for longer is taken for dead.")
+    heartbeat_seconds: float = Field(
+        default=300,
+        ge=1,
+        description="A trainer that is silent for longer is taken for dead. One long call, such as loading a base, counts as a sign of "
+        "life for up to an hour, as long as it computes, reads or writes.",
+    )
 
     @model_validator(mode="after")
     def _a_cluster_has_a_store(self) -> Self:

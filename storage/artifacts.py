@@ -65,6 +65,7 @@ def publish(folder: Path, store: Path) -> tuple[Path, str]:
     partial = store / f".{uuid.uuid4().hex}.partial"
     try:
         shutil.copytree(folder, partial)
+        os.utime(partial)  # of now, for what was copied may have lain there for days: an old copy is one that was cut short
         # Of the copy, not of what it was copied from: that may change meanwhile.
         digest = digest_folder(partial)
         place = store / digest.removeprefix("sha256:")

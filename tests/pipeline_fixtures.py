@@ -83,6 +83,7 @@ class ScriptedLauncher:
     idle_ended: list[str] = field(default_factory=list)
     cleaned: list[Path] = field(default_factory=list)
     kept: set[str] = field(default_factory=set)
+    forbids: bool = False
 
     def submit(self, run_dir: Path, attempt: int) -> None:
         asked = spec.read_spec(run_dir)
@@ -126,9 +127,11 @@ class ScriptedLauncher:
     def end_idle(self, device: str) -> None:
         self.idle_ended.append(device)
 
-    def clean_up(self, run_dir: Path) -> None:
+    def clean_up(self, run_dir: Path) -> bool:
         self.cleaned.append(run_dir)
-        self.kept.discard(run_dir.name)
+        if not self.forbids:
+            self.kept.discard(run_dir.name)
+        return not self.forbids
 
     def list_kept(self) -> set[str]:
         return set(self.kept)

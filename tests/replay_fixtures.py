@@ -46,8 +46,8 @@ class InProcess:
     def end_idle(self, device: str) -> None:
         return
 
-    def clean_up(self, run_dir: Path) -> None:
-        return
+    def clean_up(self, run_dir: Path) -> bool:
+        return True
 
     def list_kept(self) -> set[str]:
         return set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,65 @@ def test_tokens_go_after_a_week_and_copies_that_were_cut_short_after_a_day(world
 
 
 @pytest.mark.databases("sqlite")
-def test_what_can_not_be_removed_is_told_and_ends_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_can_not_be_removed_is_told_once_and_holds_up_nothing_else(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, stuck = bring_to(world, "failed")
+    _, other = bring_to(world, "failed")
+    genuine = leftovers.shutil.rmtree
+
+    def forbid(path: Path, **options: Any) -> None:
+        if stuck in path.parents:
+            raise PermissionError
+        genuine(path, **options)
+
+    monkeypatch.setattr(leftovers.shutil, "rmtree", forbid)
+    with capture_logs() as said:
+        for _ in range(3):
+            world.pipeline.sweep(world.now)
+    assert len(list_weights(stuck)) == 4
+    assert list_weights(other) == set()
+    assert [line.get("path", line.get("names")) for line in said] == [
+        *(str(launch.find_attempt(stuck, 1) / name) for name in ("checkpoints", "adapters", "model")),
+        str(stuck / "tokens"),
+        [other.name],
+    ]
+    monkeypatch.undo()
+    world.restart()
+    world.pipeline.sweep(world.now)
+    assert list_weights(stuck) == set()
+
+
+def test_a_store_in_which_nothing_may_be_deleted_is_asked_once_for_each_run(world: World) -> None:
+    bring_to(world, "failed")
+    world.launcher.forbids = True
+    with capture_logs() as said:
+        for _ in range(3):
+            world.pipeline.sweep(world.now)
+    assert len(world.launcher.cleaned) == 1
+    assert said == [], "nothing was removed as a whole"
+
+
+def test_a_copy_of_what_was_trained_long_ago_is_not_taken_for_one_that_was_cut_short(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.launcher.script = ["hangs"]
+    run = world.ask_for_run()
+    world.tick()
+    folder = Path(read_run(world, run)["folder"])
+    world.launcher.finish(folder, 1)
+    os.utime(launch.find_attempt(folder, 1) / "adapters/candidate", (0, 0))
+    genuine, seen = artifacts.move_into_place, []
+
+    def sweep_meanwhile(partial: Path, place: Path) -> bool:
+        world.pipeline.sweep(datetime.now(UTC))
+        seen.append(partial.exists())
+        return genuine(partial, place)
+
+    monkeypatch.setattr(artifacts, "move_into_place", sweep_meanwhile)
+    world.settle()
+    assert read_run(world, run)["state"] == "done"
+    assert seen == [True]
+
+
+@pytest.mark.databases("sqlite")
+def test_what_can_not_be_read_is_told_and_ends_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> set[str]:
         raise PermissionError("no right to")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine
 
-from daemon import dispatch, scheduler
+from daemon import dispatch, leftovers, scheduler
 from daemon.launchers import processes
 from daemon.pipeline import Pipeline
 from storage import db, registry, runs
@@ -144,6 +145,25 @@ def test_what_is_of_no_more_use_is_removed_now_and_then(engine: Engine, tmp_path
     world = World(engine, make_settings(tmp_path, make_base(tmp_path / "base")), ScriptedLauncher(), clock())
     swept: list[datetime] = []
     monkeypatch.setattr(scheduler, "SWEEP_SECONDS", 1)
-    monkeypatch.setattr(world.pipeline, "sweep", swept.append)
+    monkeypatch.setattr(world.pipeline, "sweep", lambda now, _: swept.append(now))
     asyncio.run(run_until(world.pipeline, lambda: bool(swept)))
     assert swept
+
+
+@pytest.mark.databases("sqlite")
+def test_a_stop_does_not_wait_until_all_is_removed(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(engine, make_settings(tmp_path, make_base(tmp_path / "base")), ScriptedLauncher(), clock())
+    copies = [world.settings.storage.bases / f".{number}.partial" for number in range(400)]
+    for copy in copies:
+        copy.mkdir(parents=True)
+        os.utime(copy, (0, 0))
+    genuine = leftovers.remove
+
+    def take_longer(path: Path) -> bool:
+        time.sleep(0.1)
+        return genuine(path)
+
+    monkeypatch.setattr(scheduler, "SWEEP_SECONDS", 1)
+    monkeypatch.setattr(leftovers, "remove", take_longer)
+    asyncio.run(run_until(world.pipeline, lambda: not all(copy.exists() for copy in copies)))
+    assert any(copy.exists() for copy in copies)

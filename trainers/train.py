@@ -210,8 +210,10 @@ def begin_training(work: Work) -> Any:
 def make_loop(work: Work, model: Any, examples: Sequence[Example], dev: Sequence[Example]) -> loop.Loop:
     """The training loop of this run."""
     spec = work.spec
+    with work.progress.alive():
+        signature = sign(spec)
     return loop.Loop(
-        model, examples, dev, spec.options, spec.seed, sign(spec), work.attempt, work.progress, work.stop, work.budget, work.together
+        model, examples, dev, spec.options, spec.seed, signature, work.attempt, work.progress, work.stop, work.budget, work.together
     )
 
 

@@ -39,7 +39,8 @@ class Work:
     def read_texts(self, path: Path, base: Base) -> texts.TokenFile:
         """Texts as the tokens of a base, made once for all attempts."""
         cache = self.attempt.run_dir / "tokens"
-        return texts.tokenize(path, self.held.tokenizer(base), self._limit(base), cache, base.digest, self.beat)
+        with self.progress.alive():  # which corpus it is, only reading it tells
+            return texts.tokenize(path, self.held.tokenizer(base), self._limit(base), cache, base.digest, self.beat)
 
     def load_to_train(self) -> Any:
         """The weights of the run's base; from here on a run is no longer refused but fails."""

@@ -45,8 +45,9 @@ class Processes:
     def end_idle(self, device: str) -> None:
         """Nothing: each process ends with its run."""
 
-    def clean_up(self, run_dir: Path) -> None:
+    def clean_up(self, run_dir: Path) -> bool:  # noqa: ARG002  the protocol's
         """Nothing: all that there is lies in the run's folder."""
+        return True
 
     def list_kept(self) -> set[str]:
         """None: all that there is lies in the runs' folders."""

@@ -94,12 +94,14 @@ class RayJobs:
     def end_idle(self, device: str) -> None:
         """Nothing: each job ends with its run."""
 
-    def clean_up(self, run_dir: Path) -> None:
+    def clean_up(self, run_dir: Path) -> bool:
         """Delete the run's folder in the store."""
         try:
             self._open_store(run_dir).remove("")
         except Exception as error:  # noqa: BLE001  each kind of store has its own; the run is done whatever becomes of the copy
             log.warning("store_not_cleaned", run=run_dir.name, store=self._store, error=type(error).__name__)
+            return False
+        return True
 
     def list_kept(self) -> set[str]:
         """The folders in the store, also those of other installations that use it."""

@@ -84,8 +84,9 @@ class Workers:
         for worker in [one for one in self._workers if one.busy is None and one.device == device]:
             self._end(worker)
 
-    def clean_up(self, run_dir: Path) -> None:
+    def clean_up(self, run_dir: Path) -> bool:  # noqa: ARG002  the protocol's
         """Nothing: all that there is lies in the run's folder."""
+        return True
 
     def list_kept(self) -> set[str]:
         """None: all that there is lies in the runs' folders."""

@@ -11,9 +11,10 @@ from pathlib import Path
 import structlog
 
 from daemon.machinery import Machinery
-from storage import db, runs
+from storage import artifacts, db, runs
+from trainers.spec import CHECKPOINTS
 
-SPENT = ("attempts/*/checkpoints", "attempts/*/adapters", "attempts/*/model", "tokens")
+SPENT = (f"attempts/*/{CHECKPOINTS}", "attempts/*/adapters", "attempts/*/model", "tokens")
 """Parts of a run folder that only a further attempt would read; a version has its own copy of what was trained."""
 CUT_SHORT_AFTER = timedelta(days=1)
 """No copy takes so long: one that is as old was begun by a process that is gone."""
@@ -67,9 +68,9 @@ def find_old(machinery: Machinery, now: datetime) -> Iterator[tuple[Path, Callab
     storage, cut_short = machinery.settings.storage, now - CUT_SHORT_AFTER
     for folder, pattern, limit in (
         (storage.snapshots, "*/.*.tokens/*", now - TOKENS_KEPT),
-        (storage.snapshots, "*/.*.partial", cut_short),
-        (storage.adapters, ".*.partial", cut_short),
-        (storage.bases, ".*.partial", cut_short),
+        (storage.snapshots, f"*/{artifacts.PARTIAL}", cut_short),
+        (storage.adapters, artifacts.PARTIAL, cut_short),
+        (storage.bases, artifacts.PARTIAL, cut_short),
     ):
         yield from ((path, remove) for path in folder.glob(pattern) if is_older(path, limit))
 

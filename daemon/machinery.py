@@ -12,10 +12,10 @@ from sqlalchemy import Engine
 from daemon import devices, gate
 from daemon.launch import Launcher
 from daemon.settings import Settings
+from storage import artifacts
 from trainers import spec
 
 Decide = Callable[[gate.ExamEvidence, gate.ExamPolicy], gate.Verdict]
-Fingerprint = tuple[tuple[str, int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Makeup:
 class Memory:
     """Costly answers, kept while what they were made from is the same."""
 
-    digests: dict[Path, tuple[Fingerprint, tuple[str, str]]] = field(default_factory=dict)
+    digests: dict[Path, tuple[artifacts.Fingerprint, tuple[str, str]]] = field(default_factory=dict)
     rendered: dict[tuple[str, str, str], tuple[str, dict[str, bool]]] = field(default_factory=dict)
     references: dict[str, tuple[str, Any]] = field(default_factory=dict)
     windows: dict[str, str] = field(default_factory=dict)

@@ -11,7 +11,7 @@ import structlog
 from sqlalchemy import RowMapping
 
 from daemon.agents import Agent
-from daemon.machinery import Fingerprint, Machinery, Makeup
+from daemon.machinery import Machinery, Makeup
 from storage import alarms, artifacts, db, registry
 from trainers import spec
 
@@ -56,7 +56,7 @@ def _read_digests(machinery: Machinery, folder: Path) -> tuple[str, str] | None:
     """The digests of a base and of its tokenizer; None where there is no checkpoint."""
     if not is_checkpoint(folder):
         return None
-    fingerprint = _take_fingerprint(folder)
+    fingerprint = artifacts.take_fingerprint(artifacts.list_files(folder))
     known = machinery.memory.digests.get(folder)
     if known is None or known[0] != fingerprint:
         digests = artifacts.digest_folder(folder), digest_tokenizer(folder)
@@ -113,8 +113,3 @@ def describe(made: Makeup) -> registry.Made:
 def digest_tokenizer(folder: Path) -> str:
     """The digest of a checkpoint's tokenizer files."""
     return artifacts.digest_files(folder, {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)})
-
-
-def _take_fingerprint(folder: Path) -> Fingerprint:
-    stats = ((path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file())
-    return tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)

@@ -127,7 +127,7 @@ def read_progress(run_dir: Path, attempt: int) -> dict[str, Any] | None:
 
 def newest_checkpoint(run_dir: Path) -> int:
     """The step of the furthest checkpoint of any attempt; 0 without one."""
-    return max((int(path.name.removeprefix("step-")) for path in (run_dir / "attempts").glob("*/checkpoints/step-*")), default=0)
+    return max((int(path.name.removeprefix("step-")) for path in (run_dir / "attempts").glob(f"*/{spec.CHECKPOINTS}/step-*")), default=0)
 
 
 def read_scores(run_dir: Path, attempt: int, result: Result) -> dict[tuple[str, str], Answers]:

@@ -14,6 +14,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ADAPTER_CONFIG = "adapter_config.json"
+PARTIAL = ".*.partial"
+"""What is not whole yet, see `name_partial`; what a process that is gone has left of it may be deleted."""
+Fingerprint = tuple[tuple[str, int, int], ...]
 
 
 class DigestMismatchError(RuntimeError):
@@ -25,11 +28,22 @@ def digest_folder(folder: Path) -> str:
 
     Raises `FileNotFoundError` when the folder is absent or empty.
     """
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    files = list_files(folder)
     if not files:
         message = f"{folder} holds no files: nothing to take the digest of"
         raise FileNotFoundError(message)
     return digest_files(folder, files)
+
+
+def list_files(folder: Path) -> list[Path]:
+    """Every file below `folder`, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def take_fingerprint(files: Iterable[Path]) -> Fingerprint:
+    """Names, sizes and times of files, in their order: enough to see that one was written again, without reading any."""
+    stats = ((path, path.stat()) for path in files)
+    return tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)
 
 
 def digest_files(folder: Path, files: Iterable[Path]) -> str:
@@ -62,7 +76,7 @@ def publish(folder: Path, store: Path) -> tuple[Path, str]:
 
     Publishing the same files twice is one folder, and puts right one whose files were damaged. A copy that was cut short is never visible.
     """
-    partial = store / f".{uuid.uuid4().hex}.partial"
+    partial = name_partial(store)
     try:
         shutil.copytree(folder, partial)
         os.utime(partial)  # of now, for what was copied may have lain there for days: an old copy is one that was cut short
@@ -77,9 +91,14 @@ def publish(folder: Path, store: Path) -> tuple[Path, str]:
     return place, digest
 
 
+def name_partial(folder: Path) -> Path:
+    """A name of its own in `folder` for what is not whole yet, or not any more."""
+    return folder / f".{uuid.uuid4().hex}.partial"
+
+
 def move_into_place(partial: Path, place: Path) -> bool:
     """Rename a finished folder, everything of it on the disk first; False when another process was there before."""
-    for path in (*(path for path in partial.rglob("*") if path.is_file()), partial):
+    for path in (*list_files(partial), partial):
         _sync(path)
     try:
         partial.rename(place)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage.artifacts import move_into_place, write_atomically
+from storage.artifacts import move_into_place, name_partial, write_atomically
 
 MANIFEST = "manifest.json"
 SHARD_ROWS, READ_ROWS = 50_000, 4096
@@ -91,7 +90,7 @@ def write(folder: Path, rows: Iterable[Row], about: dict[str, Any]) -> dict[str,
 
     The folder appears whole or not at all; one that is there already is kept when it is the same dataset.
     """
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
+    partial = name_partial(folder.parent)
     partial.mkdir(parents=True)
     digests: list[str] = []
     counts: Counter[tuple[str, str]] = Counter()

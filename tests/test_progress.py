@@ -98,30 +98,30 @@ def compute(seconds: float) -> None:
         pass
 
 
+def live_through(folder: Path, call: Callable[[float], None], seconds: float) -> Counter[str]:
+    """The lines of progress that one long call gives, by phase."""
+    progress = attempts.Progress(attempts.open_attempt(folder))
+    progress.write("loading")
+    with progress.alive():
+        call(seconds)
+    progress.close()
+    return count_lines(folder)
+
+
 @pytest.mark.parametrize(("call", "gives_signs"), [(compute, True), (time.sleep, False)])
 def test_a_long_call_gives_signs_of_life_while_it_works_and_none_while_it_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[[float], None], gives_signs: bool
 ) -> None:
     monkeypatch.setattr(attempts, "BEAT_SECONDS", 0)
     monkeypatch.setattr(attempts, "LOOK_SECONDS", 0.2)
-    progress = attempts.Progress(attempts.open_attempt(tmp_path))
-    progress.write("loading")
-    with progress.alive():
-        call(1)
-    progress.close()
-    assert (count_lines(tmp_path)["loading"] > 1) is gives_signs
+    assert (live_through(tmp_path, call, 1)["loading"] > 1) is gives_signs
 
 
 def test_a_call_that_works_for_hours_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attempts, "BEAT_SECONDS", 0)
     monkeypatch.setattr(attempts, "LOOK_SECONDS", 0.01)
     monkeypatch.setattr(attempts, "LONGEST_CALL_SECONDS", 0)
-    progress = attempts.Progress(attempts.open_attempt(tmp_path))
-    progress.write("loading")
-    with progress.alive():
-        compute(0.2)
-    progress.close()
-    assert count_lines(tmp_path) == {"loading": 1}
+    assert live_through(tmp_path, compute, 0.2) == {"loading": 1}
 
 
 @pytest.mark.parametrize(

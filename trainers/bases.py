@@ -14,7 +14,6 @@ from storage import artifacts
 from trainers import base_config, forms
 from trainers.spec import Base, SpecRefusedError
 
-Fingerprint = tuple[tuple[str, int, int], ...]
 Misfit = tuple[str, tuple[int, ...], tuple[int, ...]]
 """A tensor, its shape in the file, and the one that `config.json` gives it."""
 TENSORS_NAMED = 3
@@ -27,14 +26,14 @@ class Bases:
         self._loaded: tuple[str, str, bool] | None = None
         self._model: Any = None
         self._tokenizers: dict[str, Any] = {}
-        self._checked: dict[str, Fingerprint] = {}
+        self._checked: dict[str, artifacts.Fingerprint] = {}
 
     def check(self, base: Base) -> None:
         """Raise `SpecRefusedError` unless the folder's files are those that the digest names, of a base that can be used here.
 
         They are read again only when one of them changed.
         """
-        fingerprint = take_fingerprint(base.path)
+        fingerprint = artifacts.take_fingerprint(artifacts.list_files(base.path))
         if self._checked.get(base.digest) == fingerprint:
             return
         try:
@@ -136,12 +135,6 @@ def quantize() -> transformers.BitsAndBytesConfig:
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
     )
-
-
-def take_fingerprint(folder: Path) -> Fingerprint:
-    """Names, sizes and times of the folder's files: enough to see that one was written again."""
-    stats = ((path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file())
-    return tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)
 
 
 def read_context(base: Base) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,11 +16,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from storage.artifacts import write_atomically
-from trainers.spec import STATE
+from storage.artifacts import name_partial, write_atomically
+from trainers.spec import CHECKPOINTS, CHECKPOINTS_KEPT, STATE
 
 WEIGHTS, OPTIMIZER, RANDOM, BEST = "weights.safetensors", "optimizer.safetensors", "random.safetensors", "best.safetensors"
-KEPT = 2
 Tensors = dict[str, torch.Tensor]
 
 
@@ -56,7 +54,7 @@ def set_weights(model: torch.nn.Module, weights: Tensors) -> None:
 
 def save_checkpoint(folder: Path, step: int, model: torch.nn.Module, updates: Updates, state: dict[str, Any], best: Tensors | None) -> None:
     """Write `folder/step-K` and remove all but the last two."""
-    partial = folder / f".{uuid.uuid4().hex}.partial"
+    partial = name_partial(folder)
     partial.mkdir(parents=True)
     write_tensors(partial / WEIGHTS, copy_weights(model))
     write_tensors(partial / OPTIMIZER, optimizer_tensors(model, updates))
@@ -70,8 +68,8 @@ def save_checkpoint(folder: Path, step: int, model: torch.nn.Module, updates: Up
     else:
         partial.rename(place)
         sync(folder)
-    for old in by_step(folder)[KEPT:]:
-        spent = folder / f".{uuid.uuid4().hex}.partial"
+    for old in by_step(folder)[CHECKPOINTS_KEPT:]:
+        spent = name_partial(folder)
         old.rename(spent)  # Whoever copies it finds all of it or nothing.
         shutil.rmtree(spent)
 
@@ -105,7 +103,7 @@ def load_newest(run_dir: Path, signature: str, model: torch.nn.Module, updates: 
 
 def checkpoints_of_run(run_dir: Path) -> list[Path]:
     """The checkpoints of all attempts, the furthest first; of equal ones the latest attempt's."""
-    attempts = sorted((run_dir / "attempts").glob("*/checkpoints"), key=lambda path: path.stat().st_mtime, reverse=True)
+    attempts = sorted((run_dir / "attempts").glob(f"*/{CHECKPOINTS}"), key=lambda path: path.stat().st_mtime, reverse=True)
     return sorted((place for folder in attempts for place in by_step(folder)), key=step_of, reverse=True)
 
 

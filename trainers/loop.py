@@ -22,7 +22,7 @@ from trainers import attention, calibration, checkpoints, memory, optimizers, pa
 from trainers.attempts import Attempt, Progress
 from trainers.data import Example
 from trainers.schedule import Schedule
-from trainers.spec import Options
+from trainers.spec import CHECKPOINTS, Options
 from trainers.stopping import Stop
 
 # Rows that are packed together where order doesn't matter.
@@ -312,7 +312,7 @@ class Loop:
         if not self.together.is_first:
             return
         self.attempt.check_current()
-        folder = self.attempt.folder / "checkpoints"
+        folder = self.attempt.folder / CHECKPOINTS
         with self.progress.alive():
             checkpoints.save_checkpoint(folder, self.counters.step, self.model, self.updates, dataclasses.asdict(self.counters), self.best)
 

@@ -22,11 +22,10 @@ from pathlib import Path
 
 from storage import mirror
 from trainers import spec
-from trainers.spec import CHECKPOINTS, PROGRESS, RESULT, STATE
+from trainers.spec import CHECKPOINTS, CHECKPOINTS_KEPT, PROGRESS, RESULT, STATE
 from trainers.stopping import Stop
 
 SYNC_SECONDS, POLL_SECONDS = 5.0, 0.2
-KEPT = 2
 
 
 def main() -> int:
@@ -96,13 +95,13 @@ def fetch(store: mirror.Mirror, folder: Path, attempt: int) -> None:
 
 
 def fetch_checkpoints(store: mirror.Mirror, folder: Path, names: Iterable[str]) -> None:
-    """Copy of each signature the two furthest whole checkpoints: the trainer goes on from the second where the first is damaged."""
+    """Copy of each signature as many whole checkpoints as are kept: the trainer goes on from the second where the first is damaged."""
     fetched: Counter[str] = Counter()
     for name in names:
         store.pull(f"{name}/{STATE}", folder / name / STATE)
         with contextlib.suppress(FileNotFoundError, ValueError):  # no whole one
             signature = json.loads((folder / name / STATE).read_bytes())["signature"]
-            if fetched[signature] < KEPT:
+            if fetched[signature] < CHECKPOINTS_KEPT:
                 store.pull(name, folder / name)
                 fetched[signature] += 1
 

@@ -26,6 +26,8 @@ LOCK, LOG = "process.lock", "log.txt"
 """Files of an attempt: the process id of who works on it, locked meanwhile, and what it printed."""
 PROGRESS, CHECKPOINTS, STATE, RESULT = "progress.jsonl", "checkpoints", "state.json", "result.json"
 """Its signs of life, its checkpoints, the file of a checkpoint that is written last (one that has it is whole), and how it ended."""
+CHECKPOINTS_KEPT = 2
+"""So many of an attempt's checkpoints are kept: should the furthest be damaged, a run goes on from the one before."""
 EXIT_DONE, EXIT_REFUSED, EXIT_RESUMABLE = 0, 2, 75
 
 Kind = Literal["train", "score", "export"]

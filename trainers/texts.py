@@ -102,8 +102,13 @@ def find_files(path: Path) -> list[Path]:
 
 
 def digest_texts(path: Path) -> str:
-    """The digest of all text files that a path stands for."""
-    lines = [f"{file.name}\0{artifacts.digest_file(file)}" for file in find_files(path)]
+    """The digest of all text files that a path stands for. They are read again only when one of them changed: a run asks several times."""
+    return _digest_files(artifacts.take_fingerprint(find_files(path)))
+
+
+@functools.lru_cache(maxsize=8)
+def _digest_files(fingerprint: artifacts.Fingerprint) -> str:
+    lines = [f"{file.name}\0{artifacts.digest_file(file)}" for file in (Path(name) for name, _, _ in fingerprint)]
     return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

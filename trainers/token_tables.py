@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from pyarrow import compute
+
+from storage import artifacts
 
 VERSION = 2
 """Of how rows become tokens: raised with every change of that, so that a table made before is not read any more."""
@@ -83,7 +84,7 @@ def write(path: Path, blocks: Iterable[list[dict[str, Any]]], beat: Callable[[],
     A file that another run wrote meanwhile is the same.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
+    partial = artifacts.name_partial(path.parent)
     try:
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as file:
             for block in blocks:

@@ -4,6 +4,7 @@ import tracemalloc
 import pytest
 import torch
 
+from storage import artifacts
 from tests.model_fixtures import tiny_tokenizer
 from trainers import encoding, texts
 from trainers.spec import SpecRefusedError
@@ -152,3 +153,15 @@ def test_what_forgetting_is_measured_on_is_never_drawn(tmp_path, monkeypatch, li
         return
     drawn = list(texts.Mixture(general, general, 0.9, seed=1))[lines:]
     assert sorted(map(read_one, drawn)) == [f"<s>story {number:02}</s>" for number in range(held_out, lines)]
+
+
+def test_the_digest_of_texts_is_known_without_reading_them_again_until_one_changes(tmp_path, monkeypatch):
+    first, second = tmp_path / "a.txt", tmp_path / "b.txt"
+    first.write_text("one")
+    second.write_text("two")
+    before = texts.digest_texts(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.delattr(artifacts, "digest_file")
+        assert texts.digest_texts(tmp_path) == before
+    second.write_text("three")
+    assert texts.digest_texts(tmp_path) != before
